@@ -1,0 +1,1 @@
+"""Where a stream goes and comes from: real KVM, or a simulated kernel. `base` says what both can do."""

@@ -1,0 +1,155 @@
+"""The primitives that a backend has. The sequence of a save or restore is not here: it lives once, in `transport`.
+
+A backend is a host; a `Vm` is one guest on it. A `Vm` reads and writes whole banks: it is given a layout and a
+matrix and works from and into that memory. What the host refuses comes back as a list, named, so that a caller
+decides what a refusal means; only a broken request raises.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from migstream.errors import UsageError, errno_name
+from migstream.model import Arch, HostSummary, Layout, Machine, MemoryRegion
+from migstream.registers.catalogue import lookup
+
+if TYPE_CHECKING:
+    from migstream.host.profile import HostProfile
+    from migstream.model import Words
+
+SHORT_COUNT = -1
+"""`Refusal.errno` of KVM_GET_MSRS and KVM_SET_MSRS, which stop at the MSR that they refuse and give no errno."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The host's no to one register.
+
+    Attributes:
+        register: its id. vcpu: index, None for a VM register.
+        operation: the ioctl or primitive. errno: the kernel's number, or SHORT_COUNT.
+    """
+
+    register: int
+    vcpu: int | None
+    operation: str
+    errno: int
+
+    def __str__(self) -> str:
+        where = "VM" if self.vcpu is None else f"vCPU {self.vcpu}"
+        why = "stopped here (short count)" if self.errno == SHORT_COUNT else errno_name(self.errno)
+        return f"{where}: {lookup(self.register).name}: {self.operation}: {why}"
+
+
+class GuestMemory:
+    """Guest RAM by guest-physical address. The buffers belong to whoever made the VM."""
+
+    def __init__(self, parts: list[tuple[MemoryRegion, memoryview]],
+                 discard: Callable[[int, int, int], None] | None = None) -> None:
+        """`discard(part, start, length)` makes bytes of a part zero without touching them, where that can be done."""
+        self._parts, self._discard = parts, discard
+
+    @property
+    def regions(self) -> tuple[MemoryRegion, ...]:
+        """The RAM regions, ascending."""
+        return tuple(region for region, _ in self._parts)
+
+    def view(self, guest_address: int, length: int) -> memoryview:
+        """Return writable memory of `length` bytes at a guest-physical address; valid until the VM is closed.
+
+        Raises: UsageError where the range is not within one region.
+        """
+        part, start = self._find(guest_address, length)
+        return self._parts[part][1][start:start + length]
+
+    def zero(self, guest_address: int, length: int) -> None:
+        """Make whole pages zero. Raises: UsageError where the range is not within one region."""
+        part, start = self._find(guest_address, length)
+        if self._discard:
+            self._discard(part, start, length)
+        else:
+            self._parts[part][1][start:start + length] = bytes(length)
+
+    def _find(self, guest_address: int, length: int) -> tuple[int, int]:
+        for part, (region, _) in enumerate(self._parts):
+            if region.guest_address <= guest_address and guest_address + length <= region.end:
+                return part, guest_address - region.guest_address
+        raise UsageError(f"no guest RAM at {guest_address:#x}..{guest_address + length:#x}")
+
+    def release(self) -> None:
+        """Drop the views, so that their buffers can be closed."""
+        for _, buffer in self._parts:
+            buffer.release()
+        self._parts = []
+
+
+class Vm(ABC):
+    """One guest. Made without vCPUs, so that what must precede them can be written first."""
+
+    machine: Machine
+    memory: GuestMemory
+
+    @abstractmethod
+    def create_vcpus(self) -> None:
+        """Create `machine.vcpus` vCPUs with ids 0, 1, 2 … Raises: BackendError."""
+
+    @abstractmethod
+    def layouts(self) -> tuple[tuple[Layout, ...], list[Refusal]]:
+        """Return what has to be saved here, in restore order, and what the host lists but refuses to read."""
+
+    @abstractmethod
+    def read(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
+        """Fill `values` (rows x layout.row_words, zeroed by the caller) from vCPUs `first_vcpu` on, or the VM."""
+
+    @abstractmethod
+    def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
+        """Write all columns of all rows, in the layout's order within a row; goes on after a refusal."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Let all vCPUs run. Raises: BackendError, UsageError if they run already."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Stop all vCPUs between two instructions; nothing of this VM runs when it returns."""
+
+    @abstractmethod
+    def exits(self) -> dict[int, str]:
+        """vCPUs that stopped by themselves since `start()`, with the reason."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Destroy the VM, or let go of one that somebody else owns."""
+
+    def __enter__(self) -> Vm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Backend(ABC):
+    """A host that can make VMs."""
+
+    name: str
+    arch: Arch
+
+    @abstractmethod
+    def profile(self) -> HostProfile:
+        """What this host offers, asked without making a VM."""
+
+    @abstractmethod
+    def create(self, machine: Machine, enabled_caps: dict[int, tuple[int, ...]] | None = None) -> Vm:
+        """Make a VM with memory and interrupt chips, without vCPUs. Raises: BackendError, UsageError.
+
+        Args:
+            enabled_caps: KVM_ENABLE_CAP on the VM before its vCPUs: capability number to up to four arguments.
+        """
+
+    def summary(self) -> HostSummary:
+        """Who saved, for the stream."""
+        profile = self.profile()
+        return HostSummary(profile.kernel, profile.cpu, self.name)

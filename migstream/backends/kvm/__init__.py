@@ -1,0 +1,5 @@
+"""Real KVM through its file descriptors."""
+
+from migstream.backends.kvm.backend import KvmBackend
+
+__all__ = ["KvmBackend"]

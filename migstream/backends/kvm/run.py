@@ -1,0 +1,72 @@
+"""Threads that run vCPUs: one each, in KVM_RUN, and how they are stopped.
+
+A pause sets `immediate_exit` on every vCPU and kicks its thread with a signal, so that KVM_RUN returns with EINTR
+between two guest instructions, whether the vCPU was in the guest, about to enter it, or blocked in the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import signal
+import struct
+import threading
+from typing import Any
+
+from migstream.backends.kvm import uapi
+from migstream.errors import UsageError, errno_name
+
+KICK = signal.SIGUSR1
+
+
+class Runner:
+    """Runs the vCPUs behind file descriptors with their mapped `kvm_run` pages (owned by the caller)."""
+
+    def __init__(self, fds: list[int], run_pages: list[Any]) -> None:
+        self._fds, self._pages = fds, run_pages
+        self._threads: list[threading.Thread] = []
+        self.exits: dict[int, str] = {}
+
+    def start(self) -> None:
+        """Start one thread a vCPU. Raises: UsageError when they run already or the kick signal can't be handled."""
+        if self._threads:
+            raise UsageError("the vCPUs run already")
+        _handle_kick()
+        self.exits = {}
+        self._threads = [threading.Thread(target=self._loop, args=(k,), daemon=True) for k in range(len(self._fds))]
+        for thread in self._threads:
+            thread.start()
+
+    def pause(self) -> None:
+        """Stop all vCPUs and join their threads."""
+        for page in self._pages:
+            page[uapi.RUN_IMMEDIATE_EXIT] = 1
+        for thread in self._threads:
+            if thread.is_alive() and thread.ident is not None:
+                signal.pthread_kill(thread.ident, KICK)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+        for page in self._pages:
+            page[uapi.RUN_IMMEDIATE_EXIT] = 0
+
+    def _loop(self, k: int) -> None:
+        """Run until kicked. A guest of ours never exits by itself: any other exit is its end."""
+        try:
+            fcntl.ioctl(self._fds[k], uapi.RUN.number, 0)
+        except InterruptedError:
+            return
+        except OSError as error:
+            self.exits[k] = f"KVM_RUN: {errno_name(error.errno or errno.EIO)}"
+            return
+        (reason,) = struct.unpack_from("<I", self._pages[k], uapi.RUN_EXIT_REASON)
+        self.exits[k] = f"KVM_EXIT_{uapi.EXIT_REASONS.get(reason, reason)}"
+
+
+def _handle_kick() -> None:
+    """A handler that does nothing, so that the signal interrupts KVM_RUN and not the process."""
+    if signal.getsignal(KICK) is not signal.SIG_DFL:
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise UsageError("the first start() of a process must come from its main thread (it installs a signal handler)")
+    signal.signal(KICK, lambda *_: None)

@@ -1,0 +1,107 @@
+"""Host profile: what a kernel on a CPU offers, as facts without judgement.
+
+Captured from a backend (see `migstream.host.probe`), kept as documented JSON (formats/SPEC.md, "Host profile"), used
+by the plan, and as the ground truth of the simulator.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from migstream.errors import StreamError, UsageError
+from migstream.model import Arch
+
+PROFILE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class HostProfile:
+    """What one host offers.
+
+    Attributes:
+        arch: architecture of its guests. kernel, cpu: as the host names them. backend: `kvm` or `sim:…`.
+        capabilities: KVM_CHECK_EXTENSION by name, without `KVM_CAP_`.
+        msrs: KVM_GET_MSR_INDEX_LIST, in the kernel's order. feature_msrs: values that the kernel offers, by index.
+        sizes: bytes of the registers whose size the host tells, by register id.
+        cpuid: KVM_GET_SUPPORTED_CPUID as bytes (struct kvm_cpuid2).
+        defaults: value of each register on a vCPU that never ran, by id (VM-scoped ones too), as bytes.
+        refused: what answered an error, by register id: errno of the read, errno of writing the read value back
+            (0 = fine; -1 = a short KVM_GET_MSRS or KVM_SET_MSRS count).
+        made_by: the command that made it.
+    """
+
+    arch: Arch
+    kernel: str
+    cpu: str
+    backend: str
+    capabilities: dict[str, int] = field(default_factory=dict)
+    msrs: tuple[int, ...] = ()
+    feature_msrs: dict[int, int] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    cpuid: bytes = b""
+    defaults: dict[int, bytes] = field(default_factory=dict)
+    refused: dict[int, tuple[int, int]] = field(default_factory=dict)
+    made_by: str = ""
+
+    @property
+    def max_vcpus(self) -> int:
+        """vCPUs that one VM may have."""
+        return self.capabilities.get("MAX_VCPUS", 0)
+
+
+
+def to_json(profile: HostProfile) -> str:
+    """Return the profile as JSON text, keys sorted, ids and bytes in hexadecimal."""
+    out: dict[str, Any] = {"migstream_host_profile": PROFILE_VERSION}
+    for item in fields(profile):
+        out[item.name] = _plain(getattr(profile, item.name))
+    out["arch"] = profile.arch.label
+    return json.dumps(out, indent=1, sort_keys=True) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_key(k): _plain(v) for k, v in sorted(value.items())}
+    if isinstance(value, bytes):
+        return value.hex()
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _key(key: int | str) -> str:
+    return key if isinstance(key, str) else f"{key:#x}"
+
+
+def from_json(text: str, name: str = "profile") -> HostProfile:
+    """Return the profile in JSON text. Raises: UsageError naming `name` and the field."""
+    try:
+        data = json.loads(text)
+        version = data.pop("migstream_host_profile")
+        if version != PROFILE_VERSION:
+            raise UsageError(f"{name}: host profile version {version}; this migstream reads {PROFILE_VERSION}")
+        arch = Arch[str(data.pop("arch")).upper()]
+        return HostProfile(arch=arch, **{key: _read(key, value) for key, value in data.items()})
+    except (ValueError, KeyError, TypeError, AttributeError, StreamError) as error:
+        raise UsageError(f"{name}: not a host profile: {type(error).__name__}: {error}") from error
+
+
+_READERS: dict[str, Any] = {
+    "kernel": str, "cpu": str, "backend": str, "made_by": str,
+    "capabilities": lambda v: {str(k): int(n) for k, n in v.items()},
+    "msrs": lambda v: tuple(int(n) for n in v),
+    "feature_msrs": lambda v: {int(k, 16): int(n) for k, n in v.items()},
+    "sizes": lambda v: {int(k, 16): int(n) for k, n in v.items()},
+    "cpuid": bytes.fromhex,
+    "defaults": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
+    "refused": lambda v: {int(k, 16): (int(pair[0]), int(pair[1])) for k, pair in v.items()},
+}
+
+
+def _read(key: str, value: Any) -> Any:
+    try:
+        return _READERS[key](value)
+    except KeyError as error:
+        raise ValueError(f"unknown field {key!r}") from error
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"field {key!r}: {error}") from error

@@ -1,0 +1,45 @@
+"""The limits of format major 1, each with its reason and its worst case. A reader allocates nothing before them.
+
+They are the reader's own: nothing in a stream can raise one. formats/SPEC.md lists the same numbers.
+"""
+
+from __future__ import annotations
+
+MAX_VCPUS = 4096
+"""KVM_CAP_MAX_VCPU_ID of x86 is 4096 on the kernels measured; arm64 allows 512."""
+
+MAX_RAW = 16 << 20
+"""Bytes of one section after its codec. A decoder holds at most this, its filtered copy and the matrix: 48 MiB."""
+
+MAX_STORED = MAX_RAW + (MAX_RAW >> 7) + 4096
+"""Bytes of one section as stored: raw plus what zstd may add to data that doesn't shrink."""
+
+MAX_MATRIX = MAX_RAW
+"""Bytes of a decoded bank: vCPUs x row. A writer splits the vCPU range to stay below."""
+
+MAX_ROW = 64 << 10
+"""Bytes of one bank row. Full x86 state with AMX is below 24 KiB, arm64 with SVE below 20 KiB."""
+
+MAX_SLOTS = 8192
+"""Columns of a layout, 20 times the longest register list seen."""
+
+MAX_LAYOUTS = 64
+"""Layouts of a stream: two scopes x six phases, and room."""
+
+MAX_REGIONS = 512
+"""RAM regions: KVM's common limit of user memory slots before 5.x."""
+
+MAX_RUNS = 65536
+"""Runs in one RAM section."""
+
+MAX_TEXT = 1 << 20
+"""Bytes of a msgpack payload other than opaque state."""
+
+MAX_MSGPACK_DEPTH = 8
+"""Nesting of a msgpack payload."""
+
+MAX_ADDRESS = 1 << 52
+"""Guest-physical addresses: the most that x86-64 and arm64 (LPA) define."""
+
+RAM_CHUNK = 4 << 20
+"""Bytes of page data that a writer puts into one RAM section."""

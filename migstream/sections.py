@@ -1,0 +1,417 @@
+"""Section payload <-> model: the one gate for errors, and the place where old versions are lifted.
+
+Everything untyped ends here: no construct Container and no msgpack dict leaves this module unchecked. One table row
+a kind says how its payload becomes a model object and back.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgpack
+from construct import Construct, ConstructError
+
+from migstream import codec, limits
+from migstream.errors import Corrupt, LimitExceeded, StreamError, TooNew, UsageError
+from migstream.frames import Section
+from migstream.model import (
+    PAGE,
+    Arch,
+    Bank,
+    HostSummary,
+    Layout,
+    Machine,
+    MemoryRegion,
+    OpaqueState,
+    Phase,
+    RamRun,
+    Scope,
+    Slot,
+)
+from migstream.registers import ids
+from migstream.wire import stream as wire
+
+if TYPE_CHECKING:
+    from migstream.model import Words
+
+_T = TypeVar("_T")
+_SCOPES = {1: Scope.VM, 2: Scope.VCPU}
+_SCOPE_NUMBERS = {scope: number for number, scope in _SCOPES.items()}
+_SLOT = struct.Struct("<QII")
+_RUN = struct.Struct("<QQII")
+
+
+@dataclass(frozen=True)
+class RamLayout:
+    """Which guest-physical ranges the stream carries; a VMM may carry others itself."""
+
+    regions: tuple[MemoryRegion, ...]
+
+
+@dataclass(frozen=True)
+class EncodedBank:
+    """A bank whose values are still encoded: its checksum was right, its matrix is within the limits."""
+
+    layout: Layout
+    section: Section
+
+    @property
+    def first_vcpu(self) -> int:
+        """Index of the vCPU of row 0."""
+        return self.section.first_vcpu
+
+    @property
+    def rows(self) -> int:
+        """vCPUs covered; 1 for the VM."""
+        return self.section.vcpu_count if self.layout.scope == Scope.VCPU else 1
+
+    @property
+    def update(self) -> bool:
+        """True for VM registers sent again because they had changed by the pause."""
+        return bool(self.section.flags & wire.UPDATE)
+
+    def decode(self) -> Bank:
+        """Return the values. Raises: Corrupt, LimitExceeded, with this section's place."""
+        return gate(self.section, lambda: self._decode())
+
+    def _decode(self) -> Bank:
+        raw = codec.decompress(self.section.codec, bytes(self.section.stored), self.section.raw_length)
+        values = codec.unfilter_bank(raw, self.section.filter, self.rows, self.layout.row_words)
+        check_padding(self.layout, values)
+        return Bank(self.layout, self.first_vcpu, values, self.update)
+
+
+@dataclass(frozen=True)
+class RamPages:
+    """Runs of guest pages, ascending; their data are views of one buffer that they keep alive."""
+
+    runs: tuple[RamRun, ...]
+
+
+@dataclass(frozen=True)
+class End:
+    """The end section; its counts have been checked."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An ancillary section of a kind or version that this reader doesn't know; to be reported."""
+
+    kind: str
+    version: int
+
+
+Item = Machine | HostSummary | Layout | EncodedBank | RamLayout | RamPages | OpaqueState | End | Skipped
+
+
+def gate(section: Section, step: Callable[[], _T]) -> _T:
+    """Run `step`; whatever a payload makes it raise comes out as one of our errors, with the section's place."""
+    try:
+        return step()
+    except StreamError as error:
+        raise error.at(section.offset, section.title) from error.__cause__
+    except ConstructError as error:
+        field = str(getattr(error, "path", "") or "").removeprefix("(parsing) -> ").strip()
+        raise Corrupt("payload does not match its layout", field=field).at(section.offset, section.title) from error
+    except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
+        raise Corrupt(f"payload: {error}").at(section.offset, section.title) from error
+
+
+# msgpack payloads: one canonical form, so that the same state gives the same bytes.
+
+
+def _pack(fields: dict[str, Any]) -> bytes:
+    return bytes(msgpack.packb(_sorted(fields), use_bin_type=True))
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _unpack(raw: bytes, fields: dict[str, type], limit: int = limits.MAX_TEXT) -> dict[str, Any]:
+    if len(raw) > limit:
+        raise LimitExceeded("msgpack payload too long", expected=f"<= {limit}", found=len(raw))
+    value = msgpack.unpackb(raw, raw=False, strict_map_key=True, ext_hook=_no_extension)
+    _check_depth(value)
+    if not isinstance(value, dict) or value.keys() != fields.keys():
+        found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
+        raise Corrupt("wrong fields", expected=sorted(fields), found=found)
+    for name, wanted in fields.items():
+        if type(value[name]) is not wanted:
+            raise Corrupt("wrong type", field=name, expected=wanted.__name__, found=type(value[name]).__name__)
+    if _pack(value) != raw:
+        raise Corrupt("msgpack is not in its one canonical form")
+    return value
+
+
+def _no_extension(code: int, data: bytes) -> Any:
+    raise ValueError(f"msgpack extension type {code}")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(limits.MAX_MSGPACK_DEPTH):
+        level = [child for node in level for child in _children(node)]
+    if level:
+        raise LimitExceeded("msgpack nested too deep", expected=f"<= {limits.MAX_MSGPACK_DEPTH}")
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
+
+
+def _typed_list(value: list[Any], kind: type, name: str) -> list[Any]:
+    if any(type(item) is not kind for item in value):
+        raise Corrupt("wrong type", field=name, expected=f"list of {kind.__name__}")
+    return value
+
+
+def _encode_machine(machine: Machine) -> bytes:
+    return _pack({"arch": int(machine.arch), "vcpus": machine.vcpus, "devices": machine.devices,
+                  "memory": [[r.guest_address, r.size] for r in machine.memory]})
+
+
+def _decode_machine(raw: bytes, _: Section) -> Machine:
+    fields = _unpack(raw, {"arch": int, "vcpus": int, "devices": dict, "memory": list})
+    if fields["arch"] not in list(Arch):
+        raise TooNew("unknown architecture", field="arch", found=fields["arch"])
+    if not 1 <= fields["vcpus"] <= limits.MAX_VCPUS:
+        raise LimitExceeded("vCPU count", field="vcpus", expected=f"1..{limits.MAX_VCPUS}", found=fields["vcpus"])
+    for name, value in fields["devices"].items():
+        if type(name) is not str or type(value) not in (bool, int, str):
+            raise Corrupt("wrong type", field=f"devices.{name}", found=type(value).__name__)
+    pairs = [_typed_list(pair, int, "memory") for pair in _typed_list(fields["memory"], list, "memory")]
+    return Machine(Arch(fields["arch"]), fields["vcpus"], _regions(pairs), fields["devices"])
+
+
+def _regions(pairs: list[Any]) -> tuple[MemoryRegion, ...]:
+    if len(pairs) > limits.MAX_REGIONS:
+        raise LimitExceeded("memory regions", field="memory", expected=f"<= {limits.MAX_REGIONS}", found=len(pairs))
+    end = 0
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] % PAGE or pair[1] % PAGE or pair[1] <= 0 or pair[0] < end:
+            raise Corrupt("memory regions must be ascending, apart and whole pages", field="memory", found=pair)
+        end = pair[0] + pair[1]
+    if end > limits.MAX_ADDRESS:
+        raise LimitExceeded("guest-physical address", field="memory", expected=f"<= {limits.MAX_ADDRESS:#x}", found=hex(end))
+    return tuple(MemoryRegion(*pair) for pair in pairs)
+
+
+def _encode_host(host: HostSummary) -> bytes:
+    return _pack({"kernel": host.kernel, "cpu": host.cpu, "backend": host.backend, "notes": list(host.notes)})
+
+
+def _decode_host(raw: bytes, _: Section) -> HostSummary:
+    fields = _unpack(raw, {"kernel": str, "cpu": str, "backend": str, "notes": list})
+    return HostSummary(fields["kernel"], fields["cpu"], fields["backend"],
+                       tuple(_typed_list(fields["notes"], str, "notes")))
+
+
+def _encode_opaque(state: OpaqueState) -> bytes:
+    return _pack({"name": state.name, "data": state.data})
+
+
+def _decode_opaque(raw: bytes, _: Section) -> OpaqueState:
+    fields = _unpack(raw, {"name": str, "data": bytes}, limits.MAX_RAW)
+    return OpaqueState(fields["name"], fields["data"])
+
+
+# Register layouts and banks.
+
+
+def _encode_layout(layout: Layout) -> bytes:
+    head = wire.LAYOUT_HEAD.build({"phase": layout.phase, "count": len(layout.slots)})
+    return bytes(head) + b"".join(_SLOT.pack(slot.id, slot.size, 0) for slot in layout.slots)
+
+
+def _decode_layout(raw: bytes, section: Section) -> Layout:
+    head = wire.LAYOUT_HEAD.parse(raw)
+    if head.count > limits.MAX_SLOTS:
+        raise LimitExceeded("columns", field="count", expected=f"<= {limits.MAX_SLOTS}", found=head.count)
+    body = _body(raw, wire.LAYOUT_HEAD, head.count, _SLOT.size)
+    if section.scope not in _SCOPES or head.phase not in list(Phase) or not head.count:
+        raise Corrupt("no such scope or phase, or no column", found=f"scope {section.scope}, phase {head.phase}, "
+                      f"count {head.count}")
+    layout = Layout(_SCOPES[section.scope], Phase(head.phase), tuple(_slots(body)))
+    if len(layout.index) != len(layout.slots):
+        raise Corrupt("duplicate register id", field="id")
+    if layout.row_words * 8 > limits.MAX_ROW:
+        raise LimitExceeded("row too long", expected=f"<= {limits.MAX_ROW} bytes", found=layout.row_words * 8)
+    return layout
+
+
+def _body(raw: bytes, head: Construct[Any, Any], count: int, each: int) -> memoryview:
+    expected = head.sizeof() + count * each
+    if len(raw) != expected:
+        raise Corrupt("payload length differs from its count", field="count", expected=f"{expected} bytes", found=len(raw))
+    return memoryview(raw)[head.sizeof():]
+
+
+def _slots(body: memoryview) -> Iterable[Slot]:
+    for id, size, reserved in _SLOT.iter_unpack(body):
+        if reserved or not 0 < size <= limits.MAX_ROW:
+            raise Corrupt("size or reserved bytes", field=f"{id:#018x}", found=f"size {size}, reserved {reserved:#x}")
+        stated = ids.size_in_id(id)
+        if stated is not None and stated != size:
+            raise Corrupt("size differs from the one in the id", field=f"{id:#018x}", expected=stated, found=size)
+        yield Slot(id, size)
+
+
+def check_padding(layout: Layout, values: Words) -> None:
+    """Refuse a bank whose bytes past a register's size are not zero. Raises: Corrupt."""
+    for column, slot in enumerate(layout.slots):
+        spare = slot.size % 8
+        last = layout.offsets[column + 1] - 1
+        if spare and (values[:, last] >> (8 * spare)).any():
+            raise Corrupt("bytes past the register's size are not zero", field=f"{slot.id:#018x}")
+
+
+def encode_bank(bank: Bank, number: int, level: int = codec.DEFAULT_LEVEL, how: int = codec.DELTA) -> Section:
+    """Return the section of one bank. `number` is its layout's position among the stream's layouts."""
+    raw = codec.filter_bank(bank.values, how)
+    if max(len(raw), bank.values.nbytes) > limits.MAX_MATRIX:
+        raise UsageError(f"bank of {bank.values.nbytes} bytes; split it (limit {limits.MAX_MATRIX})")
+    codec_number, stored = codec.compress(raw, level)
+    count = bank.rows if bank.layout.scope == Scope.VCPU else 0
+    return Section("BANK", stored, len(raw), codec=codec_number, filter=how, scope=_SCOPE_NUMBERS[bank.layout.scope],
+                   flags=wire.CRITICAL | (wire.UPDATE if bank.update else 0), layout=number,
+                   first_vcpu=bank.first_vcpu, vcpu_count=count)
+
+
+def decode_bank(section: Section, layout: Layout) -> EncodedBank:
+    """Check a bank's header against its layout; the values stay encoded. Raises: Corrupt, LimitExceeded."""
+    rows = section.vcpu_count if layout.scope == Scope.VCPU else 1
+    if section.scope != _SCOPE_NUMBERS[layout.scope] or (layout.scope == Scope.VM and section.vcpu_count):
+        raise Corrupt("bank and layout have different scopes", offset=section.offset, section=section.title,
+                      field="scope", expected=layout.scope, found=wire.SCOPE_CODES[section.scope] or "none")
+    if rows < 1:
+        raise Corrupt("bank of no vCPU", offset=section.offset, section=section.title, field="vcpu_count")
+    if rows * layout.row_words * 8 > limits.MAX_MATRIX:
+        raise LimitExceeded("bank too large", offset=section.offset, section=section.title,
+                            expected=f"<= {limits.MAX_MATRIX} bytes", found=rows * layout.row_words * 8)
+    return EncodedBank(layout, section)
+
+
+# RAM.
+
+
+def _encode_ram_layout(layout: RamLayout) -> bytes:
+    head = wire.RAM_LAYOUT_HEAD.build({"page_size": PAGE, "count": len(layout.regions)})
+    return bytes(head) + b"".join(struct.pack("<QQ", r.guest_address, r.size) for r in layout.regions)
+
+
+def _decode_ram_layout(raw: bytes, _: Section) -> RamLayout:
+    head = wire.RAM_LAYOUT_HEAD.parse(raw)
+    if head.page_size != PAGE:
+        raise Corrupt("page size", field="page_size", expected=PAGE, found=head.page_size)
+    body = _body(raw, wire.RAM_LAYOUT_HEAD, head.count, 16)
+    return RamLayout(_regions([list(pair) for pair in struct.iter_unpack("<QQ", body)]))
+
+
+def encode_ram(runs: list[RamRun], level: int = codec.DEFAULT_LEVEL) -> Section:
+    """Return a section of ascending runs, at most `limits.RAM_CHUNK` bytes of data in all."""
+    head = wire.RAM_PAGES_HEAD.build({"count": len(runs)})
+    table = b"".join(_RUN.pack(r.guest_address, r.pages, wire.RUN_ZERO if r.data is None else wire.RUN_DATA, 0)
+                     for r in runs)
+    raw = b"".join((head, table, *(r.data for r in runs if r.data is not None)))
+    number, stored = codec.compress(raw, level)
+    return Section("RAMP", stored, len(raw), codec=number)
+
+
+def _ram_runs(section: Section) -> tuple[RamRun, ...]:
+    raw = codec.decompress(section.codec, bytes(section.stored), section.raw_length)
+    head = wire.RAM_PAGES_HEAD.parse(raw)
+    if not 1 <= head.count <= limits.MAX_RUNS:
+        raise LimitExceeded("runs", field="count", expected=f"1..{limits.MAX_RUNS}", found=head.count)
+    start = wire.RAM_PAGES_HEAD.sizeof()
+    data = start + head.count * _RUN.size
+    if data > len(raw):
+        raise Corrupt("payload shorter than its table", field="count", expected=f"{data} bytes", found=len(raw))
+    runs, view = [], memoryview(raw)
+    for address, pages, kind, reserved in _RUN.iter_unpack(view[start:data]):
+        length = _check_run(address, pages, kind, reserved, len(raw) - data)
+        runs.append(RamRun(address, pages, view[data:data + length] if kind == wire.RUN_DATA else None))
+        data += length
+    if data != len(raw):
+        raise Corrupt("bytes after the last run", field="data", expected=f"{data} bytes", found=len(raw))
+    return tuple(runs)
+
+
+def _check_run(address: int, pages: int, kind: int, reserved: int, left: int) -> int:
+    if kind not in (wire.RUN_DATA, wire.RUN_ZERO) or reserved or address % PAGE or not pages:
+        raise Corrupt("no such run", field=f"run at {address:#x}", found=f"kind {kind}, pages {pages}")
+    if address + pages * PAGE > limits.MAX_ADDRESS:
+        raise LimitExceeded("guest-physical address", field="pages", expected=f"<= {limits.MAX_ADDRESS:#x}")
+    length = pages * PAGE if kind == wire.RUN_DATA else 0
+    if length > left:
+        raise Corrupt("run longer than the section", field=f"run at {address:#x}", expected=f"<= {left}", found=length)
+    return length
+
+
+# One row a kind: (model type, payload -> model, model -> payload). BANK and RAMP keep their payload encoded.
+
+_Decoder = Callable[[bytes, Section], Any]
+_PLAIN: dict[str, tuple[type, _Decoder, Callable[[Any], bytes]]] = {
+    "MACH": (Machine, _decode_machine, _encode_machine),
+    "HOST": (HostSummary, _decode_host, _encode_host),
+    "REGL": (Layout, _decode_layout, _encode_layout),
+    "RAML": (RamLayout, _decode_ram_layout, _encode_ram_layout),
+    "OPAQ": (OpaqueState, _decode_opaque, _encode_opaque),
+}
+_KIND_OF = {model: kind for kind, (model, _, _) in _PLAIN.items()}
+
+
+def encode(item: Machine | HostSummary | Layout | RamLayout | OpaqueState) -> Section:
+    """Return the section of a model object (banks and RAM: `encode_bank`, `encode_ram`)."""
+    kind = _KIND_OF[type(item)]
+    raw = _PLAIN[kind][2](item)
+    scope = _SCOPE_NUMBERS[item.scope] if isinstance(item, Layout) else 0
+    return Section(kind, raw, len(raw), scope=scope, flags=wire.CRITICAL if wire.KINDS[kind].critical else 0)
+
+
+def decode(section: Section, layouts: list[Layout]) -> Item:
+    """Return what a section holds. `layouts` are those read so far. Raises: StreamError and below, with the place."""
+    known = wire.KINDS.get(section.kind)
+    if known is None or section.version > known.version:
+        if section.critical:
+            raise TooNew("unknown critical section; read it with a newer migstream", offset=section.offset,
+                         section=section.title, found=f"{section.kind!r} version {section.version}")
+        return Skipped(section.kind, section.version)
+    return gate(section, lambda: _decode_known(section, layouts))
+
+
+def _decode_known(section: Section, layouts: list[Layout]) -> Item:
+    _check_header_use(section)
+    if section.kind == "END ":
+        return End()
+    if section.kind == "RAMP":
+        return RamPages(_ram_runs(section))
+    if section.kind == "BANK":
+        if section.layout >= len(layouts):
+            raise Corrupt("no such layout", field="layout", expected=f"< {len(layouts)}", found=section.layout)
+        return decode_bank(section, layouts[section.layout])
+    raw = codec.decompress(section.codec, bytes(section.stored), section.raw_length)
+    item: Item = _PLAIN[section.kind][1](raw, section)
+    return item
+
+
+def _check_header_use(section: Section) -> None:
+    """Header fields that a kind has no use for are zero; a flag that is wrong for it is an error."""
+    if section.version < 1:
+        raise Corrupt("version 0", field="version")
+    unused = {"BANK": (), "REGL": ("layout", "first_vcpu", "vcpu_count", "filter")}.get(
+        section.kind, ("scope", "layout", "first_vcpu", "vcpu_count", "filter"))
+    for name in unused:
+        if getattr(section, name):
+            raise Corrupt("header field has no use here and is not zero", field=name, found=getattr(section, name))
+    if section.kind != "BANK" and section.flags & wire.UPDATE:
+        raise Corrupt("update flag on something that is not a bank", field="flags")
+    if wire.KINDS[section.kind].critical != section.critical:
+        raise Corrupt("critical flag differs from the specification", field="flags", found=f"{section.flags:#x}")

@@ -1,0 +1,13 @@
+"""save() and restore(): the only loops that read, write and call a backend.
+
+The sequence of a save: prologue (machine, layouts, what can't change once the VM has run) while the guest runs; pause;
+registers; RAM; banks; end. Of a restore: prologue, plan, refuse here with nothing made; VM, vCPUs, prologue registers;
+then RAM and the rest as the bytes arrive, the clock last.
+"""
+
+from migstream.transport.restorer import Restorer, restore
+from migstream.transport.saver import Prologue, capture, capture_prologue, save
+from migstream.transport.streams import Sink, Source, open_output, open_source, read_items
+
+__all__ = ["Prologue", "Restorer", "Sink", "Source", "capture", "capture_prologue", "open_output", "open_source",
+           "read_items", "restore", "save"]

@@ -1,0 +1,168 @@
+"""Restoring: plan from the prologue, make the VM, write banks as they arrive, account for every refusal."""
+
+from __future__ import annotations
+
+
+from migstream import ram
+from migstream.backends.base import Backend, Refusal, Vm
+from migstream.errors import RestoreFailed, UsageError
+from migstream.frames import Section
+from migstream.model import Bank, Klass, Layout, OpaqueState, Phase, Scope
+from migstream.plan import Plan, Step, make_plan
+from migstream.reader import StreamReader
+from migstream.registers.catalogue import lookup
+from migstream.report import Report
+from migstream.sections import EncodedBank, Item, RamPages
+from migstream.transport import readback as check
+from migstream.transport.tsc import restore_offsets
+from migstream.transport.streams import Source, read_items
+from migstream.transport.written import Written, columns
+
+
+class Restorer:
+    """One restore, incremental: give it the sections as they arrive.
+
+    A context manager: the VM is closed unless `finish()` gave it to the caller.
+    """
+
+    def __init__(self, backend: Backend, *, readback: bool = False) -> None:
+        self.reader = StreamReader()
+        self.report = Report()
+        self.opaque: list[OpaqueState] = []
+        self._backend, self._readback = backend, readback
+        self._plan: Plan | None = None
+        self._vm: Vm | None = None
+        self._written: list[Written] = []
+        self._refused: list[tuple[Refusal, Written]] = []
+
+    def __enter__(self) -> Restorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._vm is not None:
+            self._vm.close()
+
+    def take(self, section: Section, item: Item) -> None:
+        """Act on one section. Raises: DoesNotFit before anything was made; StreamError, RestoreFailed, BackendError."""
+        if isinstance(item, EncodedBank):
+            self._bank(self._ready(), section.layout, item)
+        elif isinstance(item, RamPages):
+            with self.report.phase("ram"):
+                ram.load(self._with_vcpus(self._ready()).memory, item.runs)
+        elif isinstance(item, OpaqueState):
+            self.opaque.append(item)
+
+    def finish(self) -> tuple[Vm, Report]:
+        """Settle refusals, read back when asked, and hand over the VM: complete, paused, the caller's to close.
+
+        Raises: RestoreFailed, DoesNotFit.
+        """
+        vm = self._with_vcpus(self._ready())
+        with self.report.phase("clock (vcpu)"):
+            restore_offsets(vm, self._written, self.report)
+        self._settle(vm)
+        if self._readback:
+            with self.report.phase("readback"):
+                check.compare(vm, self._written, self.report)
+        self.report.bytes = self.reader.frames.offset
+        self.report.notes += [f"skipped unknown section {s.kind!r} version {s.version}" for s in self.reader.skipped]
+        self._vm = None
+        return vm, self.report
+
+    def _ready(self) -> Vm:
+        """The VM; made when the first thing comes that has to be put into it, if the plan allows."""
+        if self._vm is None:
+            machine = self.reader.machine
+            if machine is None:
+                raise UsageError("the stream has not begun")
+            with self.report.phase("plan"):
+                self._plan = make_plan(machine, self.reader.layouts, self._backend.profile()).require()
+                self.report.verdicts = [v for v in self._plan.verdicts if v.reason]
+            with self.report.phase("create"):
+                self._vm = self._backend.create(machine)
+        return self._vm
+
+    def _with_vcpus(self, vm: Vm) -> Vm:
+        with self.report.phase("create"):
+            vm.create_vcpus()
+        return vm
+
+    def _bank(self, vm: Vm, number: int, encoded: EncodedBank) -> None:
+        assert self._plan is not None
+        step = self._plan.steps[number]
+        with self.report.phase("decode"):
+            bank = encoded.decode()
+        if (step.source.scope, step.source.phase) != (Scope.VM, Phase.CREATE):
+            self._with_vcpus(vm)
+        if step.target is None:
+            self._written.append(Written(step, step.source, bank, None))
+        elif bank.update:
+            self._update(vm, Written(step, step.target, bank, step.fit(bank.values)))
+        else:
+            self._write(vm, Written(step, step.target, bank, step.fit(bank.values)))
+
+    def _write(self, vm: Vm, done: Written) -> None:
+        assert done.values is not None
+        name = done.target.phase.name.lower()
+        with self.report.phase(f"{name} ({done.target.scope})"):
+            refused = vm.write(done.target, done.bank.first_vcpu, done.values)
+        self.report.count(name, done.target.scope, done.bank.rows * len(done.target.slots))
+        self._refused += [(no, done) for no in refused]
+        self._written.append(done)
+
+    def _update(self, vm: Vm, now: Written) -> None:
+        """Write the registers that changed between prologue and pause, and these alone."""
+        before = next(w for w in self._written if w.step is now.step)
+        assert now.values is not None and before.values is not None
+        changed = [column for column, slot in enumerate(now.target.slots)
+                   if (words := columns(now.target, column)) and (now.values[0, words] != before.values[0, words]).any()]
+        self._written.remove(before)
+        self._written.append(now)
+        for column in changed:
+            layout = Layout(now.target.scope, now.target.phase, (now.target.slots[column],))
+            part = now.values[:, columns(now.target, column)].copy()
+            refused = vm.write(layout, 0, part)
+            self.report.count("update", Scope.VM, 1)
+            self._refused += [(no, now) for no in refused]
+
+    def _settle(self, vm: Vm) -> None:
+        """A refused write lost nothing where the register has the value anyway; else the restore has failed."""
+        fatal = []
+        for refusal, done in self._refused:
+            reason = _harmless(vm, refusal, done)
+            self.report.refused.append((refusal, reason))
+            if not reason:
+                fatal.append(str(refusal))
+        if fatal:
+            more = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""
+            raise RestoreFailed(f"the target refused {fatal[0]}{more}; the VM was destroyed", self.report)
+
+
+def _harmless(vm: Vm, refusal: Refusal, done: Written) -> str:
+    """Why a refused write lost nothing; "" where it did."""
+    import numpy as np
+
+    assert done.values is not None
+    column = done.target.index[refusal.register]
+    alone = Layout(done.target.scope, done.target.phase, (done.target.slots[column],))
+    actual = np.zeros((1, alone.row_words), np.uint64)
+    unread = vm.read(alone, refusal.vcpu or 0, actual)
+    row = 0 if refusal.vcpu is None else refusal.vcpu - done.bank.first_vcpu
+    if not unread and (actual[0] == done.values[row, columns(done.target, column)]).all():
+        return "the register has this value already"
+    return "it runs by itself" if lookup(refusal.register).klass == Klass.CLOCK else ""
+
+
+def restore(source: Source, backend: Backend, *, readback: bool = False) -> tuple[Vm, Report]:
+    """Restore a stream into a fresh VM, which is complete and paused; `vm.start()` lets it run.
+
+    Args:
+        source: read in order to the end of the stream. backend: where the VM is made.
+        readback: read every register back and compare.
+
+    Raises: StreamError and below, DoesNotFit (nothing was made), RestoreFailed (the VM was closed), BackendError.
+    """
+    with Restorer(backend, readback=readback) as restorer:
+        for section, item in read_items(source, restorer.reader):
+            restorer.take(section, item)
+        return restorer.finish()

@@ -1,0 +1,165 @@
+"""Saving: capture from a backend, encode, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from migstream import codec, limits, ram, sections
+from migstream.backends.base import Refusal, Vm
+from migstream.errors import BackendError, OutputError
+from migstream.frames import FrameWriter, Section
+from migstream.model import Bank, HostSummary, Layout, OpaqueState, Phase, Scope
+from migstream.report import Report
+from migstream.sections import RamLayout
+from migstream.transport.streams import Sink
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """What is captured before the pause.
+
+    Attributes:
+        layouts: all layouts of the VM, also of what follows later. banks: values of the prologue's layouts.
+        refused: registers that the host lists and refuses to read.
+    """
+
+    layouts: tuple[Layout, ...]
+    banks: tuple[Bank, ...]
+    refused: tuple[Refusal, ...]
+
+
+def capture_prologue(vm: Vm) -> Prologue:
+    """Capture what can't change once the VM has run. Call it before the first run, or while the vCPUs stand still.
+
+    Raises: BackendError.
+    """
+    layouts, refused = vm.layouts()
+    banks = tuple(bank for layout in layouts if layout.phase.prologue for bank in capture(vm, layout))
+    return Prologue(layouts, banks, tuple(refused))
+
+
+def capture(vm: Vm, layout: Layout) -> list[Bank]:
+    """Read all rows of a layout, split so that each bank is within the limits. Raises: BackendError by name."""
+    import numpy as np
+
+    rows = vm.machine.vcpus if layout.scope == Scope.VCPU else 1
+    step = max(limits.MAX_MATRIX // (layout.row_words * 8), 1)
+    banks = []
+    for first in range(0, rows, step):
+        values = np.zeros((min(step, rows - first), layout.row_words), np.uint64)
+        _raise_first(vm.read(layout, first, values))
+        banks.append(Bank(layout, first, values))
+    return banks
+
+
+def _raise_first(refused: Sequence[Refusal]) -> None:
+    if refused:
+        first = refused[0]
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise BackendError(first.operation, errno=max(first.errno, 0), vcpu=first.vcpu, what=f"{first}{more}")
+
+
+class Saver:
+    """One save onto a sink, in two calls: `prologue()` while the guest may run, `state()` once it is paused."""
+
+    def __init__(self, vm: Vm, out: Sink, *, host: HostSummary, level: int = codec.DEFAULT_LEVEL) -> None:
+        self.vm, self.host, self.report = vm, host, Report()
+        self._out, self._level = out, codec.check_level(level)
+        self._frames = FrameWriter(vm.machine.arch)
+        self._prologue: Prologue | None = None
+
+    def prologue(self, captured: Prologue | None = None) -> None:
+        """Write the part that is sent before the pause. Raises: BackendError, OutputError."""
+        with self.report.phase("prologue"):
+            captured = self._prologue = captured or capture_prologue(self.vm)
+            self._write([self._frames.begin()])
+            notes = tuple(f"not readable here: {no}" for no in captured.refused)
+            self.report.notes += notes
+            self._send(sections.encode(self.vm.machine))
+            self._send(sections.encode(HostSummary(self.host.kernel, self.host.cpu, self.host.backend, notes)))
+            for layout in captured.layouts:
+                self._send(sections.encode(layout))
+            for bank in captured.banks:
+                self._bank(bank)
+
+    def state(self, *, ram_too: bool = True, opaque: Sequence[OpaqueState] = ()) -> Report:
+        """Write all the rest; the vCPUs stand still. Raises: BackendError, OutputError."""
+        assert self._prologue is not None
+        with self.report.phase("registers"):
+            banks = [bank for layout in self._prologue.layouts if not layout.phase.prologue
+                     for bank in capture(self.vm, layout)]
+            updates = self._changed(self._prologue)
+        with self.report.phase("encode"):
+            for bank in updates:
+                self._bank(bank)
+        if ram_too:
+            with self.report.phase("ram"):
+                self._ram()
+        with self.report.phase("encode"):
+            for bank in banks:
+                self._bank(bank)
+            for item in opaque:
+                self._send(sections.encode(item))
+            self._write(self._frames.end())
+        self.report.bytes = self._frames.offset
+        return self.report
+
+    def _changed(self, prologue: Prologue) -> list[Bank]:
+        """VM-wide registers that a guest may write are sent early and looked at again: changed ones go twice."""
+        late = [bank for bank in prologue.banks if bank.layout.scope == Scope.VM and bank.layout.phase == Phase.FEATURE]
+        now = [(old, capture(self.vm, old.layout)[0]) for old in late]
+        return [Bank(new.layout, 0, new.values, update=True) for old, new in now if (old.values != new.values).any()]
+
+    def _bank(self, bank: Bank) -> None:
+        assert self._prologue is not None
+        self.report.count(bank.layout.phase.name.lower(), bank.layout.scope, bank.rows * len(bank.layout.slots))
+        self._raw("registers", bank.values.nbytes)
+        self._send(sections.encode_bank(bank, self._prologue.layouts.index(bank.layout), self._level))
+
+    def _ram(self) -> None:
+        regions = self.vm.memory.regions
+        self._send(sections.encode(RamLayout(regions)))
+        self._raw("ram", sum(region.size for region in regions))
+        for group in ram.pack(ram.runs(self.vm.memory, regions)):
+            self._send(sections.encode_ram(group, self._level))
+
+    def _raw(self, what: str, size: int) -> None:
+        self.report.raw_bytes[what] = self.report.raw_bytes.get(what, 0) + size
+
+    def _send(self, section: Section) -> None:
+        self._write(self._frames.send(section))
+
+    def _write(self, buffers: Sequence[bytes | memoryview]) -> None:
+        try:
+            for buffer in buffers:
+                self._out.write(buffer)
+        except OSError as error:
+            raise OutputError(f"writing the stream: {error.strerror or error}") from error
+
+
+def save(vm: Vm, out: Sink, *, host: HostSummary, pause: Callable[[], None], prologue: Prologue | None = None,
+         level: int = codec.DEFAULT_LEVEL, opaque: Sequence[OpaqueState] = ()) -> Report:
+    """Save a VM onto a sink and leave it paused.
+
+    Args:
+        vm: where to read. out: takes the bytes in order; never asked to seek.
+        host: for the stream's host section: `backend.summary()`.
+        pause: called once, after the prologue was written: stops the vCPUs (`vm.pause`, or the VMM's own).
+        prologue: from `capture_prologue`, taken earlier. KVM lets nobody read a vCPU that runs, so a guest that is
+            running needs it; without it the prologue is read here, after `pause`.
+        level: zstd level; 0 stores.
+        opaque: device state that the caller emulates itself.
+
+    Raises: BackendError, OutputError. The VM is left paused then, too.
+    """
+    saver = Saver(vm, out, host=host, level=level)
+    if prologue is None:
+        with saver.report.phase("pause"):
+            pause()
+        saver.prologue()
+    else:
+        saver.prologue(prologue)
+        with saver.report.phase("pause"):
+            pause()
+    return saver.state(opaque=opaque)

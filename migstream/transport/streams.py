@@ -1,0 +1,110 @@
+"""Where bytes come from and go to: files under a temporary name, pipes, sockets."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from migstream.errors import OutputError
+from migstream.frames import MAX_FEED, Section
+from migstream.reader import StreamReader
+from migstream.sections import EncodedBank, Item
+
+
+class Sink(Protocol):
+    """Anything with a `write`: a file, a pipe, a socket's makefile."""
+
+    def write(self, data: bytes | memoryview, /) -> object:
+        """Take all of `data`."""
+
+
+class Source(Protocol):
+    """Anything with a `read`."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to `size` bytes, none at the end."""
+
+
+def read_items(source: Source, reader: StreamReader) -> Iterator[tuple[Section, Item]]:
+    """Give the sections of a stream as they come, to its end. Raises: StreamError and below, OutputError."""
+    while reader.wanted:
+        data = _read(source, min(reader.wanted, MAX_FEED))
+        if not data:
+            reader.end_of_input()
+        reader.feed(data)
+        while (found := reader.next()) is not None:
+            yield found
+    reader.feed(_read(source, 1))
+    reader.next()
+
+
+def _read(source: Source, size: int) -> bytes:
+    try:
+        return source.read(size)
+    except OSError as error:
+        raise OutputError(f"reading the stream: {error.strerror or error}") from error
+
+
+def verify(source: Source, reader: StreamReader) -> int:
+    """Read a stream to its end, decode everything, and return its length in bytes. Raises: StreamError and below."""
+    for _, item in read_items(source, reader):
+        if isinstance(item, EncodedBank):
+            item.decode()
+    return reader.frames.offset
+
+
+@contextmanager
+def open_source(name: str) -> Iterator[BinaryIO]:
+    """Open a stream file, or standard input for `-`. Raises: OutputError."""
+    if name == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        file = open(name, "rb")
+    except OSError as error:
+        raise OutputError(f"{name}: {error.strerror}") from error
+    with file:
+        yield file
+
+
+@contextmanager
+def open_output(name: str, check: Callable[[BinaryIO], object] | None = None) -> Iterator[BinaryIO]:
+    """Give a file to write; it gets its final name only when the body has ended well and `check` has read it back.
+
+    A writer that is killed leaves at most a hidden `.NAME.*.partial` beside it. `-` is standard output, which is
+    written as it comes. Raises: OutputError, and what `check` raises.
+    """
+    if name == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    target = Path(name)
+    try:
+        fd, temporary = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
+    except OSError as error:
+        raise OutputError(f"{name}: {error.strerror}") from error
+    try:
+        with open(fd, "w+b") as file:
+            yield file
+            _finish(file, target, check)
+        os.replace(temporary, target)
+    except OSError as error:
+        os.unlink(temporary)
+        raise OutputError(f"{name}: {error.strerror}") from error
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _finish(file: BinaryIO, target: Path, check: Callable[[BinaryIO], object] | None) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    os.fchmod(file.fileno(), 0o600)
+    if check:
+        file.seek(0)
+        check(file)
