@@ -56,6 +56,7 @@ class StreamError(MigstreamError):
     def __init__(self, what: str, *, offset: int | None = None, section: str = "", field: str = "",
                  expected: object = "", found: object = "") -> None:
         self.what, self.offset, self.section, self.field = what, offset, section, field
+        self.file = ""
         self.expected, self.found = printable(expected), printable(found)
         super().__init__(what)
 
@@ -66,8 +67,14 @@ class StreamError(MigstreamError):
         self.section = self.section or section
         return self
 
+    def in_file(self, name: str) -> StreamError:
+        """Fill in the file that the stream came from, and return the error itself."""
+        self.file = name
+        return self
+
     def __str__(self) -> str:
-        place = "" if self.offset is None else f"offset {self.offset}: "
+        place = f"{printable(self.file)}: " if self.file else ""
+        place += "" if self.offset is None else f"offset {self.offset}: "
         subject = ".".join(printable(p) for p in (self.section, self.field) if p)
         line = f"{place}{subject + ': ' if subject else ''}{self.what}"
         if self.expected:

@@ -110,7 +110,7 @@ class FrameReader:
     def feed(self, data: bytes | memoryview) -> None:
         """Take bytes (at most `MAX_FEED`; copied). Raises: UsageError, or the error that killed this reader."""
         self._check_alive()
-        if len(data) > MAX_FEED or len(self._buffer) > limits.MAX_STORED + MAX_FEED:
+        if memoryview(data).nbytes > MAX_FEED or len(self._buffer) > limits.MAX_STORED + MAX_FEED:
             raise UsageError(f"feed() takes at most {MAX_FEED} bytes at once; take the sections out between calls")
         self._buffer += data
 
@@ -202,7 +202,7 @@ class FrameReader:
             raise Corrupt("padding is not zero", offset=self._base - len(padding), section=section.title)
         self._header = None
         self._count += 1
-        if section.kind == "END ":
+        if section.kind == "END " and section.version == wire.KINDS["END "].version:
             self._check_end(section)
         return section
 
@@ -236,7 +236,8 @@ def _check_preamble(data: bytes) -> Preamble:
     where: dict[str, Any] = {"offset": 0, "section": "preamble"}
     crc = int.from_bytes(data[-4:], "little")
     if crc32c(data[:-4]) != crc:
-        raise Corrupt("checksum is wrong", field="crc", expected=f"{crc32c(data[:-4]):08x}", found=f"{crc:08x}", **where)
+        raise Corrupt("checksum is wrong", field="crc", expected=f"{crc32c(data[:-4]):08x}", found=f"{crc:08x}",
+                      **where)
     major = int.from_bytes(data[8:10], "little")
     if major > wire.MAJOR:
         raise TooNew("the stream is of a newer major version; read it with a newer migstream", field="major",
@@ -253,8 +254,9 @@ def _check_preamble(data: bytes) -> Preamble:
 
 _HEADER_RULES: tuple[tuple[str, Callable[[Any], bool], type[StreamError], str], ...] = (
     ("kind", lambda h: all(0x20 <= c < 0x7F for c in h.kind), Corrupt, "kind is not four printable characters"),
+    ("version", lambda h: h.version >= 1, Corrupt, "version 0"),
     ("flags", lambda h: not h.flags & ~wire.FLAGS, TooNew, "unknown section flag"),
-    ("scope", lambda h: h.scope in wire.SCOPE_CODES, Corrupt, "unknown scope"),
+    ("scope", lambda h: h.scope in wire.SCOPE_CODES, TooNew, "unknown scope"),
     ("codec", lambda h: h.codec in wire.CODECS, TooNew, "unknown codec"),
     ("filter", lambda h: h.filter in wire.FILTERS, TooNew, "unknown filter"),
     ("stored_length", lambda h: h.stored_length <= limits.MAX_STORED, LimitExceeded, "section too long"),

@@ -26,6 +26,9 @@ MAX_SLOTS = 8192
 MAX_LAYOUTS = 64
 """Layouts of a stream: two scopes x six phases, and room."""
 
+MAX_STATE = 128 << 10
+"""Bytes of all rows of one vCPU, and of the VM: a whole stream decodes to at most 4096 x this, 512 MiB."""
+
 MAX_REGIONS = 512
 """RAM regions: KVM's common limit of user memory slots before 5.x."""
 
@@ -36,7 +39,16 @@ MAX_TEXT = 1 << 20
 """Bytes of a msgpack payload other than opaque state."""
 
 MAX_MSGPACK_DEPTH = 8
-"""Nesting of a msgpack payload."""
+"""Nesting of a msgpack payload; the outermost value is at depth 1."""
+
+MAX_ITEMS = 65536
+"""Values in a msgpack payload, counted before one is made: 16 MiB of empty arrays would be 1.3 GiB of objects."""
+
+MAX_OPAQUE = 64 << 20
+"""Bytes of all opaque sections before the codec; a restorer holds them to the end."""
+
+MAX_SKIPPED = 1024
+"""Unknown ancillary sections of a stream; each is kept to be reported."""
 
 MAX_ADDRESS = 1 << 52
 """Guest-physical addresses: the most that x86-64 and arm64 (LPA) define."""

@@ -13,9 +13,10 @@ from typing import Any
 from migstream import limits
 from migstream.errors import Corrupt, LimitExceeded, StreamError
 from migstream.frames import FrameReader, Preamble, Section
-from migstream.model import PAGE, HostSummary, Layout, Machine, OpaqueState, Phase, Scope
+from migstream.model import PAGE, HostSummary, Layout, Machine, OpaqueState, Phase, Scope, Slot
 from migstream.registers.catalogue import fits_arch, lookup
-from migstream.sections import EncodedBank, RamPages, End, Item, RamLayout, Skipped, decode
+from migstream.sections import EncodedBank, End, Item, RamLayout, RamPages, Skipped, decode
+from migstream.wire import x86_64 as structs
 
 
 class StreamReader:
@@ -37,6 +38,8 @@ class StreamReader:
         self._updated: set[int] = set()
         self._ram: list[tuple[int, int]] | None = None
         self._scopes: dict[int, Scope] = {}
+        self._row_bytes = dict.fromkeys(Scope, 0)
+        self._opaque_bytes = 0
 
     @property
     def preamble(self) -> Preamble | None:
@@ -71,6 +74,8 @@ class StreamReader:
 
     def _check(self, section: Section, item: Item) -> None:
         if isinstance(item, Skipped):
+            if len(self.skipped) >= limits.MAX_SKIPPED:
+                raise LimitExceeded("unknown ancillary sections", expected=f"<= {limits.MAX_SKIPPED}")
             self.skipped.append(item)
             return
         rank = _rank(item)
@@ -127,6 +132,11 @@ class StreamReader:
         assert self.machine is not None
         for slot in layout.slots:
             self._check_slot(slot.id, layout.scope, self.machine)
+            _check_size(slot)
+        self._row_bytes[layout.scope] += layout.row_words * 8
+        if self._row_bytes[layout.scope] > limits.MAX_STATE:
+            raise LimitExceeded(f"all rows of one {layout.scope}", expected=f"<= {limits.MAX_STATE} bytes",
+                                found=self._row_bytes[layout.scope])
         self.layouts.append(layout)
 
     def _check_slot(self, id: int, scope: Scope, machine: Machine) -> None:
@@ -173,6 +183,11 @@ class StreamReader:
         for run in ram.runs:
             self._account_run(self._ram, run.guest_address, run.pages * PAGE)
 
+    def _on_opaque(self, section: Section, state: OpaqueState) -> None:
+        self._opaque_bytes += section.raw_length
+        if self._opaque_bytes > limits.MAX_OPAQUE:
+            raise LimitExceeded("opaque state", expected=f"<= {limits.MAX_OPAQUE} bytes", found=self._opaque_bytes)
+
     def _account_run(self, missing: list[tuple[int, int]], start: int, length: int) -> None:
         expected = missing[0] if missing else (0, 0)
         if start != expected[0] or start + length > expected[1]:
@@ -182,6 +197,14 @@ class StreamReader:
         missing[0] = (start + length, expected[1])
         if start + length == expected[1]:
             del missing[0]
+
+
+def _check_size(slot: Slot) -> None:
+    """A kernel reads a whole struct, whatever size the stream says: a shorter column would leak what follows."""
+    row = lookup(slot.id)
+    exact, least = row.size, structs.STRUCTS[row.struct].minimum if row.size is None and row.struct else 0
+    if row.known and (slot.size != exact if exact is not None else slot.size < least):
+        raise Corrupt("register of another size", field=row.name, expected=exact or f">= {least}", found=slot.size)
 
 
 _PROLOGUE, _UPDATE, _RAM, _BLACKOUT, _END = 3, 4, 6, 7, 9
@@ -205,4 +228,5 @@ _HANDLERS: dict[type, Callable[[StreamReader, Section, Any], None]] = {
     EncodedBank: StreamReader._on_bank,
     RamLayout: StreamReader._on_ram_layout,
     RamPages: StreamReader._on_ram,
+    OpaqueState: StreamReader._on_opaque,
 }

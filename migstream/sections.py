@@ -15,7 +15,7 @@ import msgpack
 from construct import Construct, ConstructError
 
 from migstream import codec, limits
-from migstream.errors import Corrupt, LimitExceeded, StreamError, TooNew, UsageError
+from migstream.errors import Corrupt, LimitExceeded, StreamError, TooNew, UsageError, printable
 from migstream.frames import Section
 from migstream.model import (
     PAGE,
@@ -32,7 +32,9 @@ from migstream.model import (
     Slot,
 )
 from migstream.registers import ids
+from migstream.registers.catalogue import lookup
 from migstream.wire import stream as wire
+from migstream.wire import x86_64 as structs
 
 if TYPE_CHECKING:
     from migstream.model import Words
@@ -81,6 +83,7 @@ class EncodedBank:
         raw = codec.decompress(self.section.codec, bytes(self.section.stored), self.section.raw_length)
         values = codec.unfilter_bank(raw, self.section.filter, self.rows, self.layout.row_words)
         check_padding(self.layout, values)
+        check_counts(self.layout, values)
         return Bank(self.layout, self.first_vcpu, values, self.update)
 
 
@@ -117,7 +120,7 @@ def gate(section: Section, step: Callable[[], _T]) -> _T:
         field = str(getattr(error, "path", "") or "").removeprefix("(parsing) -> ").strip()
         raise Corrupt("payload does not match its layout", field=field).at(section.offset, section.title) from error
     except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as error:
-        raise Corrupt(f"payload: {error}").at(section.offset, section.title) from error
+        raise Corrupt(f"payload: {printable(error)}").at(section.offset, section.title) from error
 
 
 # msgpack payloads: one canonical form, so that the same state gives the same bytes.
@@ -136,8 +139,8 @@ def _sorted(value: Any) -> Any:
 def _unpack(raw: bytes, fields: dict[str, type], limit: int = limits.MAX_TEXT) -> dict[str, Any]:
     if len(raw) > limit:
         raise LimitExceeded("msgpack payload too long", expected=f"<= {limit}", found=len(raw))
-    value = msgpack.unpackb(raw, raw=False, strict_map_key=True, ext_hook=_no_extension)
-    _check_depth(value)
+    _check_structure(raw)
+    value = msgpack.unpackb(raw, raw=False, strict_map_key=True)
     if not isinstance(value, dict) or value.keys() != fields.keys():
         found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
         raise Corrupt("wrong fields", expected=sorted(fields), found=found)
@@ -149,22 +152,57 @@ def _unpack(raw: bytes, fields: dict[str, type], limit: int = limits.MAX_TEXT) -
     return value
 
 
-def _no_extension(code: int, data: bytes) -> Any:
-    raise ValueError(f"msgpack extension type {code}")
+_LEAVES = {
+    **dict.fromkeys((*range(0x80), *range(0xE0, 0x100)), 0),  # integers in the byte itself
+    **{0xA0 + length: length for length in range(32)},        # short strings
+    0xC2: 0, 0xC3: 0,                                         # false, true
+    0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8,                       # unsigned
+    0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8,                       # signed
+}
+"""First byte of a value of known length: bytes after it. nil, floats and extensions are in no field of ours."""
+
+_SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+"""First byte of bytes and strings: width of the length that follows."""
+
+_OPENING = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
+"""First byte of arrays and maps: width of the count that follows, values for each of it."""
+
+_INLINE = {**{0x90 + count: count for count in range(16)}, **{0x80 + count: 2 * count for count in range(16)}}
+"""First byte of short arrays and maps: values in them."""
 
 
-def _check_depth(value: Any) -> None:
-    level = [value]
-    for _ in range(limits.MAX_MSGPACK_DEPTH):
-        level = [child for node in level for child in _children(node)]
-    if level:
-        raise LimitExceeded("msgpack nested too deep", expected=f"<= {limits.MAX_MSGPACK_DEPTH}")
+def _check_structure(raw: bytes) -> None:
+    """Walk the values and build none: objects are made once their number and depth are known to be small."""
+    position, items, open_counts = 0, 1, [1]
+    while open_counts:
+        open_counts[-1] -= 1
+        length, children = _token(raw, position)
+        position, items = position + length, items + children
+        if items > limits.MAX_ITEMS:
+            raise LimitExceeded("values in a msgpack payload", expected=f"<= {limits.MAX_ITEMS}", found=items)
+        if children:
+            open_counts.append(children)
+        if len(open_counts) > limits.MAX_MSGPACK_DEPTH:
+            raise LimitExceeded("msgpack nested too deep", expected=f"<= {limits.MAX_MSGPACK_DEPTH}")
+        while open_counts and not open_counts[-1]:
+            open_counts.pop()
+    if position != len(raw):
+        raise Corrupt("msgpack payload and its one value differ in length", expected=position, found=len(raw))
 
 
-def _children(node: Any) -> Iterable[Any]:
-    if isinstance(node, dict):
-        return node.values()
-    return node if isinstance(node, list) else ()
+def _token(raw: bytes, position: int) -> tuple[int, int]:
+    """Bytes of the value at `position` without the values in it, and how many values those are."""
+    first = raw[position] if position < len(raw) else -1
+    if first in _LEAVES:
+        return 1 + _LEAVES[first], 0
+    if first in _INLINE:
+        return 1, _INLINE[first]
+    width, each = _OPENING.get(first, (_SIZED.get(first, 0), 0))
+    if not width:
+        what = "a type that no field has" if first >= 0 else "cut short"
+        raise Corrupt(f"msgpack: {what}", field=f"payload byte {position}", found=f"{first:#04x}" if first >= 0 else "")
+    count = int.from_bytes(raw[position + 1:position + 1 + width], "big")
+    return (1 + width, each * count) if each else (1 + width + count, 0)
 
 
 def _typed_list(value: list[Any], kind: type, name: str) -> list[Any]:
@@ -200,7 +238,8 @@ def _regions(pairs: list[Any]) -> tuple[MemoryRegion, ...]:
             raise Corrupt("memory regions must be ascending, apart and whole pages", field="memory", found=pair)
         end = pair[0] + pair[1]
     if end > limits.MAX_ADDRESS:
-        raise LimitExceeded("guest-physical address", field="memory", expected=f"<= {limits.MAX_ADDRESS:#x}", found=hex(end))
+        raise LimitExceeded("guest-physical address", field="memory", expected=f"<= {limits.MAX_ADDRESS:#x}",
+                            found=hex(end))
     return tuple(MemoryRegion(*pair) for pair in pairs)
 
 
@@ -250,7 +289,8 @@ def _decode_layout(raw: bytes, section: Section) -> Layout:
 def _body(raw: bytes, head: Construct[Any, Any], count: int, each: int) -> memoryview:
     expected = head.sizeof() + count * each
     if len(raw) != expected:
-        raise Corrupt("payload length differs from its count", field="count", expected=f"{expected} bytes", found=len(raw))
+        raise Corrupt("payload length differs from its count", field="count", expected=f"{expected} bytes",
+                      found=len(raw))
     return memoryview(raw)[head.sizeof():]
 
 
@@ -273,6 +313,22 @@ def check_padding(layout: Layout, values: Words) -> None:
             raise Corrupt("bytes past the register's size are not zero", field=f"{slot.id:#018x}")
 
 
+def check_counts(layout: Layout, values: Words) -> None:
+    """Refuse a value that counts more than its register holds: a kernel would read on past it. Raises: Corrupt."""
+    for column, slot in enumerate(layout.slots):
+        name = lookup(slot.id).struct
+        if name not in structs.COUNTS:
+            continue
+        count = structs.COUNTS[name]
+        capacity = count.capacity if count.capacity is not None else slot.size
+        if count.entry:
+            capacity = min(capacity, (slot.size - structs.STRUCTS[name].minimum) // count.entry)
+        words = values[:, layout.offsets[column] + count.offset // 8] >> (count.offset % 8 * 8) & 0xFFFF_FFFF
+        if (words > capacity).any():
+            raise Corrupt("count in the value is beyond its register", field=f"{lookup(slot.id).name}.{count.field}",
+                          expected=f"<= {capacity}", found=int(words.max()))
+
+
 def encode_bank(bank: Bank, number: int, level: int = codec.DEFAULT_LEVEL, how: int = codec.DELTA) -> Section:
     """Return the section of one bank. `number` is its layout's position among the stream's layouts."""
     raw = codec.filter_bank(bank.values, how)
@@ -291,6 +347,9 @@ def decode_bank(section: Section, layout: Layout) -> EncodedBank:
     if section.scope != _SCOPE_NUMBERS[layout.scope] or (layout.scope == Scope.VM and section.vcpu_count):
         raise Corrupt("bank and layout have different scopes", offset=section.offset, section=section.title,
                       field="scope", expected=layout.scope, found=wire.SCOPE_CODES[section.scope] or "none")
+    if layout.scope == Scope.VM and section.first_vcpu:
+        raise Corrupt("a VM bank has no vCPU", offset=section.offset, section=section.title, field="first_vcpu",
+                      expected=0, found=section.first_vcpu)
     if rows < 1:
         raise Corrupt("bank of no vCPU", offset=section.offset, section=section.title, field="vcpu_count")
     if rows * layout.row_words * 8 > limits.MAX_MATRIX:
@@ -309,6 +368,8 @@ def _encode_ram_layout(layout: RamLayout) -> bytes:
 
 def _decode_ram_layout(raw: bytes, _: Section) -> RamLayout:
     head = wire.RAM_LAYOUT_HEAD.parse(raw)
+    if head.count > limits.MAX_REGIONS:
+        raise LimitExceeded("memory regions", field="count", expected=f"<= {limits.MAX_REGIONS}", found=head.count)
     if head.page_size != PAGE:
         raise Corrupt("page size", field="page_size", expected=PAGE, found=head.page_size)
     body = _body(raw, wire.RAM_LAYOUT_HEAD, head.count, 16)
@@ -369,16 +430,28 @@ _KIND_OF = {model: kind for kind, (model, _, _) in _PLAIN.items()}
 
 
 def encode(item: Machine | HostSummary | Layout | RamLayout | OpaqueState) -> Section:
-    """Return the section of a model object (banks and RAM: `encode_bank`, `encode_ram`)."""
+    """Return the section of a model object (banks and RAM: `encode_bank`, `encode_ram`).
+
+    What a reader would refuse is refused here, while the guest that it describes still exists. Raises: UsageError.
+    """
     kind = _KIND_OF[type(item)]
     raw = _PLAIN[kind][2](item)
     scope = _SCOPE_NUMBERS[item.scope] if isinstance(item, Layout) else 0
-    return Section(kind, raw, len(raw), scope=scope, flags=wire.CRITICAL if wire.KINDS[kind].critical else 0)
+    flags = wire.CRITICAL if wire.KINDS[kind].critical else 0
+    section = Section(kind, raw, len(raw), scope=scope, flags=flags)
+    try:
+        decode(section, [])
+    except StreamError as error:
+        raise UsageError(f"can't be saved: {error}") from error
+    return section
 
 
 def decode(section: Section, layouts: list[Layout]) -> Item:
     """Return what a section holds. `layouts` are those read so far. Raises: StreamError and below, with the place."""
     known = wire.KINDS.get(section.kind)
+    if known is not None and known.critical and not section.critical:
+        raise Corrupt("this kind is critical in every version", offset=section.offset, section=section.title,
+                      field="flags", found=f"{section.flags:#x}")
     if known is None or section.version > known.version:
         if section.critical:
             raise TooNew("unknown critical section; read it with a newer migstream", offset=section.offset,
@@ -404,14 +477,19 @@ def _decode_known(section: Section, layouts: list[Layout]) -> Item:
 
 def _check_header_use(section: Section) -> None:
     """Header fields that a kind has no use for are zero; a flag that is wrong for it is an error."""
-    if section.version < 1:
-        raise Corrupt("version 0", field="version")
-    unused = {"BANK": (), "REGL": ("layout", "first_vcpu", "vcpu_count", "filter")}.get(
-        section.kind, ("scope", "layout", "first_vcpu", "vcpu_count", "filter"))
-    for name in unused:
+    for name in _UNUSED.get(section.kind, _BANK_ONLY):
         if getattr(section, name):
             raise Corrupt("header field has no use here and is not zero", field=name, found=getattr(section, name))
     if section.kind != "BANK" and section.flags & wire.UPDATE:
         raise Corrupt("update flag on something that is not a bank", field="flags")
     if wire.KINDS[section.kind].critical != section.critical:
         raise Corrupt("critical flag differs from the specification", field="flags", found=f"{section.flags:#x}")
+
+
+_BANK_ONLY = ("scope", "layout", "first_vcpu", "vcpu_count", "filter")
+_UNUSED = {
+    "BANK": (),
+    "REGL": ("layout", "first_vcpu", "vcpu_count", "filter"),
+    "END ": (*_BANK_ONLY, "codec"),  # found by its length alone
+}
+"""Header fields that a kind has no use for; every kind that is not here: `_BANK_ONLY`."""

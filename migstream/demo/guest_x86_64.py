@@ -21,7 +21,7 @@ fell: `f(n)`, the chain after n steps, is computed without running them.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ import numpy as np
 from migstream.backends.base import Vm
 from migstream.errors import BackendError
 from migstream.model import PAGE, Layout, Phase, Scope, Slot
-from migstream.registers import x86_64
+from migstream.registers import ids, x86_64
 from migstream.wire import x86_64 as structs
 
 NAME = "migstream.demo.x86_64"
@@ -92,6 +92,9 @@ def install(vm: Vm, cpuid: bytes, capabilities: Mapping[str, int]) -> None:
     size = sregs.size or 0
     _write(vm, Phase.STATE, sregs.id, [_long_mode(sregs.struct, old) for old in _read(vm, Phase.STATE, sregs.id, size)])
     _write(vm, Phase.STATE, x86_64.REGS.id, [_registers(k) for k in range(vm.machine.vcpus)])
+    _write(vm, Phase.STATE, x86_64.XSAVE.id, [_vectors(k) for k in range(vm.machine.vcpus)])
+    for index, value in _MSRS.items():
+        _write(vm, Phase.STATE, ids.msr_id(index), [struct.pack("<Q", value(k)) for k in range(vm.machine.vcpus)])
     _write(vm, Phase.STATE, x86_64.MP_STATE.id, [bytes(4)] * vm.machine.vcpus)
 
 
@@ -126,6 +129,7 @@ def _long_mode(struct_name: str, old: bytes) -> bytes:
     data = {**code, "selector": 16, "type": 3, "db": 1, "l": 0}
     fields.update({"cs": code, **dict.fromkeys(("ds", "es", "fs", "gs", "ss"), data)})
     fields["gdt"] = {"base": GDT, "limit": 23, "padding": [0, 0, 0]}
+    fields["gs"] = {**data, "base": _PER_CPU}
     fields.update(cr0=0x80010033, cr3=PML4, cr4=0x20, efer=0x500)
     return structs.build(struct_name, fields)
 
@@ -137,6 +141,36 @@ def _registers(vcpu: int) -> bytes:
         "rax": 0, "rbx": seed(vcpu), "rcx": MULTIPLIER, "rdx": INCREMENT, "rsi": NO_RAM, "rdi": CELLS + CELL * vcpu,
         "rsp": CODE, "rip": CODE, "rflags": 2}
     return struct.pack("<18Q", *(values[name] for name in names))
+
+
+_PER_CPU, _PER_CPU_SIZE = 0xFFFF_8880_0000_0000, 0x4_0000
+
+_MSRS: dict[int, Callable[[int], int]] = {
+    0x174: lambda vcpu: 0x10,                                           # MSR_IA32_SYSENTER_CS
+    0x175: lambda vcpu: _PER_CPU + vcpu * _PER_CPU_SIZE + 0x3000,       # MSR_IA32_SYSENTER_ESP: a stack of its own
+    0xC0000081: lambda vcpu: 0x0023001000000000,                        # MSR_STAR
+    0xC0000082: lambda vcpu: 0xFFFF_FFFF_8100_0000,                     # MSR_LSTAR: one kernel for all
+    0xC0000102: lambda vcpu: _PER_CPU + vcpu * _PER_CPU_SIZE,           # MSR_KERNEL_GS_BASE
+}
+"""What a kernel would have put there: the guest's code does not use it, a save and restore must keep it."""
+
+
+def _scattered(number: int) -> int:
+    """64 bits with no pattern from one vCPU to the next (Steele's SplitMix64 finalizer): real vectors compress badly."""
+    z = (number + 1) * 0x9E3779B97F4A7C15 % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+def _vectors(vcpu: int) -> bytes:
+    """An XSAVE area (without components past SSE) with another value in every XMM register of every vCPU."""
+    area = bytearray(4096)
+    struct.pack_into("<HH", area, 0, 0x37F, 0)
+    struct.pack_into("<I", area, 24, 0x1F80)
+    struct.pack_into("<32Q", area, 160, *(_scattered(vcpu * 32 + n) for n in range(32)))
+    struct.pack_into("<Q", area, 512, 0x3)
+    return bytes(area)
 
 
 def _layout(phase: Phase, id: int, size: int) -> Layout:

@@ -7,7 +7,7 @@ then RAM and the rest as the bytes arrive, the clock last.
 
 from migstream.transport.restorer import Restorer, restore
 from migstream.transport.saver import Prologue, capture, capture_prologue, save
-from migstream.transport.streams import Sink, Source, open_output, open_source, read_items
+from migstream.transport.streams import Sink, Source, open_output, open_source, read_items, verify
 
 __all__ = ["Prologue", "Restorer", "Sink", "Source", "capture", "capture_prologue", "open_output", "open_source",
-           "read_items", "restore", "save"]
+           "read_items", "restore", "save", "verify"]

@@ -69,7 +69,7 @@ class KvmBackend(Backend):
             capabilities = {name: uapi.check_extension(self.fd, name) for name in uapi.CAPABILITIES}
             features = self._msr_list(uapi.GET_MSR_FEATURE_INDEX_LIST) if capabilities["GET_MSR_FEATURES"] else ()
             self._profile = HostProfile(
-                arch=self.arch, kernel=f"Linux {platform.release()}", cpu=_cpu_model(), backend=self.name,
+                arch=self.arch, kernel=f"Linux {platform.release()}", cpu=cpu_model(), backend=self.name,
                 capabilities=capabilities, msrs=self._msr_list(uapi.GET_MSR_INDEX_LIST),
                 feature_msrs={index: self._feature_msr(index) for index in features},
                 sizes=_sizes(capabilities), cpuid=self._supported_cpuid())
@@ -133,7 +133,8 @@ def _sizes(capabilities: Mapping[str, int]) -> dict[int, int]:
     return {rows.XSAVE.id: max(capabilities["XSAVE2"], 4096), rows.NESTED_STATE.id: capabilities["NESTED_STATE"]}
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The CPU as /proc/cpuinfo names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -33,9 +33,11 @@ class Runner:
             raise UsageError("the vCPUs run already")
         _handle_kick()
         self.exits = {}
-        self._threads = [threading.Thread(target=self._loop, args=(k,), daemon=True) for k in range(len(self._fds))]
+        gate = threading.Event()
+        self._threads = [threading.Thread(target=self._loop, args=(k, gate), daemon=True) for k in range(len(self._fds))]
         for thread in self._threads:
             thread.start()
+        gate.set()
 
     def pause(self) -> None:
         """Stop all vCPUs and join their threads."""
@@ -50,8 +52,13 @@ class Runner:
         for page in self._pages:
             page[uapi.RUN_IMMEDIATE_EXIT] = 0
 
-    def _loop(self, k: int) -> None:
-        """Run until kicked. A guest of ours never exits by itself: any other exit is its end."""
+    def _loop(self, k: int, gate: threading.Event) -> None:
+        """Run until kicked. A guest of ours never exits by itself: any other exit is its end.
+
+        The gate lets all threads exist before the first guest runs: with guests on every CPU, making the next
+        thread waits for a time slice, and a start would take longer than the work.
+        """
+        gate.wait()
         try:
             fcntl.ioctl(self._fds[k], uapi.RUN.number, 0)
         except InterruptedError:

@@ -1,0 +1,348 @@
+"""The command line: arguments, exit status, and which text goes where. The work is done elsewhere.
+
+Data goes to standard output; progress (on a terminal only) and errors (one line) to standard error. Every import that
+costs time is inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from migstream import __version__
+from migstream.errors import EXIT_STATUS, MigstreamError, UsageError
+
+if TYPE_CHECKING:
+    from migstream.report import Report
+    from migstream.survey import Survey
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status (`errors.EXIT_STATUS`)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        options = _parser().parse_args(arguments)
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 74
+    except MigstreamError as error:
+        if debug:
+            raise
+        return _say(error, "--json" in arguments)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"migstream: a bug of ours: {type(error).__name__}: {error}; please report it with the output of --debug",
+              file=sys.stderr)
+        return 70
+
+
+def _say(error: MigstreamError, as_json: bool) -> int:
+    print(f"migstream: {error}", file=sys.stderr)
+    if as_json:
+        from migstream.show import error_json, print_json
+
+        print_json("error", error_json(error))
+    return error.exit_status
+
+
+def _parser() -> argparse.ArgumentParser:
+    epilog = "exit status: " + " · ".join(f"{number} {what}" for number, what in EXIT_STATUS.items())
+    parser = _Parser(prog="migstream", description="Save and restore the register state of KVM guests.", epilog=epilog)
+    parser.add_argument("--version", action="version", version=f"migstream {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show a traceback instead of the one-line error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, (run, build, text, examples) in _COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text, epilog="examples: " + " · ".join(examples))
+        sub.add_argument("--json", action="store_true", help="one JSON object instead of text")
+        sub.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+        build(sub)
+        sub.set_defaults(run=run)
+    return parser
+
+
+def _memory(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    if not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: 64M, 2G, 1048576")
+    return int(number) * unit
+
+
+def _vcpus(text: str) -> int:
+    from migstream.limits import MAX_VCPUS
+
+    if not text.isdigit() or not 1 <= int(text) <= MAX_VCPUS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_VCPUS}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 3600")
+    return value
+
+
+_BACKENDS = "auto (real KVM where it works, else the simulator), kvm, sim, or sim:NAME"
+
+
+# demo
+
+
+def _demo_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--vcpus", type=_vcpus, default=4, metavar="N", help="number of vCPUs (4)")
+    sub.add_argument("--memory", type=_memory, default=64 << 20, metavar="SIZE", help="guest RAM (64M)")
+    sub.add_argument("--backend", default="auto", metavar="NAME", help=_BACKENDS)
+    sub.add_argument("-o", dest="output", metavar="FILE", help="keep the stream in FILE")
+    sub.add_argument("--run", dest="seconds", type=_seconds, default=0.2, metavar="SECONDS", help="run on at least this long (0.2)")
+    sub.add_argument("--level", type=int, default=1, metavar="N", help="zstd level, 0 = none (1)")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    import tempfile
+
+    from migstream.demo import screen
+    from migstream.progress import progress
+
+    with tempfile.TemporaryDirectory(prefix="migstream-") as folder, progress() as tell:
+        path = options.output or os.path.join(folder, "demo.mig")
+        result = screen.demo(options.backend, options.vcpus, options.memory, path, options.seconds, options.level, tell)
+    if options.json:
+        from migstream.show import print_json
+
+        print_json("demo", result.document())
+    else:
+        result.print(kept=bool(options.output))
+    return 0
+
+
+# inspect and verify
+
+
+def _inspect_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file", metavar="FILE|-")
+    sub.add_argument("--vm", action="store_true", help="show VM-scoped registers")
+    sub.add_argument("--vcpu", metavar="K|all", help="show registers of a vCPU; equal values of several together")
+    sub.add_argument("--reg", metavar="GLOB", help="only registers or fields whose name (or id) matches")
+    sub.add_argument("--section", type=int, metavar="N", help="show one section")
+    sub.add_argument("--hex", action="store_true", help="with --section: its payload, decompressed, in hexadecimal")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from migstream import show
+    from migstream.survey import survey
+    from migstream.transport import open_source
+
+    with open_source(options.file) as source:
+        seen = survey(source, options.section)
+    if seen.reader.preamble is None and seen.error:
+        raise seen.error.in_file(options.file)
+    document = show.survey_json(seen)
+    if options.section is not None:
+        document["section"] = _section(options, seen)
+    elif options.vm or options.vcpu or options.reg:
+        document["registers"] = _registers(options, seen)
+    elif not options.json:
+        show.print_pairs(show.survey_pairs(options.file, seen))
+        show.print_table(show.section_table(seen))
+    if options.json:
+        show.print_json("inspect", document)
+    if seen.error:
+        print(f"migstream: {seen.error.in_file(options.file)}", file=sys.stderr)
+        return seen.error.exit_status
+    return 0
+
+
+def _registers(options: argparse.Namespace, seen: Survey) -> list[dict[str, Any]]:
+    from migstream import show
+    from migstream.model import Scope
+
+    vcpus = _vcpu_range(options.vcpu, seen.reader.machine.vcpus if seen.reader.machine else 0)
+    scopes = [(Scope.VM, options.vm or not options.vcpu), (Scope.VCPU, bool(options.vcpu) or not options.vm)]
+    pattern = options.reg or "*"
+    groups = [group for scope, wanted in scopes if wanted
+              for group in show.register_groups(seen.banks, scope, vcpus, pattern)]
+    if not groups:
+        raise UsageError(f"{options.file}: no register or field here matches {pattern!r}")
+    if not options.json:
+        for group in groups:
+            show.print_group(group, pattern)
+    return [show.group_json(group) for group in groups] if options.json else []
+
+
+def _vcpu_range(text: str | None, count: int) -> range:
+    if text is None or text == "all":
+        return range(count)
+    if not text.isdigit() or int(text) >= count:
+        raise UsageError(f"--vcpu {text}: this stream has vCPUs 0 to {count - 1}")
+    return range(int(text), int(text) + 1)
+
+
+def _section(options: argparse.Namespace, seen: Survey) -> dict[str, Any]:
+    from migstream import codec, show
+
+    if seen.picked is None:
+        raise UsageError(f"{options.file}: no section {options.section}; it has 0 to {seen.rows[-1].number}")
+    section, item = seen.picked
+    names = ("kind", "version", "flags", "scope", "codec", "filter", "layout", "first_vcpu", "vcpu_count", "offset",
+             "raw_length")
+    header = {name: getattr(section, name) for name in names} | {"stored_length": len(section.stored)}
+    raw = codec.decompress(section.codec, bytes(section.stored), section.raw_length) if options.hex else b""
+    if not options.json:
+        show.print_pairs((name, str(value)) for name, value in header.items())
+        if options.hex:
+            print("\n".join(show.hex_lines(raw)))
+        else:
+            show.print_pairs([("content", repr(item))])
+    return header | ({"payload": raw.hex()} if options.hex else {})
+
+
+def _verify_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file", metavar="FILE|-")
+    sub.add_argument("-q", "--quiet", action="store_true", help="say nothing: the exit status is the answer")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from migstream import show
+    from migstream.errors import StreamError
+    from migstream.reader import StreamReader
+    from migstream.transport import open_source, verify
+
+    reader = StreamReader()
+    try:
+        with open_source(options.file) as source:
+            length = verify(source, reader)
+    except StreamError as error:
+        if options.quiet:
+            return error.exit_status
+        raise error.in_file(options.file)
+    assert reader.machine is not None
+    if options.json:
+        show.print_json("verify", {"good": True, "length": length, "vcpus": reader.machine.vcpus})
+    elif not options.quiet:
+        print(f"{options.file}: good; {show.size(length)}, {reader.machine.vcpus} vCPUs, "
+              f"{len(reader.layouts)} layouts, all checksums and values decoded")
+    return 0
+
+
+# replay
+
+
+def _replay_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("file", metavar="FILE|-")
+    sub.add_argument("--backend", default="auto", metavar="NAME", help=_BACKENDS)
+    sub.add_argument("--readback", action="store_true", help="read every register back and compare")
+    sub.add_argument("--run", dest="seconds", type=_seconds, metavar="SECONDS", help="let the guest run on, then stop it")
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from migstream import show
+    from migstream.backends import open_backend
+    from migstream.errors import StreamError
+    from migstream.transport import Restorer, open_source, read_items
+
+    backend = open_backend(options.backend)
+    ran: dict[str, Any] = {}
+    try:
+        with open_source(options.file) as source, Restorer(backend, readback=options.readback) as restorer:
+            for section, item in read_items(source, restorer.reader):
+                restorer.take(section, item)
+            vm, report = restorer.finish()
+    except StreamError as error:
+        raise error.in_file(options.file)
+    with vm:
+        if options.seconds is not None:
+            from migstream.demo.run import continue_guest
+
+            ran = continue_guest(vm, restorer.opaque, options.seconds)
+    if options.json:
+        show.print_json("replay", {"backend": backend.name, **show.report_json(report), "run": ran})
+    else:
+        _print_replay(options, backend.name, report, ran)
+    return 10 if report.lossy else 0
+
+
+def _print_replay(options: argparse.Namespace, backend: str, report: Report, ran: dict[str, Any]) -> None:
+    from migstream import show
+
+    show.print_pairs([("restored", f"{options.file}, {show.size(report.bytes)}, on {backend}")])
+    show.print_table(show.writes_table(report))
+    pairs = [("time", ", ".join(f"{name} {show.milliseconds(ns)}" for name, ns in report.times.items()))]
+    if backend.startswith("sim"):
+        pairs.append(("", "these are the simulator's own times; they say nothing about KVM"))
+    pairs += show.report_remarks(report)
+    if "steps_after" in ran:
+        pairs.append(("ran on", f"every vCPU counted on without a gap; vCPU 0: {ran['steps_before'][0]} -> {ran['steps_after'][0]}"))
+    elif ran:
+        pairs.append(("ran on", f"{len(ran['exits'])} vCPUs stopped by themselves" if ran["exits"] else "all vCPUs"))
+    show.print_pairs(pairs)
+
+
+# host
+
+
+def _host_arguments(sub: argparse.ArgumentParser) -> None:
+    verbs = sub.add_subparsers(metavar="VERB", required=True, dest="verb", parser_class=_Parser)
+    capture = verbs.add_parser("capture", help="ask a backend what it offers, on a scratch VM; JSON")
+    capture.add_argument("--backend", default="kvm", metavar="NAME", help=_BACKENDS)
+    capture.add_argument("-o", dest="output", default="-", metavar="FILE")
+    verbs.add_parser("list", help="name the profiles that the simulator knows")
+
+
+def _host(options: argparse.Namespace) -> int:
+    return _host_capture(options) if options.verb == "capture" else _host_list(options)
+
+
+def _host_capture(options: argparse.Namespace) -> int:
+    from migstream.backends import open_backend
+    from migstream.host.probe import capture
+    from migstream.host.profile import to_json
+    from migstream.transport import open_output
+
+    command = f"migstream host capture --backend {options.backend}"
+    text = to_json(capture(open_backend(options.backend), command))
+    with open_output(options.output) as file:
+        file.write(text.encode())
+    return 0
+
+
+def _host_list(options: argparse.Namespace) -> int:
+    from migstream import show
+    from migstream.host import profiles
+
+    known = [(f"sim:{name}", profiles.load(name)) for name in profiles.names()]
+    if options.json:
+        show.print_json("host list", {"profiles": [{"name": n, "arch": p.arch.label, "kernel": p.kernel, "cpu": p.cpu} for n, p in known]})
+    else:
+        show.print_table(show.Table(("name", "kernel", "cpu"), [(n, p.kernel, p.cpu) for n, p in known]), "")
+    return 0
+
+
+_COMMANDS: dict[str, tuple[Any, Any, str, tuple[str, str]]] = {
+    "demo": (_demo, _demo_arguments, "save a running guest, restore it in another process, check that it counts on",
+             ("migstream demo", "migstream demo --vcpus 240 --backend kvm -o v.mig")),
+    "inspect": (_inspect, _inspect_arguments, "show what is in a stream; FILE - is standard input",
+                ("migstream inspect v.mig", "migstream inspect v.mig --vcpu all --reg 'MSR_*TSC*'")),
+    "verify": (_verify, _verify_arguments, "check every byte of a stream",
+               ("migstream verify v.mig", "cat v.mig | migstream verify -q -")),
+    "replay": (_replay, _replay_arguments, "restore a stream into a fresh VM and report what was written",
+               ("migstream replay v.mig --backend kvm --readback", "migstream replay v.mig --backend sim --run 1")),
+    "host": (_host, _host_arguments, "capture and list host profiles",
+             ("migstream host capture -o here.json", "migstream host list")),
+}

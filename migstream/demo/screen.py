@@ -1,0 +1,112 @@
+"""The demo as a command: both halves, and the one screen that shows what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from migstream import show
+from migstream.backends import open_backend
+from migstream.backends.base import Backend
+from migstream.demo import run
+from migstream.errors import BackendUnavailable
+from migstream.model import Phase
+from migstream.transport import open_output, verify
+from migstream.transport.streams import Source
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Both halves of the demo.
+
+    Attributes:
+        backend: where it ran; fallback: why not on real KVM, "" where it did or was not asked to.
+        saved: the first half. replayed: what the restoring process said, its JSON.
+    """
+
+    backend: str
+    fallback: str
+    path: str
+    vcpus: int
+    memory: int
+    saved: run.Saved
+    replayed: dict[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        """The result for machines."""
+        return {"backend": self.backend, "fallback": self.fallback, "file": self.path, "vcpus": self.vcpus,
+                "memory": self.memory, "save": show.report_json(self.saved.report), "replay": self.replayed,
+                "steps_at_save": self.saved.steps, "steps_after": self.replayed["run"]["steps_after"]}
+
+    def blackout_writes(self) -> dict[str, dict[str, int]]:
+        """The restore's register writes after the prologue, by phase and scope."""
+        late = {phase.name.lower() for phase in Phase if not phase.prologue} | {"update"}
+        return {name: row for name, row in self.replayed["writes"].items() if name in late}
+
+    def print(self, *, kept: bool) -> None:
+        """The result for people, on one screen."""
+        save, counters = self.saved.report, self.replayed["run"]
+        raw = save.raw_bytes["registers"]
+        banks = f"registers {show.size(raw)}, RAM {show.size(save.raw_bytes['ram'])}"
+        pairs = [("demo", f"{self.vcpus} vCPUs, {show.size(self.memory)} RAM on {self.backend}: saved mid-run, restored "
+                          "in another process, every counter went on without a gap")]
+        if self.fallback:
+            pairs.append(("", f"not on real KVM: {self.fallback}"))
+        total = raw + save.raw_bytes["ram"]
+        pairs.append(("stream", f"{show.size(save.bytes)} for {banks} ({total / save.bytes:.0f}:1)"
+                                f"{', in ' + self.path if kept else ''}"))
+        pairs += [("save", _times(save.times)), ("restore", _times(self.replayed["times_ns"]))]
+        if self.backend.startswith("sim"):
+            pairs.append(("", "these are the simulator's own times; they say nothing about KVM"))
+        show.print_pairs(pairs)
+        show.print_table(show.Table(("restored in phase", ">VM-scoped writes", ">vCPU-scoped writes", "when"), self._rows()))
+        show.print_table(show.Table(("vCPU", ">steps at save", ">restored at", ">later"), self._counters(counters)))
+        back = self.replayed["readback"]
+        lost = sum(not d["reason"] for d in back["differs"])
+        show.print_pairs([("readback", f"{back['compared']} values compared; {len(back['differs'])} registers differ, "
+                                       f"{len(back['differs']) - lost} of them for a known reason")])
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        late = self.blackout_writes()
+        return [(name, str(row["vm"]), str(row["vcpu"]), "in the blackout" if name in late else "before the pause")
+                for name, row in self.replayed["writes"].items()]
+
+    def _counters(self, counters: dict[str, Any]) -> list[tuple[str, ...]]:
+        rows = [(str(k), *map(str, steps)) for k, steps in
+                enumerate(zip(self.saved.steps, counters["steps_before"], counters["steps_after"], strict=True))]
+        return rows if len(rows) <= 6 else [*rows[:3], (f"… {len(rows) - 5} more", "", "", ""), *rows[-2:]]
+
+
+def _times(times: dict[str, int]) -> str:
+    return ", ".join(f"{name} {show.milliseconds(ns)}" for name, ns in times.items())
+
+
+def demo(backend_name: str, vcpus: int, memory: int, path: str, seconds: float, level: int,
+         tell: Callable[[str], None]) -> DemoResult:
+    """Run the demo; see `migstream demo --help`. Raises: MigstreamError and below; DemoFailed for a counter."""
+    backend, fallback = _open(backend_name)
+    wanted = run.machine(backend.arch, vcpus, memory)
+    with open_output(path, _check) as out:
+        saved = run.run_and_save(backend, wanted, out, level=level, progress=tell)
+    tell("restoring in another process")
+    replayed = run.replay_elsewhere(path, backend.name, seconds)
+    run.compare(saved.steps, replayed)
+    return DemoResult(backend.name, fallback, path, vcpus, memory, saved, replayed)
+
+
+def _open(name: str) -> tuple[Backend, str]:
+    """`auto`, and why it is not real KVM."""
+    if name != "auto":
+        return open_backend(name), ""
+    try:
+        return open_backend("kvm"), ""
+    except BackendUnavailable as error:
+        return open_backend("sim"), str(error)
+
+
+def _check(source: Source) -> None:
+    """Read the stream back before it gets its name."""
+    from migstream.reader import StreamReader
+
+    verify(source, StreamReader())
