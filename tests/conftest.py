@@ -1,0 +1,58 @@
+"""What all tests share: the tiers, counted at the end of each run, and the simulator and KVM as fixtures."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+_SIMULATOR = re.compile(r"(^|/)(contract/|test_sim_)")
+"""Places whose tests run a simulated kernel unless they are marked for a real one."""
+
+TIERS = ("unit", "simulator", "real KVM x86", "kernel lab")
+_counts: Counter[str] = Counter()
+_skipped: Counter[str] = Counter()
+
+
+def tier(nodeid: str, markers: set[str]) -> str:
+    """The tier that a test belongs to: what it needs decides, not where it lies."""
+    if "lab" in markers:
+        return "kernel lab"
+    if "kvm" in markers:
+        return "real KVM x86"
+    return "simulator" if "sim" in markers or _SIMULATOR.search(nodeid) else "unit"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    name = tier(item.nodeid, {mark.name for mark in item.iter_markers()})
+    if report.skipped:
+        _skipped[name] += 1
+    elif report.when == "call":
+        _counts[name] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line("tiers: " + " · ".join(
+        f"{name}: {_counts[name]} ran{f', {_skipped[name]} skipped' if _skipped[name] else ''}" for name in TIERS))
+
+
+def kvm_problem() -> str:
+    """Why real KVM can't be used here, "" where it can."""
+    if not os.path.exists("/dev/kvm"):
+        return "no /dev/kvm: load the kvm module, or run on a machine with virtualization"
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "no permission for /dev/kvm: join the group that owns it"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    problem = kvm_problem()
+    for item in items:
+        if problem and item.get_closest_marker("kvm"):
+            item.add_marker(pytest.mark.skip(reason=problem))
