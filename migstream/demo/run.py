@@ -47,7 +47,7 @@ def machine(arch: Arch, vcpus: int, memory: int) -> Machine:
     """The demo's machine; `memory` in bytes. Raises: UsageError for a size that the guest can't use."""
     smallest = guest_for(arch).min_memory(vcpus)
     if memory % PAGE or memory < smallest:
-        raise UsageError(f"--memory must be whole pages of {PAGE} bytes and at least {smallest} bytes for {vcpus} vCPUs")
+        raise UsageError(f"--memory: whole pages of {PAGE} bytes, and {smallest} bytes or more for {vcpus} vCPUs")
     regions = [MemoryRegion(0, min(memory, LOW_RAM))]
     if memory > LOW_RAM:
         regions.append(MemoryRegion(1 << 32, memory - LOW_RAM))
@@ -82,7 +82,8 @@ def run_and_save(backend: Backend, wanted: Machine, out: Sink, *, steps: int = 5
         return Saved(check(vm, guest), report)
 
 
-def wait_for(vm: Vm, guest: ModuleType, targets: list[int], progress: Callable[[str], None], limit_s: float = 120) -> None:
+def wait_for(vm: Vm, guest: ModuleType, targets: list[int], progress: Callable[[str], None],
+             limit_s: float = 120) -> None:
     """Wait until each vCPU has counted to its target. Raises: DemoFailed when one exits or time is up."""
     start = time.monotonic()
     while True:
@@ -127,7 +128,7 @@ def continue_guest(vm: Vm, opaque: list[OpaqueState], seconds: float) -> dict[st
 
 
 def replay_elsewhere(path: str, backend_name: str, seconds: float) -> dict[str, object]:
-    """Run `migstream replay` on a file in a process of its own and return its JSON. Raises: DemoFailed with its error."""
+    """Run `migstream replay` on a file in a process of its own and return its JSON. Raises: DemoFailed."""
     command = [sys.executable, "-m", "migstream", "replay", path, "--backend", backend_name, "--readback",
                "--run", str(seconds), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

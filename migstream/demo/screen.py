@@ -49,8 +49,8 @@ class DemoResult:
         save, counters = self.saved.report, self.replayed["run"]
         raw = save.raw_bytes["registers"]
         banks = f"registers {show.size(raw)}, RAM {show.size(save.raw_bytes['ram'])}"
-        pairs = [("demo", f"{self.vcpus} vCPUs, {show.size(self.memory)} RAM on {self.backend}: saved mid-run, restored "
-                          "in another process, every counter went on without a gap")]
+        pairs = [("demo", f"{self.vcpus} vCPUs, {show.size(self.memory)} RAM on {self.backend}: saved mid-run, "
+                          "restored in another process, every counter went on without a gap")]
         if self.fallback:
             pairs.append(("", f"not on real KVM: {self.fallback}"))
         total = raw + save.raw_bytes["ram"]
@@ -60,7 +60,8 @@ class DemoResult:
         if self.backend.startswith("sim"):
             pairs.append(("", "these are the simulator's own times; they say nothing about KVM"))
         show.print_pairs(pairs)
-        show.print_table(show.Table(("restored in phase", ">VM-scoped writes", ">vCPU-scoped writes", "when"), self._rows()))
+        columns = ("restored in phase", ">VM-scoped writes", ">vCPU-scoped writes", "when")
+        show.print_table(show.Table(columns, self._rows()))
         show.print_table(show.Table(("vCPU", ">steps at save", ">restored at", ">later"), self._counters(counters)))
         back = self.replayed["readback"]
         lost = sum(not d["reason"] for d in back["differs"])

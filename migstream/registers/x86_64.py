@@ -61,7 +61,7 @@ PIC_MASTER = _struct(13, "KVM_IRQCHIP_PIC_MASTER", 520, _VM, Phase.INTERRUPTS, _
 PIC_SLAVE = _struct(14, "KVM_IRQCHIP_PIC_SLAVE", 520, _VM, Phase.INTERRUPTS, _STATE, "after its master, as all VMMs do",
                     struct="kvm_irqchip_pic", needs="IRQCHIP")
 IOAPIC = _struct(15, "KVM_IRQCHIP_IOAPIC", 520, _VM, Phase.INTERRUPTS, _STATE,
-                 "KVM delivers what is pending while it is set: after the LAPICs; its cost grows with the vCPUs, so once",
+                 "KVM delivers what is pending while it is set: after the LAPICs; its cost grows with vCPUs, so once",
                  struct="kvm_irqchip_ioapic", needs="IRQCHIP")
 PIT2 = _struct(16, "KVM_PIT2", 112, _VM, Phase.INTERRUPTS, _STATE,
                "starts its timer: after the PICs that it interrupts", struct="kvm_pit_state2", needs="PIT_STATE2")

@@ -51,7 +51,7 @@ def _outside(changed: Words, spans: tuple[tuple[int, int], ...]) -> NDArray[np.b
     octets = np.ascontiguousarray(changed).view(np.uint8).copy()
     for start, length in spans:
         octets[:, start:start + length] = 0
-    return octets.any(axis=1)
+    return np.asarray(octets.any(axis=1))
 
 
 def _vcpus(done: Written, rows: NDArray[np.bool_]) -> tuple[int, ...]:

@@ -65,10 +65,10 @@ def open_source(name: str) -> Iterator[BinaryIO]:
         yield sys.stdin.buffer
         return
     try:
-        file = open(name, "rb")
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise OutputError(f"{name}: {error.strerror}") from error
-    with file:
+    with open(fd, "rb") as file:
         yield file
 
 

@@ -20,9 +20,6 @@ from migstream.model import Arch, Layout, Machine, MemoryRegion, Phase, Scope
 from migstream.registers import x86_64 as rows
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from migstream.model import Words
 
 _MSR_LIST_CAPACITY = 4096
@@ -106,7 +103,8 @@ class KvmBackend(Backend):
         vm = KvmVm(backend, machine, vm_fd, owned=False)
         vm.enabled_caps = dict(enabled_caps or {})
         vm.vcpu_fds = list(vcpu_fds)
-        vm.memory = GuestMemory([(region, buffer.cast("B")) for region, buffer in zip(machine.memory, memory, strict=True)])
+        buffers = [buffer.cast("B") for buffer in memory]
+        vm.memory = GuestMemory(list(zip(machine.memory, buffers, strict=True)))
         return vm
 
     def _msr_list(self, request: uapi.Request) -> tuple[int, ...]:
@@ -259,7 +257,7 @@ class KvmVm(Vm):
         """The matrix's rows with the fd that serves each: VM-wide MSRs go through a vCPU, any one will do."""
         if not values.flags.c_contiguous or values.shape[1] != layout.row_words:
             raise UsageError("a bank is a C-contiguous matrix of its layout's width")
-        memory, width, base = memoryview(values).cast("B"), layout.row_words * 8, int(values.ctypes.data)
+        memory, width, base = memoryview(values.data).cast("B"), layout.row_words * 8, int(values.ctypes.data)
         through_vcpu = layout.scope == Scope.VCPU or layout.phase == Phase.FEATURE
         fds = self.vcpu_fds if through_vcpu else [self.fd]
         return [x86_64.Row(fds[first_vcpu + k], first_vcpu + k if layout.scope == Scope.VCPU else None,

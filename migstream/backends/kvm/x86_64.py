@@ -230,7 +230,7 @@ class Msrs(Operation):
     def _ioctl(self, row: Row, request: Request, buffer: bytearray) -> int:
         """The count, or minus the errno."""
         try:
-            return fcntl.ioctl(row.fd, request.number, buffer)
+            return int(fcntl.ioctl(row.fd, request.number, buffer))
         except OSError as error:
             return -(error.errno or errno.EIO)
 
