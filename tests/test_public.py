@@ -17,9 +17,9 @@ from migstream.errors import EXIT_STATUS, MigstreamError
 ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
-    "Arch", "BackendError", "BackendUnavailable", "DoesNotFit", "Machine", "MemoryRegion", "MigstreamError", "OpaqueState",
-    "Report", "RestoreFailed", "Restorer", "StreamError", "StreamReader", "UsageError", "__version__", "capture_prologue",
-    "make_plan", "open_backend", "restore", "save", "verify",
+    "Arch", "BackendError", "BackendUnavailable", "DoesNotFit", "Machine", "MemoryRegion", "MigstreamError",
+    "OpaqueState", "Report", "RestoreFailed", "Restorer", "StreamError", "StreamReader", "UsageError", "__version__",
+    "capture_prologue", "make_plan", "open_backend", "restore", "save", "verify",
 }
 
 

@@ -64,12 +64,15 @@ def open_source(name: str) -> Iterator[BinaryIO]:
     if name == "-":
         yield sys.stdin.buffer
         return
+    with _opened(name) as file:
+        yield file
+
+
+def _opened(name: str) -> BinaryIO:
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+        return open(name, "rb")
     except OSError as error:
         raise OutputError(f"{name}: {error.strerror}") from error
-    with open(fd, "rb") as file:
-        yield file
 
 
 @contextmanager
