@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import platform
@@ -168,8 +169,7 @@ class KvmVm(Vm):
             self.enabled_caps[capability] = args
 
     def _add_memory(self, slot: int, region: MemoryRegion) -> tuple[MemoryRegion, memoryview]:
-        mapping = mmap.mmap(-1, region.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        mapping = _map(region)
         self._mappings.append(mapping)
         anchor = ctypes.c_char.from_buffer(mapping)
         argument = struct.pack("<IIQQQ", slot, 0, region.guest_address, region.size, ctypes.addressof(anchor))
@@ -257,6 +257,8 @@ class KvmVm(Vm):
         """The matrix's rows with the fd that serves each: VM-wide MSRs go through a vCPU, any one will do."""
         if not values.flags.c_contiguous or values.shape[1] != layout.row_words:
             raise UsageError("a bank is a C-contiguous matrix of its layout's width")
+        if first_vcpu + len(values) > (1 if layout.scope == Scope.VM else len(self.vcpu_fds)):
+            raise UsageError(f"rows {first_vcpu} to {first_vcpu + len(values)} of {layout.title}: the VM has fewer")
         memory, width, base = memoryview(values.data).cast("B"), layout.row_words * 8, int(values.ctypes.data)
         through_vcpu = layout.scope == Scope.VCPU or layout.phase == Phase.FEATURE
         fds = self.vcpu_fds if through_vcpu else [self.fd]
@@ -292,6 +294,17 @@ class KvmVm(Vm):
             if fd >= 0:
                 os.close(fd)
         self._run_pages, self._mappings, self.vcpu_fds, self.fd = [], [], [], -1
+
+
+def _map(region: MemoryRegion) -> mmap.mmap:
+    """Anonymous memory for a region. Raises: BackendError for a size that the host hasn't got."""
+    try:
+        mapping = mmap.mmap(-1, region.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except (OSError, OverflowError) as error:
+        number = getattr(error, "errno", None) or errno.ENOMEM
+        raise BackendError("mmap", errno=number, register=f"{region.guest_address:#x}") from error
+    return mapping
 
 
 def _set_tss(fd: int, address: int) -> None:
