@@ -37,12 +37,19 @@ class DemoResult:
         """The result for machines."""
         return {"backend": self.backend, "fallback": self.fallback, "file": self.path, "vcpus": self.vcpus,
                 "memory": self.memory, "save": show.report_json(self.saved.report), "replay": self.replayed,
+                "blackout_ns": self.blackout_ns(),
                 "steps_at_save": self.saved.steps, "steps_after": self.replayed["run"]["steps_after"]}
 
     def blackout_writes(self) -> dict[str, dict[str, int]]:
         """The restore's register writes after the prologue, by phase and scope."""
         late = {phase.name.lower() for phase in Phase if not phase.prologue} | {"update"}
         return {name: row for name, row in self.replayed["writes"].items() if name in late}
+
+    def blackout_ns(self) -> int:
+        """From pause to running again, without the file between: both halves' phases after the prologue, ns."""
+        late = {*self.blackout_writes(), "ram"}
+        restored = (ns for name, ns in self.replayed["times_ns"].items() if name.split(" ")[0] in late)
+        return sum(ns for name, ns in self.saved.report.times.items() if name != "prologue") + sum(restored)
 
     def print(self, *, kept: bool) -> None:
         """The result for people, on one screen."""
@@ -57,6 +64,8 @@ class DemoResult:
         pairs.append(("stream", f"{show.size(save.bytes)} for {banks} ({total / save.bytes:.0f}:1)"
                                 f"{', in ' + self.path if kept else ''}"))
         pairs += [("save", _times(save.times)), ("restore", _times(self.replayed["times_ns"]))]
+        pairs.append(("blackout", f"{show.milliseconds(self.blackout_ns())}: all of the save after its prologue, and "
+                                  "the restore's RAM, state, interrupts and clock"))
         if self.backend.startswith("sim"):
             pairs.append(("", "these are the simulator's own times; they say nothing about KVM"))
         show.print_pairs(pairs)
