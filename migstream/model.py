@@ -63,6 +63,10 @@ class Phase(enum.IntEnum):
         return self <= Phase.FEATURE
 
 
+OURS = 0xF0
+"""Bits 63:56 of the ids that we give (see `migstream.registers.ids`); no kernel uses it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """One column of a bank: a register's id and its size in bytes."""
@@ -106,6 +110,11 @@ class Layout:
     def partial(self) -> tuple[tuple[int, int], ...]:
         """Columns whose last word is not full: (column, bytes of the value in that word)."""
         return tuple((column, slot.size % 8) for column, slot in enumerate(self.slots) if slot.size % 8)
+
+    @cached_property
+    def ours(self) -> tuple[tuple[int, Slot], ...]:
+        """Columns whose id is of our namespace: structs, capabilities and device attributes."""
+        return tuple((column, slot) for column, slot in enumerate(self.slots) if slot.id >> 56 == OURS)
 
     @property
     def title(self) -> str:

@@ -31,6 +31,7 @@ from migstream.model import (
     Scope,
     Slot,
 )
+from migstream.packing import pack, typed_list, unpack
 from migstream.registers import ids
 from migstream.registers.catalogue import lookup
 from migstream.wire import stream as wire
@@ -83,7 +84,7 @@ class EncodedBank:
         raw = codec.decompress(self.section.codec, bytes(self.section.stored), self.section.raw_length)
         values = codec.unfilter_bank(raw, self.section.filter, self.rows, self.layout.row_words)
         check_padding(self.layout, values)
-        check_counts(self.layout, values)
+        check_values(self.layout, values)
         return Bank(self.layout, self.first_vcpu, values, self.update)
 
 
@@ -123,101 +124,13 @@ def gate(section: Section, step: Callable[[], _T]) -> _T:
         raise Corrupt(f"payload: {printable(error)}").at(section.offset, section.title) from error
 
 
-# msgpack payloads: one canonical form, so that the same state gives the same bytes.
-
-
-def _pack(fields: dict[str, Any]) -> bytes:
-    return bytes(msgpack.packb(_sorted(fields), use_bin_type=True))
-
-
-def _sorted(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _sorted(value[key]) for key in sorted(value)}
-    return [_sorted(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _unpack(raw: bytes, fields: dict[str, type], limit: int = limits.MAX_TEXT) -> dict[str, Any]:
-    if len(raw) > limit:
-        raise LimitExceeded("msgpack payload too long", expected=f"<= {limit}", found=len(raw))
-    _check_structure(raw)
-    value = msgpack.unpackb(raw, raw=False, strict_map_key=True)
-    if not isinstance(value, dict) or value.keys() != fields.keys():
-        found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-        raise Corrupt("wrong fields", expected=sorted(fields), found=found)
-    for name, wanted in fields.items():
-        if type(value[name]) is not wanted:
-            raise Corrupt("wrong type", field=name, expected=wanted.__name__, found=type(value[name]).__name__)
-    if _pack(value) != raw:
-        raise Corrupt("msgpack is not in its one canonical form")
-    return value
-
-
-_LEAVES = {
-    **dict.fromkeys((*range(0x80), *range(0xE0, 0x100)), 0),  # integers in the byte itself
-    **{0xA0 + length: length for length in range(32)},        # short strings
-    0xC2: 0, 0xC3: 0,                                         # false, true
-    0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8,                       # unsigned
-    0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8,                       # signed
-}
-"""First byte of a value of known length: bytes after it. nil, floats and extensions are in no field of ours."""
-
-_SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
-"""First byte of bytes and strings: width of the length that follows."""
-
-_OPENING = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
-"""First byte of arrays and maps: width of the count that follows, values for each of it."""
-
-_INLINE = {**{0x90 + count: count for count in range(16)}, **{0x80 + count: 2 * count for count in range(16)}}
-"""First byte of short arrays and maps: values in them."""
-
-
-def _check_structure(raw: bytes) -> None:
-    """Walk the values and build none: objects are made once their number and depth are known to be small."""
-    position, items, open_counts = 0, 1, [1]
-    while open_counts:
-        open_counts[-1] -= 1
-        length, children = _token(raw, position)
-        position, items = position + length, items + children
-        if items > limits.MAX_ITEMS:
-            raise LimitExceeded("values in a msgpack payload", expected=f"<= {limits.MAX_ITEMS}", found=items)
-        if children:
-            open_counts.append(children)
-        if len(open_counts) > limits.MAX_MSGPACK_DEPTH:
-            raise LimitExceeded("msgpack nested too deep", expected=f"<= {limits.MAX_MSGPACK_DEPTH}")
-        while open_counts and not open_counts[-1]:
-            open_counts.pop()
-    if position != len(raw):
-        raise Corrupt("msgpack payload and its one value differ in length", expected=position, found=len(raw))
-
-
-def _token(raw: bytes, position: int) -> tuple[int, int]:
-    """Bytes of the value at `position` without the values in it, and how many values those are."""
-    first = raw[position] if position < len(raw) else -1
-    if first in _LEAVES:
-        return 1 + _LEAVES[first], 0
-    if first in _INLINE:
-        return 1, _INLINE[first]
-    width, each = _OPENING.get(first, (_SIZED.get(first, 0), 0))
-    if not width:
-        what = "a type that no field has" if first >= 0 else "cut short"
-        raise Corrupt(f"msgpack: {what}", field=f"payload byte {position}", found=f"{first:#04x}" if first >= 0 else "")
-    count = int.from_bytes(raw[position + 1:position + 1 + width], "big")
-    return (1 + width, each * count) if each else (1 + width + count, 0)
-
-
-def _typed_list(value: list[Any], kind: type, name: str) -> list[Any]:
-    if any(type(item) is not kind for item in value):
-        raise Corrupt("wrong type", field=name, expected=f"list of {kind.__name__}")
-    return value
-
-
 def _encode_machine(machine: Machine) -> bytes:
-    return _pack({"arch": int(machine.arch), "vcpus": machine.vcpus, "devices": machine.devices,
+    return pack({"arch": int(machine.arch), "vcpus": machine.vcpus, "devices": machine.devices,
                   "memory": [[r.guest_address, r.size] for r in machine.memory]})
 
 
 def _decode_machine(raw: bytes, _: Section) -> Machine:
-    fields = _unpack(raw, {"arch": int, "vcpus": int, "devices": dict, "memory": list})
+    fields = unpack(raw, {"arch": int, "vcpus": int, "devices": dict, "memory": list})
     if fields["arch"] not in list(Arch):
         raise TooNew("unknown architecture", field="arch", found=fields["arch"])
     if not 1 <= fields["vcpus"] <= limits.MAX_VCPUS:
@@ -225,7 +138,7 @@ def _decode_machine(raw: bytes, _: Section) -> Machine:
     for name, value in fields["devices"].items():
         if type(name) is not str or type(value) not in (bool, int, str):
             raise Corrupt("wrong type", field=f"devices.{name}", found=type(value).__name__)
-    pairs = [_typed_list(pair, int, "memory") for pair in _typed_list(fields["memory"], list, "memory")]
+    pairs = [typed_list(pair, int, "memory") for pair in typed_list(fields["memory"], list, "memory")]
     return Machine(Arch(fields["arch"]), fields["vcpus"], _regions(pairs), fields["devices"])
 
 
@@ -244,21 +157,21 @@ def _regions(pairs: list[Any]) -> tuple[MemoryRegion, ...]:
 
 
 def _encode_host(host: HostSummary) -> bytes:
-    return _pack({"kernel": host.kernel, "cpu": host.cpu, "backend": host.backend, "notes": list(host.notes)})
+    return pack({"kernel": host.kernel, "cpu": host.cpu, "backend": host.backend, "notes": list(host.notes)})
 
 
 def _decode_host(raw: bytes, _: Section) -> HostSummary:
-    fields = _unpack(raw, {"kernel": str, "cpu": str, "backend": str, "notes": list})
+    fields = unpack(raw, {"kernel": str, "cpu": str, "backend": str, "notes": list})
     return HostSummary(fields["kernel"], fields["cpu"], fields["backend"],
-                       tuple(_typed_list(fields["notes"], str, "notes")))
+                       tuple(typed_list(fields["notes"], str, "notes")))
 
 
 def _encode_opaque(state: OpaqueState) -> bytes:
-    return _pack({"name": state.name, "data": state.data})
+    return pack({"name": state.name, "data": state.data})
 
 
 def _decode_opaque(raw: bytes, _: Section) -> OpaqueState:
-    fields = _unpack(raw, {"name": str, "data": bytes}, limits.MAX_RAW)
+    fields = unpack(raw, {"name": str, "data": bytes}, limits.MAX_RAW)
     return OpaqueState(fields["name"], fields["data"])
 
 
@@ -312,20 +225,29 @@ def check_padding(layout: Layout, values: Words) -> None:
             raise Corrupt("bytes past the register's size are not zero", field=f"{layout.slots[column].id:#018x}")
 
 
-def check_counts(layout: Layout, values: Words) -> None:
-    """Refuse a value that counts more than its register holds: a kernel would read on past it. Raises: Corrupt."""
-    for column, slot in enumerate(layout.slots):
-        name = lookup(slot.id).struct
-        if name not in structs.COUNTS:
-            continue
-        count = structs.COUNTS[name]
-        capacity = count.capacity if count.capacity is not None else slot.size
-        if count.entry:
-            capacity = min(capacity, (slot.size - structs.STRUCTS[name].minimum) // count.entry)
-        words = values[:, layout.offsets[column] + count.offset // 8] >> (count.offset % 8 * 8) & 0xFFFF_FFFF
-        if (words > capacity).any():
-            raise Corrupt("count in the value is beyond its register", field=f"{lookup(slot.id).name}.{count.field}",
-                          expected=f"<= {capacity}", found=int(words.max()))
+def check_values(layout: Layout, values: Words) -> None:
+    """Refuse what would lead a kernel astray: a count beyond its register, a number that names another register.
+
+    Raises: Corrupt.
+    """
+    for column, slot in layout.ours:
+        row, first = lookup(slot.id), values[:, layout.offsets[column]]
+        if row.selector is not None and (first & 0xFFFF_FFFF != row.selector).any():
+            raise Corrupt("value names another register", field=row.name, expected=row.selector,
+                          found=int(first[0]) & 0xFFFF_FFFF)
+        if row.struct in structs.COUNTS:
+            _check_count(row.name, structs.COUNTS[row.struct], slot.size, structs.STRUCTS[row.struct].minimum, first)
+
+
+def _check_count(name: str, count: structs.Count, size: int, minimum: int, first: Any) -> None:
+    """The counts stand in the first word of their structs."""
+    capacity = count.capacity if count.capacity is not None else size
+    if count.entry:
+        capacity = min(capacity, (size - minimum) // count.entry)
+    found = first >> (count.offset * 8) & 0xFFFF_FFFF
+    if (found > capacity).any():
+        raise Corrupt("count in the value is beyond its register", field=f"{name}.{count.field}",
+                      expected=f"<= {capacity}", found=int(found.max()))
 
 
 def encode_bank(bank: Bank, number: int, level: int = codec.DEFAULT_LEVEL, how: int = codec.DELTA) -> Section:

@@ -150,7 +150,7 @@ def _place(draw: st.DrawFn, data: bytes) -> int:
     """Anywhere, or near the beginning of a section, where the lengths and counts are."""
     starts = build.offsets(data) or [0]
     near = st.tuples(st.sampled_from(starts), st.integers(0, 80)).map(sum)
-    return min(draw(near | st.integers(0, len(data))), len(data))
+    return min(draw(near | st.integers(8, max(len(data), 8))), len(data))  # a wrong magic is soon found
 
 
 def _byte(draw: st.DrawFn, data: bytes) -> bytes:

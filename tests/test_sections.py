@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from migstream import limits, sections
+from migstream import limits, packing, sections
 from migstream.errors import Corrupt, LimitExceeded, StreamError, TooNew, UsageError
 from migstream.frames import Section
 from migstream.model import PAGE, Arch, HostSummary, Layout, Machine, MemoryRegion, OpaqueState, Phase, Scope, Slot
 from migstream.registers import x86_64
+from migstream.registers.catalogue import Register
 from migstream.sections import RamLayout, Skipped
 from migstream.wire import stream as wire
 from tests import build, strategies
@@ -57,18 +58,18 @@ def test_the_walk_knows_what_msgpack_knows(value: Any) -> None:
     packed = build.pack(value)
     if depth(value) > limits.MAX_MSGPACK_DEPTH:
         with pytest.raises(LimitExceeded):
-            sections._check_structure(packed)
+            packing._check_structure(packed)
     else:
-        sections._check_structure(packed)
+        packing._check_structure(packed)
         for wrong in (packed[:-1], packed + b"\0"):
             with pytest.raises(Corrupt):
-                sections._check_structure(wrong)
+                packing._check_structure(wrong)
 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_value_or_refused(payload: bytes) -> None:
     try:
-        sections._check_structure(payload)
+        packing._check_structure(payload)
     except StreamError as error:
         assert error.exit_status in (1, 4)
         return
@@ -181,9 +182,21 @@ def test_counts_in_values_stay_within_the_register(id: int, size: int, word: int
     values[1, 1 + word] = min(limit + beyond, 2**32 - 1) << shift
     if beyond:
         with pytest.raises(Corrupt):
-            sections.check_counts(layout, values)
+            sections.check_values(layout, values)
     else:
-        sections.check_counts(layout, values)
+        sections.check_values(layout, values)
+
+
+@pytest.mark.parametrize(("row", "number"), [(x86_64.PIC_MASTER, 0), (x86_64.PIC_SLAVE, 1), (x86_64.IOAPIC, 2)])
+@pytest.mark.parametrize("found", range(4))
+def test_a_chip_that_names_another_chip_is_refused(row: Register, number: int, found: int) -> None:
+    layout = Layout(Scope.VM, Phase.INTERRUPTS, (Slot(row.id, 520),))
+    values = build.matrix([[found] + [0] * 64])
+    if found == number:
+        sections.check_values(layout, values)
+    else:
+        with pytest.raises(Corrupt, match=f"{row.name}: value names another register; expected {number}"):
+            sections.check_values(layout, values)
 
 
 def test_errors_say_where() -> None:

@@ -273,7 +273,8 @@ def tsc_case(offsets: list[int], flags: int) -> list[Written]:
     return [
         written(Scope.VCPU, Phase.CREATE, Slot(x86_64.TSC_KHZ.id, 4), [struct.pack("<I", 2_000_000)] * len(offsets)),
         written(Scope.VM, Phase.CLOCK, Slot(x86_64.CLOCK.id, 48), [clock]),
-        written(Scope.VCPU, Phase.CLOCK, Slot(x86_64.TSC_OFFSET.id, 8), [struct.pack("<Q", o % 2**64) for o in offsets]),
+        written(Scope.VCPU, Phase.CLOCK, Slot(x86_64.TSC_OFFSET.id, 8),
+                [struct.pack("<Q", offset % 2**64) for offset in offsets]),
     ]
 
 

@@ -48,7 +48,8 @@ class DemoResult:
     def blackout_ns(self) -> int:
         """From pause to running again, without the file between: both halves' phases after the prologue, ns."""
         late = {*self.blackout_writes(), "ram"}
-        restored = (ns for name, ns in self.replayed["times_ns"].items() if name.split(" ")[0] in late)
+        times: dict[str, int] = self.replayed["times_ns"]
+        restored = (ns for name, ns in times.items() if name.split(" ")[0] in late)
         return sum(ns for name, ns in self.saved.report.times.items() if name != "prologue") + sum(restored)
 
     def print(self, *, kept: bool) -> None:

@@ -21,6 +21,7 @@ class Register:
         struct: key of `migstream.wire.x86_64.STRUCTS` that decodes the value, "" for a plain number.
         bits: key of a bit table that names the value's bits, "" for none.
         scope_fixed: False where it depends on the kernel whether the register is VM- or vCPU-scoped.
+        selector: what the value's first 32 bits must be, where they tell the kernel which register is meant.
         read_first: must be read before the others, because reading it changes them.
         why: the reason for scope, phase, class or place in the order.
     """
@@ -38,6 +39,7 @@ class Register:
     read_first: bool = False
     known: bool = True
     scope_fixed: bool = True
+    selector: int | None = None
 
 
 @cache

@@ -13,9 +13,8 @@ there, which no kernel uses:
 
 from __future__ import annotations
 
-from migstream.model import Arch
+from migstream.model import OURS, Arch
 
-OURS = 0xF0
 STRUCT, CAPABILITY, ATTRIBUTE = 1, 2, 3
 
 KVM_REG_X86_MSR = 0x2030_0002_0000_0000

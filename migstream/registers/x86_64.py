@@ -17,9 +17,9 @@ _X86 = Arch.X86_64
 
 
 def _struct(number: int, name: str, size: int | None, scope: Scope, phase: Phase, klass: Klass, why: str, *,
-            struct: str, needs: str = "", read_first: bool = False) -> Register:
+            struct: str, needs: str = "", read_first: bool = False, selector: int | None = None) -> Register:
     return Register(ids.struct_id(_X86, number), name, size, scope, phase, klass, why, needs=needs, struct=struct,
-                    read_first=read_first)
+                    read_first=read_first, selector=selector)
 
 
 _VM, _VCPU = Scope.VM, Scope.VCPU
@@ -57,12 +57,12 @@ MP_STATE = _struct(12, "KVM_MP_STATE", 4, _VCPU, Phase.STATE, _STATE,
                    read_first=True)
 PIC_MASTER = _struct(13, "KVM_IRQCHIP_PIC_MASTER", 520, _VM, Phase.INTERRUPTS, _STATE,
                      "after the LAPICs: what it raises must not be overwritten", struct="kvm_irqchip_pic",
-                     needs="IRQCHIP")
+                     needs="IRQCHIP", selector=0)
 PIC_SLAVE = _struct(14, "KVM_IRQCHIP_PIC_SLAVE", 520, _VM, Phase.INTERRUPTS, _STATE, "after its master, as all VMMs do",
-                    struct="kvm_irqchip_pic", needs="IRQCHIP")
+                    struct="kvm_irqchip_pic", needs="IRQCHIP", selector=1)
 IOAPIC = _struct(15, "KVM_IRQCHIP_IOAPIC", 520, _VM, Phase.INTERRUPTS, _STATE,
                  "KVM delivers what is pending while it is set: after the LAPICs; its cost grows with vCPUs, so once",
-                 struct="kvm_irqchip_ioapic", needs="IRQCHIP")
+                 struct="kvm_irqchip_ioapic", needs="IRQCHIP", selector=2)
 PIT2 = _struct(16, "KVM_PIT2", 112, _VM, Phase.INTERRUPTS, _STATE,
                "starts its timer: after the PICs that it interrupts", struct="kvm_pit_state2", needs="PIT_STATE2")
 CLOCK = _struct(17, "KVM_CLOCK", 48, _VM, Phase.CLOCK, _CLOCK,
