@@ -130,7 +130,9 @@ def _undelta(raw: bytes, rows: int, words: int) -> Words:
         steps = np.frombuffer(raw, np.uint64, offset=head).reshape(len(differ), rows - 1)
         if not steps.any(axis=1).all():
             raise Corrupt("word marked as differing does not differ", field="payload.bitmap")
-        out[1:, differ] = (np.cumsum(steps, axis=1, dtype=np.uint64) + first[differ][:, None]).T
+        values = np.cumsum(steps, axis=1, dtype=np.uint64)
+        values += first[differ][:, None]
+        out[1:, differ] = values.T
     return out
 
 
