@@ -268,9 +268,6 @@ def _long_mode(scratch: _Scratch) -> bytearray:
 CR0, CR2, CR3, CR4, CR8, EFER, APIC_BASE = 28, 29, 30, 31, 32, 33, 34
 """64-bit words of struct kvm_sregs and kvm_sregs2."""
 
-PDPTRS_VALID, PDPTRS = 35, 36
-"""64-bit words of struct kvm_sregs2 alone: the flag, the first of four."""
-
 RFLAGS = 17
 """64-bit word of struct kvm_regs."""
 
@@ -306,17 +303,19 @@ def _rflags_kept(host: Host, base: HostProfile) -> int:
     return kept
 
 
-def _pdptrs_kept(host: Host, base: HostProfile) -> int:
-    if not base.capabilities.get("SREGS2"):
-        return 0
+def _legacy_paging(host: Host, base: HostProfile) -> int:
     with _scratch(host, base.cpuid) as scratch:
-        sregs = bytearray(_long_mode(scratch).ljust(320, b"\0"))
-        for word, value in ((EFER, 0), (CR0, 0x8000_0011), (PDPTRS_VALID, 1), (PDPTRS, 0x1001)):
+        sregs = _long_mode(scratch)
+        for word, value in ((EFER, 0), (CR0, _PAGING), (CR4, 0)):
             struct.pack_into("<Q", sregs, 8 * word, value)
-        scratch.write(x86_64.SREGS2.id, bytes(sregs))
-        back = scratch.read(x86_64.SREGS2.id, 320)
+        refused = scratch.write(x86_64.SREGS.id, bytes(sregs))
+        back = scratch.read(x86_64.SREGS.id, x86_64.SREGS.size or 0)
         assert isinstance(back, bytes)
-        return int(struct.unpack_from("<Q", back, 8 * PDPTRS)[0] == 0x1001)
+        return int(not refused and struct.unpack_from("<Q", back, 8 * CR0)[0] == _PAGING)
+
+
+_PAGING = 0x8000_0011
+"""CR0: PG, ET, PE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +333,8 @@ TRIALS: tuple[Trial, ...] = (
     Trial("smm", _smm, "1: KVM_VCPU_EVENTS may say that the vCPU is in system management mode (CONFIG_KVM_SMM)"),
     Trial("cr4_taken", _cr4_taken, "bits that CR4 may have in 64-bit mode, with the supported CPUID"),
     Trial("efer_taken", _efer_taken, "bits that EFER may have in KVM_SET_SREGS"),
-    Trial("pdptrs_kept", _pdptrs_kept, "1: KVM_GET_SREGS2 gives PAE page-directory pointers; 0: takes and drops them"),
+    Trial("legacy_paging", _legacy_paging,
+          "1: CR0.PG outside of 64-bit mode stays; 0: it is taken, cleared, and the vCPU has a triple fault pending"),
     Trial("rflags_kept", _rflags_kept, "bits of RFLAGS that read back as written"),
 )
 """A kernel that differs in one of these differs in this number, not in the simulator's code."""

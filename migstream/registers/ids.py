@@ -13,7 +13,8 @@ there, which no kernel uses:
 
 from __future__ import annotations
 
-from migstream.model import OURS, Arch
+from migstream.model import OURS as OURS
+from migstream.model import Arch
 
 STRUCT, CAPABILITY, ATTRIBUTE = 1, 2, 3
 

@@ -294,6 +294,7 @@ class KvmVm(Vm):
             if fd >= 0:
                 os.close(fd)
         self._run_pages, self._mappings, self.vcpu_fds, self.fd = [], [], [], -1
+        self._runner = None
 
 
 def _map(region: MemoryRegion) -> mmap.mmap:

@@ -30,7 +30,7 @@ SHOWS = by_register((*cpuid.SHOWS, *rules_cpu.SHOWS, *rules_devices.SHOWS))
 
 _LOW = np.uint64(0xFFFF_FFFF)
 _SAME_IOCTL = dict.fromkeys(rules_devices.CHIPS, "IRQCHIP")
-_ATTRIBUTE = ids.OURS << 8 | ids.ATTRIBUTE
+_ATTRIBUTE = ids.attribute_id(0, 0, 0) >> 48
 
 
 def operation(guest: Guest, id: int, verb: str) -> str:
@@ -77,12 +77,13 @@ class Column:
         return np.where(good, late, errnos)
 
     def _store(self, rows: Rows, values: Words) -> None:
-        kept = values
+        kept, afters = values, AFTERS.get(self.slot.id, ())
+        before = _stored(rows, self.slot.id).copy() if afters else values
         for rule in KEEPS.get(self.slot.id, ()):
             kept = rule.apply(rows, kept)
         rows.put(_place(self.slot.id, values), kept)
-        for after in AFTERS.get(self.slot.id, ()):
-            after.apply(rows, values)
+        for after in afters:
+            after.apply(rows, values, before)
 
 
 def _judge(rules: tuple[Refuse, ...], rows: Rows, values: Words) -> Errnos:
@@ -144,7 +145,7 @@ class MsrColumn:
             chosen = rows.where(~no)
             kept = rules_msrs.keep(chosen, self.index, values[~no, 0] if no.any() else values[:, 0])
             chosen.put(rules_msrs.storage(self.index), kept[:, np.newaxis])
-        return np.where(no, SHORT_COUNT, 0)
+        return np.where(no | rules_msrs.refused_late(rows, self.index, values[:, 0]), SHORT_COUNT, 0)
 
 
 @dataclass(frozen=True, slots=True)

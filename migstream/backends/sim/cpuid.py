@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from migstream.backends.sim.rules import Keep, Refuse, Show, mask
-from migstream.host.profile import cpuid_word
 from migstream.registers import x86_64
 
 if TYPE_CHECKING:
@@ -184,8 +183,7 @@ def runtime(rows: Rows, values: Words) -> Words:
     tables = Tables(out)
     tables.change((1, 0, ECX), _ALL & ~(1 << 27), osxsave)
     tables.change((1, 0, EDX), _ALL & ~(1 << 9), apic)
-    if cpuid_word(7, 0, ECX) not in rows.guest.profile.cpuid_forced:
-        tables.change((7, 0, ECX), _ALL & ~(1 << 4), ospke)
+    tables.change((7, 0, ECX), _ALL & ~(1 << 4), ospke)
     tables.change((0xD, 0, EBX), 0, _xsave_size(rows, xcr0, compact=False))
     if (tables.word(0xD, 1, EAX) & np.uint64(0b1010)).any():
         tables.change((0xD, 1, EBX), 0, _xsave_size(rows, xcr0, compact=True))

@@ -67,11 +67,11 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class After:
-    """What a write changes in other registers; `apply` is given the values as written."""
+    """What a write changes in other registers; `apply` is given the values as written and what was stored before."""
 
     name: str
     registers: tuple[int, ...]
-    apply: Callable[[Rows, Words], None]
+    apply: Callable[[Rows, Words, Words], None]
     source: str
 
 

@@ -161,7 +161,11 @@ def _flags(values: Words) -> NDArray[np.uint64]:
 
 
 def _bad_event_flags(rows: Rows, values: Words) -> Mask:
-    return bits(_flags(values), 0xFFFF_FFFF & ~(_event_flags(rows) | _SIPI))
+    return bits(_flags(values), 0xFFFF_FFFF & ~(_event_flags(rows) | _SIPI | _TRIPLE))
+
+
+def _untold_triple_fault(rows: Rows, values: Words) -> Mask:
+    return bits(_flags(values), _TRIPLE) & (not _enabled(rows, _CAP_TRIPLE))
 
 
 def _bytes(values: Words) -> NDArray[np.uint8]:
@@ -211,15 +215,22 @@ REFUSALS = (
            "validate_user_xstate_header"),
     Refuse("MXCSR: reserved bits, where XSTATE_BV has SSE or AVX", (XSAVE,), errno.EINVAL, _mxcsr,
            "copy_uabi_to_xstate; measured: not looked at where XSTATE_BV has neither"),
-    Refuse("flags that are unknown or not enabled", (EVENTS,), errno.EINVAL, _bad_event_flags,
-           "kvm_vcpu_ioctl_x86_set_vcpu_events; KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT"),
+    Refuse("unknown flags, a payload that is not enabled", (EVENTS,), errno.EINVAL, _bad_event_flags,
+           "kvm_vcpu_ioctl_x86_set_vcpu_events; KVM_CAP_EXCEPTION_PAYLOAD"),
     Refuse("an exception with vector 2 or above 31", (EVENTS,), errno.EINVAL, _bad_vector,
            "kvm_vcpu_ioctl_x86_set_vcpu_events"),
     Refuse("system management mode where the kernel has none", (EVENTS,), errno.EINVAL, _no_smm,
            "kvm_vcpu_ioctl_x86_set_vcpu_events; `smm` of the profile; what stands before it is stored", stored=True),
+    Refuse("a triple fault that is not enabled", (EVENTS,), errno.EINVAL, _untold_triple_fault,
+           "kvm_vcpu_ioctl_x86_set_vcpu_events, at its end; KVM_CAP_X86_TRIPLE_FAULT_EVENT", stored=True),
     Refuse("a state that x86 has not, or any but RUNNABLE without an interrupt chip", (MP_STATE,), errno.EINVAL,
            _mp_state, "kvm_arch_vcpu_ioctl_set_mpstate"),
 )
+
+
+def _legacy(values: Words) -> Mask:
+    """Paging outside of 64-bit mode."""
+    return bits(values[:, CR0], _PG) & ~bits(values[:, EFER], _LMA)
 
 
 def _keep_sregs(rows: Rows, values: Words) -> Words:
@@ -227,16 +238,17 @@ def _keep_sregs(rows: Rows, values: Words) -> Words:
     out[:, :SHARED] = values[:, :SHARED]
     for word in _DTABLES:
         out[:, word] &= np.uint64(0xFFFF)
+    if not rows.guest.profile.behaviour.get("legacy_paging", 1):
+        out[:, CR0] &= ~np.where(_legacy(values), np.uint64(_PG), np.uint64(0))
     out[:, CR8] = np.where(values[:, CR8] > 0xF, rows.get(SREGS2)[:, CR8], values[:, CR8])
     return out
 
 
 def _keep_sregs2(rows: Rows, values: Words) -> Words:
     out = _keep_sregs(rows, values)
-    if rows.guest.profile.behaviour.get("pdptrs_kept", 1):
-        valid = values[:, FLAGS] & np.uint64(1)
-        out[:, FLAGS] = valid
-        out[:, PDPTRS:] = values[:, PDPTRS:] * valid[:, np.newaxis]
+    valid = np.where(bits(out[:, CR0], _PG), values[:, FLAGS] & np.uint64(1), np.uint64(0))
+    out[:, FLAGS] = valid
+    out[:, PDPTRS:] = values[:, PDPTRS:] * valid[:, np.newaxis]
     return out
 
 
@@ -306,7 +318,7 @@ def _keep_events(rows: Rows, values: Words) -> Words:
     event, now, flags = _bytes(values).copy(), _bytes(rows.get(EVENTS)), _flags(values)
     event[:, _BOOLEANS] = event[:, _BOOLEANS] != 0
     event[event[:, 10] != 0, 8] = event[:, 10] = 0
-    event[:, 13] = np.minimum(event[:, 13], 2)
+    event[:, 13] = np.minimum(event[:, 13], np.where((event[:, 12] | event[:, 14]) != 0, 1, 2))
     event[:, 15] = event[:, 24:27] = event[:, 29:55] = 0
     _payload(event, bits(flags, _PAYLOAD))
     reached = ~_no_smm(rows, values)
@@ -329,7 +341,7 @@ def _payload(event: NDArray[np.uint8], told: Mask) -> None:
 KEEPS = (
     Keep("descriptor tables have 16-bit limits; an impossible CR8 is ignored", (SREGS,), _keep_sregs,
          "__set_sregs_common"),
-    Keep("the same; PDPTRs where the kernel has them", (SREGS2,), _keep_sregs2, "__set_sregs2; `pdptrs_kept`"),
+    Keep("the same, and PDPTRs where there is PAE paging", (SREGS2,), _keep_sregs2, "__set_sregs2"),
     Keep("RFLAGS: bit 1 is always set", (REGS,), _keep_regs, "__set_regs; `rflags_kept` of the profile"),
     Keep("XCR0 alone exists", (XCRS,), _keep_xcrs, "kvm_vcpu_ioctl_x86_set_xcrs"),
     Keep("reserved words are not stored", (DEBUGREGS,), _keep_debugregs, "kvm_vcpu_ioctl_x86_set_debugregs"),
@@ -340,13 +352,13 @@ KEEPS = (
 )
 
 
-def _clear_pending(rows: Rows, values: Words) -> None:
+def _clear_pending(rows: Rows, values: Words, before: Words) -> None:
     events = rows.get(EVENTS).copy()
     events[:, 0] &= np.uint64(~(0xFF << 24) & U64)
     rows.put(EVENTS, events)
 
 
-def _queue_interrupt(rows: Rows, values: Words) -> None:
+def _queue_interrupt(rows: Rows, values: Words, before: Words) -> None:
     """The first bit of the bitmap becomes the injected interrupt."""
     bitmap = np.unpackbits(_bytes(values[:, 35:39]), axis=1, bitorder="little")
     raised = mask(bitmap.any(axis=1))
@@ -357,7 +369,16 @@ def _queue_interrupt(rows: Rows, values: Words) -> None:
         rows.where(raised).put(EVENTS, events)
 
 
+def _triple_fault(rows: Rows, values: Words, before: Words) -> None:
+    fault = _legacy(values) & (not rows.guest.profile.behaviour.get("legacy_paging", 1))
+    if fault.any():
+        events = rows.get(EVENTS)[fault].copy()
+        events[:, 3] |= np.uint64(1 << 32)
+        rows.where(fault).put(EVENTS, events)
+
+
 AFTERS = (
+    After("paging that the kernel can't do is a triple fault", BOTH_SREGS, _triple_fault, "`legacy_paging`; measured"),
     After("a pending exception is dropped", (REGS,), _clear_pending, "__set_regs"),
     After("the interrupt bitmap queues an interrupt", (SREGS,), _queue_interrupt, "__set_sregs: kvm_queue_interrupt"),
 )
@@ -383,6 +404,7 @@ def _show_events(rows: Rows, values: Words) -> Words:
     event = _bytes(values).copy()
     soft = np.isin(event[:, 1], _SOFT)
     event[soft, 0] = event[soft, 3] = 0
+    event[:, 28] *= _enabled(rows, _CAP_TRIPLE)
     out = event.view(np.uint64)
     out[:, 2] = np.uint64(_event_flags(rows) << 32)
     return out

@@ -27,13 +27,13 @@ TSC_KHZ, TSC_OFFSET, NESTED_STATE = x86_64.TSC_KHZ.id, x86_64.TSC_OFFSET.id, x86
 
 CR0, CR8, APIC_BASE, RIP = 28, 32, 34, 16
 _LOW = np.uint64(0xFFFF_FFFF)
-_ID, _VERSION, _TPR, _PPR, _LDR, _ISR, _ICR, _ICR2, _LVTT, _LVT0, _TMICT, _TMCCT = (
-    offset // 8 for offset in (0x20, 0x30, 0x80, 0xA0, 0xD0, 0x100, 0x300, 0x310, 0x320, 0x350, 0x380, 0x390))
+_ID, _VERSION, _TPR, _PPR, _LDR, _SPIV, _ISR, _ICR, _ICR2, _LVTT, _LVT0, _TMICT, _TMCCT = (
+    offset // 8 for offset in (0x20, 0x30, 0x80, 0xA0, 0xD0, 0xF0, 0x100, 0x300, 0x310, 0x320, 0x350, 0x380, 0x390))
 """64-bit words of the APIC page; each register is in the low half of its word."""
 
 _IN_SERVICE = slice(_ISR, _ISR + 16, 2)
 
-_X2APIC, _BSP, _PE = 1 << 10, 1 << 8, 1 << 0
+_APIC_ENABLE, _X2APIC, _BSP, _PE = 1 << 11, 1 << 10, 1 << 8, 1 << 0
 _RESET_CS, _RESET_SELECTOR, _RESET_RIP = 0xFFFF_0000, 0xF000, 0xFFF0
 _TIMER_MODE, _DEADLINE = 0b11 << 17, 0b10 << 17
 _X2APIC_API, _LONG_IDS = 129, 1
@@ -81,12 +81,13 @@ def _beyond_int(rows: Rows, values: Words) -> Mask:
 def _too_slow(rows: Rows, values: Words) -> Mask:
     slowest = rows.guest.clock.host.khz * (1_000_000 - 250) // 1_000_000
     khz = values[:, 0] & _LOW
-    return mask((khz != 0) & (khz < slowest) & (not rows.guest.profile.capabilities.get("TSC_CONTROL")))
+    told = (khz != 0) & (khz != rows.get(TSC_KHZ)[:, 0])  # the backends write a frequency only where it differs
+    return mask(told & (khz < slowest) & (not rows.guest.profile.capabilities.get("TSC_CONTROL")))
 
 
 REFUSALS = (
     Refuse("in x2APIC mode, an id other than the vCPU's", (LAPIC,), errno.EINVAL, _wrong_id,
-           "kvm_apic_state_fixup, with KVM_X2APIC_API_USE_32BIT_IDS"),
+           "kvm_apic_state_fixup, with KVM_X2APIC_API_USE_32BIT_IDS; SPIV is stored before", stored=True),
     Refuse("a chip that there is not", CHIPS, errno.EINVAL, _bad_chip, "kvm_vm_ioctl_set_irqchip"),
     Refuse("a frequency that KVM_GET_TSC_KHZ could not give back", (TSC_KHZ,), errno.EINVAL, _beyond_int,
            "not the kernel's: its answer would be a negative number, which is an error; both backends stop here"),
@@ -117,12 +118,16 @@ def _keep_lapic(rows: Rows, values: Words) -> Words:
     """A change to or from deadline mode stops the timer; version and processor priority are not stored."""
     old, out = rows.get(LAPIC), values.copy()
     _set_low(out, _VERSION, old[:, _VERSION])
+    _set_low(out, _ID, np.where(_x2apic(rows), _numbers(rows), values[:, _ID]))
     _set_low(out, _PPR, _priority(values, old))
     out[:, _ICR] = np.where(_x2apic(rows), values[:, _ICR] & _LOW | values[:, _ICR2] << np.uint64(32), values[:, _ICR])
     was, now = (mask((page[:, _LVTT] & np.uint64(_TIMER_MODE)) == _DEADLINE) for page in (old, values))
     out[was != now, _TMICT] &= ~_LOW
     stopped = now | mask((out[:, _TMICT] & _LOW) == 0)
     out[stopped, _TMCCT] &= ~_LOW
+    wrong = _wrong_id(rows, values)
+    out[wrong] = old[wrong]
+    _set_low(out, _SPIV, values[:, _SPIV])
     return out
 
 
@@ -167,16 +172,16 @@ KEEPS = (
 )
 
 
-def _set_clock(rows: Rows, values: Words) -> None:
+def _set_clock(rows: Rows, values: Words, before: Words) -> None:
     rows.guest.clock.set(int(values[-1, 0]))
 
 
-def _set_offset(rows: Rows, values: Words) -> None:
+def _set_offset(rows: Rows, values: Words, before: Words) -> None:
     if rows.guest.profile.behaviour.get("tsc_offset_kept", 1):
         rows.guest.tsc_offsets[rows.index] = values[:, 0]
 
 
-def _cascade(rows: Rows, values: Words) -> None:
+def _cascade(rows: Rows, values: Words, before: Words) -> None:
     """What the slave wants to deliver is a request on the master's line 2."""
     master, slave = (rows.guest.column(id)[0, 1:3].tobytes() for id in (PIC_MASTER, PIC_SLAVE))
     if _first(slave[1] & ~slave[2], slave) < _first(slave[3], slave) and not master[0] & 1 << _CASCADE:
@@ -191,15 +196,26 @@ def _first(lines: int, pic: bytes) -> int:
     return next((place for place in range(8) if lines & 1 << (place + pic[4] & 7)), 8)
 
 
-def _base_changed(rows: Rows, values: Words) -> None:
+def _base_changed(rows: Rows, values: Words, before: Words) -> None:
     """CR8 is the task priority; x2APIC mode sets the logical id."""
     if not rows.guest.has("irqchip"):
         return
-    page, on = rows.get(LAPIC).copy(), _x2apic(rows)
-    _set_low(page, _TPR, rows.get(SREGS2)[:, CR8] << np.uint64(4))
-    _set_low(page, _PPR, _priority(page, page))
-    _set_low(page, _LDR, np.where(on, _logical(rows), page[:, _LDR]))
+    page = rows.get(LAPIC).copy()
+    possible = mask(values[:, CR8] <= 0xF)
+    _set_low(page, _TPR, np.where(possible, values[:, CR8] << np.uint64(4), page[:, _TPR]))
+    _set_low(page, _PPR, np.where(possible, _priority(page, page), page[:, _PPR]))
+    _set_ids(rows, page, values[:, APIC_BASE], before[:, APIC_BASE])
     rows.put(LAPIC, page)
+
+
+def _set_ids(rows: Rows, page: Words, now: NDArray[np.uint64], before: NDArray[np.uint64]) -> None:
+    """An APIC that is switched on has the short id, one that comes to x2APIC mode the long one and a logical id."""
+    number, changed = _numbers(rows), now ^ before
+    on = bits(changed, _APIC_ENABLE) & bits(now, _APIC_ENABLE)
+    x2apic = bits(changed, _APIC_ENABLE | _X2APIC) & bits(now, _X2APIC)
+    id = np.where(on, number << np.uint64(24), page[:, _ID])
+    _set_low(page, _ID, np.where(x2apic, number, id))
+    _set_low(page, _LDR, np.where(x2apic, _logical(rows), page[:, _LDR]))
 
 
 def _logical(rows: Rows) -> NDArray[np.uint64]:
@@ -207,7 +223,7 @@ def _logical(rows: Rows) -> NDArray[np.uint64]:
     return number >> np.uint64(4) << np.uint64(16) | np.uint64(1) << (number & np.uint64(0xF))
 
 
-def _wake_at_reset(rows: Rows, values: Words) -> None:
+def _wake_at_reset(rows: Rows, values: Words, before: Words) -> None:
     """A boot processor that is put at the reset vector is runnable: older VMMs count on it."""
     at_reset = ((values[:, 0] == _RESET_CS) & (values[:, 1] >> np.uint64(32) & np.uint64(0xFFFF) == _RESET_SELECTOR)
                 & (rows.get(REGS)[:, RIP] == _RESET_RIP))
@@ -227,9 +243,9 @@ AFTERS = (
 
 def _show_lapic(rows: Rows, values: Words) -> Words:
     """x2APIC: the id is the vCPU's, in the short or the long form, and the logical id follows from it."""
-    out, on, number = values.copy(), _x2apic(rows), _numbers(rows)
-    id = number if _long_ids(rows) else number << np.uint64(24)
-    _set_low(out, _ID, np.where(on, id, values[:, _ID]))
+    out, on = values.copy(), _x2apic(rows)
+    shift = np.uint64(0 if _long_ids(rows) else 24)
+    _set_low(out, _ID, np.where(on, values[:, _ID] << shift, values[:, _ID]))
     _set_low(out, _LDR, np.where(on, _logical(rows), values[:, _LDR]))
     return out
 

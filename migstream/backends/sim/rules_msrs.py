@@ -38,7 +38,8 @@ class MsrRule:
 
     Attributes:
         indices: MSRs. refuse: rows that are refused, instead of what `msr_bits` says. keep: what is stored of a value,
-            likewise. show: what a read gives for the stored value. source: kernel function, or `measured`.
+            likewise. late: rows that are refused after the value was stored. show: what a read gives for the stored
+        value. source: kernel function, or `measured`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class MsrRule:
     source: str
     refuse: Callable[[Rows, Column], Mask] | None = None
     keep: Callable[[Rows, Column], Column] | None = None
+    late: Callable[[Rows, Column], Mask] | None = None
     show: Callable[[Rows, Column], Column] | None = None
 
 
@@ -101,19 +103,17 @@ def _in_ram(rows: Rows, addresses: Column, size: int) -> Mask:
     return found
 
 
+def _no_page_faults(rows: Rows, values: Column) -> Mask:
+    return mask(_not_taken(rows, ASYNC_PF_EN, values) | mask(values != 0) & (not rows.guest.has("irqchip")))
+
+
 def _no_page_fault_area(rows: Rows, values: Column) -> Mask:
-    """Asynchronous page faults need a local APIC, and the area where they are told."""
     on = mask((values & np.uint64(_BY_INTERRUPT)) == _BY_INTERRUPT)
-    lost = on & ~_in_ram(rows, values & np.uint64(U64 & ~0x3F), 8)
-    return _not_taken(rows, ASYNC_PF_EN, values) | lost | _no_apic(rows, values)
-
-
-def _no_apic(rows: Rows, values: Column) -> Mask:
-    return mask((values != 0) & (not rows.guest.has("irqchip")))
+    return mask(on & ~_in_ram(rows, values & np.uint64(U64 & ~0x3F), 8))
 
 
 def _no_page_fault_vector(rows: Rows, values: Column) -> Mask:
-    return _not_taken(rows, ASYNC_PF_INT, values) | _no_apic(rows, values)
+    return mask(_not_taken(rows, ASYNC_PF_INT, values) | (not rows.guest.has("irqchip")))
 
 
 def _no_eoi_flag(rows: Rows, values: Column) -> Mask:
@@ -122,7 +122,8 @@ def _no_eoi_flag(rows: Rows, values: Column) -> Mask:
 
 
 RULES = (
-    MsrRule("needs an APIC and guest memory", (ASYNC_PF_EN,), "kvm_pv_enable_async_pf", refuse=_no_page_fault_area),
+    MsrRule("needs an APIC, and an area in guest memory: looked for when the value is stored", (ASYNC_PF_EN,),
+            "kvm_pv_enable_async_pf", refuse=_no_page_faults, late=_no_page_fault_area),
     MsrRule("needs an APIC", (ASYNC_PF_INT,), "kvm_pv_enable_async_pf_int", refuse=_no_page_fault_vector),
     MsrRule("needs guest memory", (PV_EOI_EN,), "kvm_lapic_set_pv_eoi", refuse=_no_eoi_flag),
     MsrRule("addresses must be canonical", (0xC000_0082, 0xC000_0083, 0xC000_0102), "__kvm_set_msr",
@@ -157,14 +158,14 @@ def listed(rows: Rows, index: int) -> bool:
 
 def refused(rows: Rows, index: int, values: Column) -> Mask:
     """The rows that KVM_SET_MSRS stops at."""
-    if not listed(rows, index) or _write_only_errno(rows, index):
+    if not listed(rows, index) or _write_errno(rows, index):
         return np.ones(len(values), np.bool_)
     rule = _BY_INDEX.get(index, _PLAIN)
     no = rule.refuse(rows, values) if rule.refuse else _not_taken(rows, index, values)
     return mask(no | _fixed_by_run(rows, index, values))
 
 
-def _write_only_errno(rows: Rows, index: int) -> int:
+def _write_errno(rows: Rows, index: int) -> int:
     return rows.guest.profile.refused.get(ids.msr_id(index), (0, 0))[1]
 
 
@@ -184,6 +185,12 @@ def _fixed_by_run(rows: Rows, index: int, values: Column) -> Mask:
 def _default(rows: Rows, index: int) -> np.uint64:
     default = rows.guest.profile.defaults.get(ids.msr_id(index), bytes(8))
     return np.uint64(int.from_bytes(default, "little"))
+
+
+def refused_late(rows: Rows, index: int, values: Column) -> Mask:
+    """The rows that KVM_SET_MSRS stops at though the value is there now."""
+    rule = _BY_INDEX.get(index, _PLAIN)
+    return rule.late(rows, values) if rule.late else np.zeros(len(values), np.bool_)
 
 
 def keep(rows: Rows, index: int, values: Column) -> Column:

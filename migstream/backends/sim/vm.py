@@ -45,21 +45,24 @@ class SimVm(Vm):
         """Memory, interrupt chips, capabilities, in KVM's order. Raises: BackendError, UsageError."""
         if unknown := sorted(self.machine.devices.keys() - DEVICES):
             raise UsageError(f"the simulator can't make a device {unknown[0]!r}; it knows {', '.join(sorted(DEVICES))}")
-        _check_memory(self.machine.memory)
-        self.memory = GuestMemory([(region, self._map(region)) for region in self.machine.memory], self._discard)
+        regions = self.machine.memory
+        parts = [(region, self._add_memory(region, regions[:number])) for number, region in enumerate(regions)]
+        self.memory = GuestMemory(parts, self._discard)
         if self.machine.devices.get("pit") and not self.machine.devices.get("irqchip"):
             raise BackendError("KVM_CREATE_PIT2", errno=errno.ENOENT)
         for capability, args in enabled_caps.items():
             if no := enable(self.guest, capability, args):
                 raise BackendError("KVM_ENABLE_CAP", errno=no, register=f"capability {capability}")
 
-    def _map(self, region: MemoryRegion) -> memoryview:
+    def _add_memory(self, region: MemoryRegion, before: tuple[MemoryRegion, ...]) -> memoryview:
         try:
             mapping = mmap.mmap(-1, region.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError, OverflowError) as error:
             raise BackendError("mmap", errno=getattr(error, "errno", 0) or errno.ENOMEM,
                                register=f"{region.guest_address:#x}") from error
         self._mappings.append(mapping)
+        if no := _memory_errno(region, before):
+            raise BackendError("KVM_SET_USER_MEMORY_REGION", errno=no, register=f"{region.guest_address:#x}")
         return memoryview(mapping)
 
     def _discard(self, part: int, start: int, length: int) -> None:
@@ -175,14 +178,8 @@ class SimVm(Vm):
         self._mappings = []
 
 
-def _check_memory(regions: tuple[MemoryRegion, ...]) -> None:
-    """KVM_SET_USER_MEMORY_REGION, one region after the other. Raises: BackendError."""
-    for number, region in enumerate(regions):
-        if no := _memory_errno(region, regions[:number]):
-            raise BackendError("KVM_SET_USER_MEMORY_REGION", errno=no, register=f"{region.guest_address:#x}")
-
-
 def _memory_errno(region: MemoryRegion, before: tuple[MemoryRegion, ...]) -> int:
+    """KVM_SET_USER_MEMORY_REGION beside the regions that are there (kvm_set_memory_region)."""
     if region.guest_address % PAGE or region.size % PAGE or not region.size or region.end > _MAX_ADDRESS:
         return errno.EINVAL
     overlaps = any(region.guest_address < other.end and other.guest_address < region.end for other in before)
