@@ -37,8 +37,16 @@ def capability_id(arch: Arch, capability: int) -> int:
     return OURS << 56 | CAPABILITY << 48 | arch << 32 | capability
 
 
+ARM64_VCPU = 0xB7
+"""`device` of an attribute of an arm64 vCPU's own file descriptor (183 is the ELF machine). x86-64's is 0: the two
+number their groups alike, and an id must name one register."""
+
+_ARM64_DEVICES = (5, 7, 8, 10, ARM64_VCPU)
+"""KVM_DEV_TYPE_* that only arm64 has: GICv2, GICv3, ITS, paravirtual time."""
+
+
 def attribute_id(device: int, group: int, attribute: int) -> int:
-    """Id of a device attribute; device 0 is the vCPU's or VM's own file descriptor."""
+    """Id of a device attribute; device 0 is the file descriptor of an x86-64 vCPU or of a VM."""
     return OURS << 56 | ATTRIBUTE << 48 | device << 40 | group << 32 | attribute
 
 
@@ -61,8 +69,10 @@ def arch_of(id: int) -> Arch | None:
     """Architecture that an id belongs to, None where it doesn't say or isn't known."""
     if id >> 56 != OURS:
         return _KERNEL_ARCH.get(id >> 56)
+    if id >> 48 & 0xFF == ATTRIBUTE:
+        return Arch.ARM64 if id >> 40 & 0xFF in _ARM64_DEVICES else None
     machine = id >> 32 & 0xFFFF
-    return Arch(machine) if id >> 48 & 0xFF != ATTRIBUTE and machine in list(Arch) else None
+    return Arch(machine) if machine in list(Arch) else None
 
 
 def size_in_id(id: int) -> int | None:
