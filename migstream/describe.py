@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from migstream.model import Slot
-from migstream.registers import bits_x86_64
+from migstream.registers.bit_tables import BITS, decode
 from migstream.registers.catalogue import Register, lookup
-from migstream.wire import x86_64 as structs
+from migstream.wire import structs
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def _plain(row: Register, value: bytes) -> Shown:
     if len(value) > 8:
         return Shown("", value, ())
     number = int.from_bytes(value, "little")
-    names = tuple(bits_x86_64.decode(row.bits, number)) if row.bits in bits_x86_64.BITS else ()
+    names = tuple(decode(row.bits, number)) if row.bits in BITS else ()
     return Shown("", number, names)
 
 
@@ -74,5 +74,5 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, int | bytes]]:
 
 def _shown(struct: str, path: str, leaf: int | bytes) -> Shown:
     table = _TABLES.get(path) or _TABLES.get(path.rsplit(".", 1)[-1]) or f"{struct}.{path}"
-    known = isinstance(leaf, int) and table in bits_x86_64.BITS
-    return Shown(path, leaf, tuple(bits_x86_64.decode(table, leaf)) if known and isinstance(leaf, int) else ())
+    known = isinstance(leaf, int) and table in BITS
+    return Shown(path, leaf, tuple(decode(table, leaf)) if known and isinstance(leaf, int) else ())

@@ -34,7 +34,7 @@ from migstream.model import (
 from migstream.registers import ids
 from migstream.registers.catalogue import lookup
 from migstream.wire import stream as wire
-from migstream.wire import x86_64 as structs
+from migstream.wire import structs
 
 if TYPE_CHECKING:
     from migstream.model import Words

@@ -30,7 +30,7 @@ from migstream.backends.base import Vm
 from migstream.errors import BackendError
 from migstream.model import PAGE, Layout, Phase, Scope, Slot
 from migstream.registers import ids, x86_64
-from migstream.wire import x86_64 as structs
+from migstream.wire import structs
 
 NAME = "migstream.demo.x86_64"
 MULTIPLIER, INCREMENT = 6364136223846793005, 1442695040888963407
