@@ -36,8 +36,9 @@ _FILLERS = ("pad", "reserved", "unused", "dummy")
 
 _TABLES = {
     "cr0": "CR0", "cr4": "CR4", "efer": "EFER", "rflags": "RFLAGS", "xstate_bv": "XSTATE_BV", "xcomp_bv": "XCOMP_BV",
-    "dr6": "DR6", "dr7": "DR7", "apic_base": "APIC_BASE", "mp_state": "MP_STATE", "lvtt": "APIC_LVTT", "spiv": "APIC_SPIV",
-    "lvt0": "APIC_LVT", "lvt1": "APIC_LVT", "lvtpc": "APIC_LVT", "lvtthmr": "APIC_LVT", "lvterr": "APIC_LVT",
+    "dr6": "DR6", "dr7": "DR7", "apic_base": "APIC_BASE", "mp_state": "MP_STATE",
+    "lvtt": "APIC_LVTT", "spiv": "APIC_SPIV", "lvt0": "APIC_LVT", "lvt1": "APIC_LVT",
+    "lvtpc": "APIC_LVT", "lvtthmr": "APIC_LVT", "lvterr": "APIC_LVT",
     "xcrs.0.value": "XCR0",
 }
 """Bit table by field; a field of a struct that is not here is looked up as `struct.field`."""

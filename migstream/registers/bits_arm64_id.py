@@ -110,7 +110,8 @@ _AARCH32: dict[str, tuple[Field, ...]] = {
     "ID_DFR1_EL1": id_fields("0:MTPMU@1.IMP,15.NI 4:HPMN0"),
     "ID_AFR0_EL1": id_fields("0:IMPDEF0# 4:IMPDEF1# 8:IMPDEF2# 12:IMPDEF3#"),
     "ID_MMFR0_EL1": id_fields(
-        "0:VMSA@1.IMPDEF,VMSAv6,VMSAv7,VMSAv7_PXN,VMSAv7_LONG 4:PMSA@1.IMPDEF,PMSAv6,PMSAv7 8:OuterShr@NC,HW,15.IGNORED "
+        "0:VMSA@1.IMPDEF,VMSAv6,VMSAv7,VMSAv7_PXN,VMSAv7_LONG 4:PMSA@1.IMPDEF,PMSAv6,PMSAv7 "
+        "8:OuterShr@NC,HW,15.IGNORED "
         "12:ShareLvl@ONE,TWO 16:TCM@1.IMPDEF,TCM,TCM_DMA 20:AuxReg@1.ACTLR,AIFSR 24:FCSE 28:InnerShr@NC,HW,15.IGNORED"),
     "ID_MMFR1_EL1": id_fields(
         "0:L1HvdVA@1.CLEAN_AND_INVALIDATE,INVALIDATE_BP 4:L1UniVA@1.CLEAN_AND_INVALIDATE,INVALIDATE_BP "
@@ -129,7 +130,8 @@ _AARCH32: dict[str, tuple[Field, ...]] = {
         "0:SpecSEI 4:AC2 8:XNX 12:CnP 16:HPDS@1.AA32HPD,HPDS2 20:LSM 24:CCIDX 28:EVT@1.NO_TLBIS,TLBIS"),
     "ID_MMFR5_EL1": id_fields("0:ETS 4:nTLBPA"),
     "ID_ISAR0_EL1": id_fields(
-        "0:Swap 4:BitCount 8:BitField 12:CmpBranch 16:Coproc@1.MRC,MRC2,MRRC,MRRC2 20:Debug 24:Divide@1.xDIV_T32,xDIV_A32"),
+        "0:Swap 4:BitCount 8:BitField 12:CmpBranch 16:Coproc@1.MRC,MRC2,MRRC,MRRC2 20:Debug "
+        "24:Divide@1.xDIV_T32,xDIV_A32"),
     "ID_ISAR1_EL1": id_fields(
         "0:Endian 4:Except 8:Except_AR 12:Extend@1.SXTB,SXTB16 16:IfThen 20:Immediate 24:Interwork@1.BX,BLX,A32_BX "
         "28:Jazelle"),

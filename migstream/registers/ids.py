@@ -24,6 +24,13 @@ KVM_REG_X86_MSR = 0x2030_0002_0000_0000
 KVM_REG_X86_KVM = 0x2030_0003_0000_0000
 """The same with type 3: registers that KVM itself defines."""
 
+KVM_REG_ARM_SCOPE_VM = 1 << 28
+"""Set in the id of a VM-scoped arm64 register where a kernel has KVM_CAP_ARM_REG_SCOPE (proposed, not merged)."""
+
+X86_VCPU_FD, ARM64_VCPU_FD, ARM64_VM_FD = 0x00, 0xFE, 0xFD
+"""Device types of `attribute_id` for the attributes of a vCPU's or VM's own file descriptor: no device has these
+numbers, and the same group and attribute mean different things on two architectures."""
+
 _KERNEL_ARCH = {0x20: Arch.X86_64, 0x60: Arch.ARM64}
 
 
@@ -37,12 +44,8 @@ def capability_id(arch: Arch, capability: int) -> int:
     return OURS << 56 | CAPABILITY << 48 | arch << 32 | capability
 
 
-ARM64_VCPU = 0xB7
-"""`device` of an attribute of an arm64 vCPU's own file descriptor (183 is the ELF machine). x86-64's is 0: the two
-number their groups alike, and an id must name one register."""
-
-_ARM64_DEVICES = (5, 7, 8, 10, ARM64_VCPU)
-"""KVM_DEV_TYPE_* that only arm64 has: GICv2, GICv3, ITS, paravirtual time."""
+_ARM64_DEVICES = (5, 7, 8, 10, ARM64_VCPU_FD, ARM64_VM_FD)
+"""KVM_DEV_TYPE_* that only arm64 has: GICv2, GICv3, ITS, paravirtual time; and its file descriptors."""
 
 
 def attribute_id(device: int, group: int, attribute: int) -> int:

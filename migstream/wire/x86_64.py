@@ -206,9 +206,9 @@ _SCHEMAS = (
 )
 
 STRUCTS: Mapping[str, Schema] = MappingProxyType({schema.name: schema for schema in _SCHEMAS})
-"""Every schema by name; kvm_mp_state and the capabilities are arm64's, too. `kvm_irqchip_pic` serves both PICs; `enabled_cap` is kvm_enable_cap without its pad;
-`tsc_khz` (kHz), `tsc_offset` (cycles, two's complement) and `msr` are single numbers that the kernel has no
-struct for; `kvm_msrs` is the header only."""
+"""Every schema by name; kvm_mp_state and the enabled capability are arm64's, too. `kvm_irqchip_pic` serves both PICs;
+`enabled_cap` is kvm_enable_cap without its pad; `tsc_khz` (kHz), `tsc_offset` (cycles, two's complement) and `msr` are
+single numbers that the kernel has no struct for; `kvm_msrs` is the header only."""
 
 COUNTS: Mapping[str, Count] = MappingProxyType({
     "kvm_xcrs": Count("nr_xcrs", 0, 16),
