@@ -99,6 +99,15 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _vcpu_features(text: str) -> int:
+    from migstream.registers import vcpu_features
+
+    try:
+        return vcpu_features.parse(text)
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(f"no vCPU feature {error}; there are {', '.join(vcpu_features.WORDS)}") from error
+
+
 _BACKENDS = "auto (real KVM where it works, else the simulator), kvm, sim, or sim:NAME"
 
 
@@ -109,6 +118,8 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--vcpus", type=_vcpus, default=4, metavar="N", help="number of vCPUs (4)")
     sub.add_argument("--memory", type=_memory, default=64 << 20, metavar="SIZE", help="guest RAM (64M)")
     sub.add_argument("--backend", default="auto", metavar="NAME", help=_BACKENDS)
+    sub.add_argument("--vcpu-features", type=_vcpu_features, default=0, metavar="LIST",
+                     help="arm64: vCPU features by name, such as sve,pmu_v3,ptrauth")
     sub.add_argument("-o", dest="output", metavar="FILE", help="keep the stream in FILE")
     sub.add_argument("--run", dest="seconds", type=_seconds, default=0.2, metavar="SECONDS", help="run on at least this long (0.2)")
     sub.add_argument("--level", type=int, default=1, metavar="N", help="zstd level, 0 = none (1)")
@@ -122,7 +133,8 @@ def _demo(options: argparse.Namespace) -> int:
 
     with tempfile.TemporaryDirectory(prefix="migstream-") as folder, progress() as tell:
         path = options.output or os.path.join(folder, "demo.mig")
-        result = screen.demo(options.backend, options.vcpus, options.memory, path, options.seconds, options.level, tell)
+        result = screen.demo(options.backend, options.vcpus, options.memory, path, options.seconds, options.level, tell,
+                             options.vcpu_features)
     if options.json:
         from migstream.show import print_json
 

@@ -30,6 +30,10 @@ class HostProfile:
         refused: what answered an error, by register id: errno of the read, errno of writing the read value back
             (0 = fine; -1 = a short KVM_GET_MSRS or KVM_SET_MSRS count).
         made_by: the command that made it.
+        registers: arm64: every id that KVM_GET_REG_LIST names with no vCPU feature or with all of them, ascending.
+        vcpu_features: arm64: bits that KVM_ARM_VCPU_INIT takes. devices: arm64: what KVM_CREATE_DEVICE makes.
+        writable_masks: arm64: KVM_ARM_GET_REG_WRITABLE_MASKS, by register id; empty where the kernel has none.
+        scopes: arm64: `vm` or `vcpu` by register id, found by experiment; empty where there was none.
     """
 
     arch: Arch
@@ -44,6 +48,11 @@ class HostProfile:
     defaults: dict[int, bytes] = field(default_factory=dict)
     refused: dict[int, tuple[int, int]] = field(default_factory=dict)
     made_by: str = ""
+    registers: tuple[int, ...] = ()
+    vcpu_features: int = 0
+    devices: tuple[str, ...] = ()
+    writable_masks: dict[int, int] = field(default_factory=dict)
+    scopes: dict[int, str] = field(default_factory=dict)
 
     @property
     def max_vcpus(self) -> int:
@@ -95,6 +104,11 @@ _READERS: dict[str, Any] = {
     "cpuid": bytes.fromhex,
     "defaults": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
     "refused": lambda v: {int(k, 16): (int(pair[0]), int(pair[1])) for k, pair in v.items()},
+    "registers": lambda v: tuple(int(n) for n in v),
+    "vcpu_features": int,
+    "devices": lambda v: tuple(str(n) for n in v),
+    "writable_masks": lambda v: {int(k, 16): int(n) for k, n in v.items()},
+    "scopes": lambda v: {int(k, 16): str(n) for k, n in v.items()},
 }
 
 

@@ -16,7 +16,7 @@ from functools import cache
 
 from migstream.model import Klass, Layout, Phase, Scope, Slot
 from migstream.registers import ids
-from migstream.registers.catalogue import Register
+from migstream.registers.catalogue import Register, Running
 
 GICV3, ITS = 7, 8
 """KVM_DEV_TYPE_ARM_VGIC_V3, KVM_DEV_TYPE_ARM_VGIC_ITS."""
@@ -147,15 +147,19 @@ BEFORE_WRITE: dict[int, int] = {
 ICC_CTLR = ids.attribute_id(GICV3, CPU_INTERFACE, 3 << 14 | 12 << 7 | 12 << 3 | 4)
 """Bits 10:8 are the number of priority bits less one."""
 
-VTIMER_IRQ = Register(ids.attribute_id(ids.ARM64_VCPU, 1, 0), "KVM_ARM_VCPU_TIMER_IRQ_VTIMER", 4, _VM, Phase.FEATURE, _FEATURE,
+VTIMER_IRQ = Register(ids.attribute_id(ids.ARM64_VCPU_FD, 1, 0), "KVM_ARM_VCPU_TIMER_IRQ_VTIMER", 4, _VM, Phase.FEATURE, _FEATURE,
                       "a PPI of all vCPUs, set through one of them; fixed after the first KVM_RUN")
-PTIMER_IRQ = Register(ids.attribute_id(ids.ARM64_VCPU, 1, 1), "KVM_ARM_VCPU_TIMER_IRQ_PTIMER", 4, _VM, Phase.FEATURE, _FEATURE,
+PTIMER_IRQ = Register(ids.attribute_id(ids.ARM64_VCPU_FD, 1, 1), "KVM_ARM_VCPU_TIMER_IRQ_PTIMER", 4, _VM, Phase.FEATURE, _FEATURE,
                       "a PPI of all vCPUs, set through one of them; fixed after the first KVM_RUN")
-PMU_IRQ = Register(ids.attribute_id(ids.ARM64_VCPU, 0, 0), "KVM_ARM_VCPU_PMU_V3_IRQ", 4, _VCPU, Phase.FEATURE, _FEATURE,
+PMU_IRQ = Register(ids.attribute_id(ids.ARM64_VCPU_FD, 0, 0), "KVM_ARM_VCPU_PMU_V3_IRQ", 4, _VCPU, Phase.FEATURE, _FEATURE,
                    "one PPI for all vCPUs or an SPI for each; then KVM_ARM_VCPU_PMU_V3_INIT, without which the vCPU won't run")
 
 LINES = {row.id: row for row in (VTIMER_IRQ, PTIMER_IRQ, PMU_IRQ)}
 """Interrupt lines of a vCPU's own devices; attributes of the vCPU's file descriptor."""
+
+
+RUNNING: dict[int, Running] = {}
+"""What differs on read-back though nothing was lost."""
 
 
 def _registers(row: GicRow, irqs: int) -> Iterator[tuple[Register, GicRow]]:
