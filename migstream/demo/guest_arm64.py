@@ -30,16 +30,17 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from migstream.backends.base import Vm
+from migstream.demo import msi_arm64
 from migstream.demo.guest_x86_64 import INCREMENT, MULTIPLIER, Counter, chain, scattered, seed
 from migstream.errors import BackendError
 from migstream.model import PAGE, Layout, Phase, Scope, Slot
-from migstream.registers import gic, vcpu_features
+from migstream.registers import arm64_ids, gic, vcpu_features
 from migstream.registers.catalogue import lookup
 
 NAME = "migstream.demo.arm64"
 
 RAM = 0x4000_0000
-TABLE, CODE, CELLS = RAM + 0x1000, RAM + 0x9000, RAM + 0x10000
+TABLE, CODE, CELLS = RAM + 0x1000, RAM + 0x9000, RAM + msi_arm64.END
 CELL = 64
 NO_RAM = 0x0900_0000
 """Below RAM, where boards have devices: mapped by the page table, not backed by anything."""
@@ -89,9 +90,16 @@ def _wide(number: int, size: int) -> _Mark:
 _START: dict[str, _Mark] = {
     "X0": _same(0), "X1": lambda vcpu: seed(vcpu), "X2": _same(MULTIPLIER), "X3": _same(INCREMENT),
     "X4": lambda vcpu: CELLS + CELL * vcpu, "X5": _same(NO_RAM), "X6": _same(0), "X7": _same(0),
-    "PC": _same(CODE), "PSTATE": _same(_EQUAL | _EL1H_MASKED), "KVM_MP_STATE": _same(0),
+    "PC": _same(CODE), "PSTATE": _same(_EQUAL | _EL1H_MASKED),
 }
-"""What the loop uses, at its start; KVM_MP_STATE 0 is RUNNABLE."""
+"""What the loop uses, at its start."""
+
+_SETUP: dict[str, _Mark] = {
+    "KVM_MP_STATE": _same(0),                      # RUNNABLE
+    "GICR_CTLR": lambda vcpu: int(vcpu == 0),      # LPIs on; reads back with read-only bits
+    "GITS_CTLR": _same(1),                         # on: now the ITS does what is in its command queue
+}
+"""What is written and not compared bit for bit."""
 
 _MARKS: dict[str, _Mark] = {
     "MAIR_EL1": _same(0xFF),             # attribute 0: normal, write-back; 1: device
@@ -116,6 +124,10 @@ _MARKS: dict[str, _Mark] = {
     "GICR_IGROUPR0": _same(0xFFFF_FFFF),
     "GICR_ISENABLER0": lambda vcpu: 0x0800_FF0F & ~(1 << vcpu % 4),
     "GICR_IPRIORITYR6": lambda vcpu: 0x10101010 * (vcpu % 15 + 1), "GICR_ISPENDR0": lambda vcpu: 1 << vcpu % 16,
+    "GICR_PROPBASER": _same(msi_arm64.PROPBASER + RAM),
+    "GICR_PENDBASER": lambda vcpu: msi_arm64.PENDBASER + (RAM if vcpu == 0 else -msi_arm64.PENDING),
+    **{name: _same(value + RAM) for name, value in msi_arm64.TABLE_REGISTERS.items()},
+    "GITS_CWRITER": _same(msi_arm64.QUEUE_LENGTH),
     "ICC_PMR_EL1": lambda vcpu: 0x80 + 8 * (vcpu % 16), "ICC_IGRPEN1_EL1": _same(1),
 }
 """What a kernel would have put there: a save and restore must keep it."""
@@ -129,11 +141,34 @@ def min_memory(vcpus: int) -> int:
 def install(vm: Vm, cpuid: bytes, capabilities: Mapping[str, int]) -> None:
     """Put the guest into a fresh VM with vCPUs: RAM, then registers. Raises: BackendError."""
     _load_ram(vm)
-    if vm.machine.devices.get("vcpu_features", 0) & vcpu_features.PMU_V3:
+    if _features(vm) & vcpu_features.PMU_V3:
         line = Layout(Scope.VCPU, Phase.FEATURE, (Slot(gic.PMU_IRQ.id, 4),))
         _write(vm, line, [[PMU_PPI]] * vm.machine.vcpus)
-    for layout, marks in _marked(vm, {**_MARKS, **_START}):
+    for layout, marks in _marked(vm, {**_marks(vm), **_START, **_SETUP}):
         _write(vm, layout, [[mark(k) for mark in marks] for k in range(_rows(vm, layout))])
+
+
+def _features(vm: Vm) -> int:
+    return int(vm.machine.devices.get("vcpu_features", vcpu_features.DEFAULT))
+
+
+def _marks(vm: Vm) -> dict[str, _Mark]:
+    """What the loop does not use: `_MARKS`, with a PMU its counters, with SVE its registers as wide as they are here."""
+    counters = {"PMCCNTR_EL0": _own(90), "PMEVCNTR0_EL0": lambda vcpu: scattered(vcpu + 91) & 0xFFFF_FFFF}
+    return {**_MARKS, **(counters if _features(vm) & vcpu_features.PMU_V3 else {}),
+            **(_sve(_vector_bytes(vm)) if _features(vm) & vcpu_features.SVE else {})}
+
+
+def _vector_bytes(vm: Vm) -> int:
+    """The longest vector of the VM's vCPUs: bit n of SVE_VLS stands for n + 1 times 16 bytes."""
+    layout = Layout(Scope.VCPU, Phase.FINALIZE, (Slot(arm64_ids.SVE_VLS, 64),))
+    return 16 * _read(vm, layout)[0][0].bit_length()
+
+
+def _sve(size: int) -> dict[str, _Mark]:
+    """A first-fault register is a run of ones from bit 0."""
+    return {**{f"Z{n}": _wide(n, size) for n in range(32)}, **{f"P{n}": _wide(32 + n, size // 8) for n in range(16)},
+            "FFR": lambda vcpu: (1 << vcpu % size + 1) - 1, "ZCR_EL1": _same(size // 16 - 1)}
 
 
 def _load_ram(vm: Vm) -> None:
@@ -143,6 +178,8 @@ def _load_ram(vm: Vm) -> None:
     vm.memory.view(CODE, len(PROGRAM))[:] = PROGRAM
     for k in range(vm.machine.vcpus):
         vm.memory.view(CELLS + CELL * k, 16)[:] = struct.pack("<QQ", 0, seed(k))
+    if "its" in vm.machine.devices:
+        msi_arm64.load(vm.memory, RAM)
 
 
 def _marked(vm: Vm, marks: Mapping[str, _Mark]) -> list[tuple[Layout, list[_Mark]]]:
@@ -183,7 +220,7 @@ def counts(vm: Vm) -> list[int]:
 def counters(vm: Vm) -> list[Counter]:
     """Check every vCPU of a paused guest against what its count says everything else must be."""
     lost = _lost_marks(vm)
-    ((layout, _),) = _marked(vm, {name: mark for name, mark in _START.items() if name != "KVM_MP_STATE"})
+    ((layout, _),) = _marked(vm, _START)
     names = [lookup(slot.id).name for slot in layout.slots]
     return [_check(vm, k, dict(zip(names, row, strict=True)), lost.get(k, lost.get(-1, "")))
             for k, row in enumerate(_read(vm, layout))]
@@ -192,12 +229,16 @@ def counters(vm: Vm) -> list[Counter]:
 def _lost_marks(vm: Vm) -> dict[int, str]:
     """The first mark that is not as it was, by vCPU; -1 for the VM's."""
     lost: dict[int, str] = {}
-    for layout, marks in _marked(vm, _MARKS):
+    if "its" in vm.machine.devices:
+        msi_arm64.forget_tables(vm.memory, RAM)
+    for layout, marks in _marked(vm, _marks(vm)):
         for k, row in enumerate(_read(vm, layout)):
             for slot, mark, found in zip(layout.slots, marks, row, strict=True):
                 if found != mark(k):
                     key = k if layout.scope == Scope.VCPU else -1
                     lost.setdefault(key, f"{lookup(slot.id).name} {found:#x}, expected {mark(k):#x}")
+    if "its" in vm.machine.devices and (wrong := msi_arm64.lost(vm.memory, RAM)):
+        lost.setdefault(0, wrong)
     return lost
 
 

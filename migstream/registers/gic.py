@@ -158,7 +158,13 @@ LINES = {row.id: row for row in (VTIMER_IRQ, PTIMER_IRQ, PMU_IRQ)}
 """Interrupt lines of a vCPU's own devices; attributes of the vCPU's file descriptor."""
 
 
-RUNNING: dict[int, Running] = {}
+_MEMORY = "KVM replaces memory attributes that it can't keep: outer shareable and non-cacheable ones"
+_ITS_BASE = Running(((10, 2), (53, 3), (59, 3)), _MEMORY)
+_REDISTRIBUTOR_BASE = Running(((7, 3), (10, 2), (56, 3)), _MEMORY)
+RUNNING: dict[int, Running] = {
+    **{ids.attribute_id(ITS, ITS_REGISTERS, offset): _ITS_BASE for offset in (0x80, *range(0x100, 0x140, 8))},
+    **{ids.attribute_id(GICV3, REDISTRIBUTOR, offset): _REDISTRIBUTOR_BASE for offset in (0x70, 0x78)},
+}
 """What differs on read-back though nothing was lost."""
 
 
