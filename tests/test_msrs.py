@@ -167,7 +167,7 @@ def bits_of(field: Field, text: str) -> int:
     if not value:
         return field.mask
     names = {name: number for number, name in field.values.items()}
-    return (names[value] if value in names else int(value, 0)) << field.low
+    return (names[value] if value in names else int(value, 0)) << field.low & field.mask
 
 
 @given(st.sampled_from(list(BITS)), st.integers(0, 2**64 - 1))

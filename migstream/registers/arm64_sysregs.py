@@ -97,7 +97,8 @@ ID_REGISTERS = Group(
 
 CTR = Group(
     (SysReg("CTR_EL0", (3, 3, 0, 0, 1)),),
-    "once a VM since 6.5, writable since 6.11; CLIDR_EL1 is checked against its IDC",
+    "once a VM and writable since 6.11, before that a constant that a write must match; CLIDR_EL1 is checked against "
+    "its IDC",
     Scope.VM, Phase.FEATURE, Klass.FEATURE, scope_fixed=False)
 
 IMPLEMENTATION = Group(

@@ -47,7 +47,8 @@ class Field:
     def _number(self, number: int) -> str:
         if self.signed and number >> self.width - 1:
             number -= 1 << self.width
-        return f"{number:#x}" if self.width > 8 else str(number)
+        text = f"{number:#x}" if self.width > 8 else str(number)
+        return f"{number:#x}" if text in self.values.values() else text  # ASIDBITS=8 is the name of another value
 
 
 def flags(names: str) -> tuple[Field, ...]:

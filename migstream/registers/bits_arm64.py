@@ -27,7 +27,7 @@ _EXCEPTIONS = {
 }
 _ESR = (*fields("0/25:ISS 25:IL"), Field("EC", 26, 6, _EXCEPTIONS), *fields("32/24:ISS2"))
 _SIZES = "@32,36,40,42,44,48,52,56"
-_TCF = "@NONE,SYNC,ASYNC,ASYMM"
+_TCF = "@1.SYNC,ASYNC,ASYMM"
 _TTBR = fields("0:CnP 1/47:BADDR 48/16:ASID")
 _VTTBR = fields("0:CnP 1/47:BADDR 48/16:VMID")
 _MAIR = fields(" ".join(f"{8 * n}/8:Attr{n}" for n in range(8)))

@@ -21,7 +21,7 @@ _VCPU_EVENTS = Struct(
         raw("pad", 5),
         "serror_esr" / Int64ul,
     ),
-    "reserved" / Array(12, Int32ul),
+    raw("reserved", 48),
 )
 _COUNTER_OFFSET = Struct(*fields(Int64ul, "counter_offset reserved"))
 _SMCCC_FILTER = Struct(*fields(Int32ul, "base nr_functions"), "action" / Int8ul, raw("pad", 15))
