@@ -84,6 +84,28 @@ def test_every_listed_register_has_a_row_of_its_size(kernel: str) -> None:
     assert [row.name for row, real in rows if row.size != real.size or real.size != len(real.value)] == []
 
 
+def lists() -> dict[tuple[str, str], set[int]]:
+    """What four kernels list, by kernel and `base` or `all` vCPU features."""
+    out: dict[tuple[str, str], set[int]] = {}
+    for line in (DATA / "lists.tsv").read_text().splitlines():
+        id, *by_features = line.split("\t")
+        for features, kernels in zip(("base", "all"), by_features if line[0] != "#" else (), strict=False):
+            for kernel in kernels.split(","):
+                out.setdefault((kernel, features), set()).add(int(id, 16))
+    return out
+
+
+@pytest.mark.parametrize(("kernel", "base", "everything"), [
+    ("5.10", 312, 341), ("6.1", 242, 345), ("6.12", 259, 362), ("7.2", 257, 360)])
+def test_every_register_of_four_kernels_has_a_row(kernel: str, base: int, everything: int) -> None:
+    plain, most = lists()[kernel, "base"], lists()[kernel, "all"]
+    assert (len(plain), len(most)) == (base, everything)
+    assert [hex(id) for id in plain | most if not lookup(id).known] == []
+    assert {real.id for real in REAL.get(kernel, ())} <= plain
+    gone = {lookup(id).name for id in plain - most}
+    assert gone == {f"V{n}" for n in range(32)}             # their bits are in Z0 to Z31
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_scope_agrees_with_the_experiment(kernel: str) -> None:
     """Write through one vCPU, read through another. `fixed` says nothing; 6.1 fixes what 6.12 keeps once a VM."""
