@@ -40,13 +40,14 @@ def saved_state(vcpus: int, backend_name: str = "auto") -> tuple[str, Bank]:
     run.run_and_save(backend, run.machine(backend.arch, vcpus, 64 << 20), out)
     out.seek(0)
     items = [item for _, item in read_items(out, StreamReader())]
-    banks = [i for i in items if isinstance(i, EncodedBank) and i.layout.scope == Scope.VCPU and i.layout.phase == Phase.STATE]
+    banks = [item for item in items if isinstance(item, EncodedBank)
+             and (item.layout.scope, item.layout.phase) == (Scope.VCPU, Phase.STATE)]
     assert len(banks) == 1
     return backend.name, banks[0].decode()
 
 
 def registers(state: Bank, count: int) -> Bank:
-    """`count` 64-bit registers whose values are words of a saved state: those that differ between vCPUs, then others."""
+    """`count` 64-bit registers whose values are words of a saved state: those that differ first."""
     differ = (state.values != state.values[0]).any(axis=0)
     order = np.concatenate([np.flatnonzero(differ), np.flatnonzero(~differ & (state.values[0] != 0)),
                             np.flatnonzero(~differ & (state.values[0] == 0))])[:count]
@@ -63,10 +64,11 @@ class Ways:
         self.raw = bytes(codec.filter_bank(self.values, codec.DELTA))
         self.packed = codec.compress(self.raw, codec.DEFAULT_LEVEL)[1]
         self.framed = b"".join(self._frame())
-        self.records = np.stack([np.broadcast_to(np.array(self.ids, np.uint64), self.values.shape), self.values], 2).tobytes()
+        numbers = np.broadcast_to(np.array(self.ids, np.uint64), self.values.shape)
+        self.records = np.stack([numbers, self.values], 2).tobytes()
         self.list_form = list(struct.iter_unpack("<QQ", self.records))
         self.schema = Array(self.values.size, Struct("id" / Int64ul, "value" / Int64ul))
-        self.containers = [{"id": id, "value": value} for id, value in self.list_form]
+        self.containers: list[dict[str, Any] | None] = [{"id": id, "value": value} for id, value in self.list_form]
         self.msgpacked = bytes(msgpack.packb([self.ids, self.values.tolist()]))
 
     def _frame(self) -> list[bytes | memoryview]:
@@ -105,7 +107,9 @@ class Ways:
         }
 
 
-SLOW = {"construct build": 2, "construct parse": 2, "struct build": 9, "struct parse": 9, "msgpack build": 9, "msgpack parse": 9}
+SLOW = {"construct build": 2, "construct parse": 2, "struct build": 9, "struct parse": 9, "msgpack build": 9,
+        "msgpack parse": 9}
+"""Rounds of what takes a second or many milliseconds."""
 
 
 def measure(rounds: int, backend: str, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -147,8 +151,8 @@ def _ratios(timings: dict[str, Timing]) -> dict[str, float]:
 
 def print_result(result: dict[str, Any]) -> None:
     """The document as tables."""
-    print_pairs([("codec", f"{VCPUS} vCPUs x {REGISTERS} registers, values of a guest saved on {result['values_from']}; "
-                           f"{result['rounds']} interleaved rounds"),
+    print_pairs([("codec", f"{VCPUS} vCPUs x {REGISTERS} registers, values of a guest saved on "
+                           f"{result['values_from']}; {result['rounds']} interleaved rounds"),
                  ("machine", f"{result['machine']['cpu']}, Python {result['machine']['python']}")])
     count = VCPUS * REGISTERS
     rows = [(name, microseconds(ns), microseconds(result["p99_ns"][name]), f"{ns / count:,.2f}")

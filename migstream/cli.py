@@ -121,7 +121,8 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--vcpu-features", type=_vcpu_features, default=0, metavar="LIST",
                      help="arm64: vCPU features by name, such as sve,pmu_v3,ptrauth")
     sub.add_argument("-o", dest="output", metavar="FILE", help="keep the stream in FILE")
-    sub.add_argument("--run", dest="seconds", type=_seconds, default=0.2, metavar="SECONDS", help="run on at least this long (0.2)")
+    sub.add_argument("--run", dest="seconds", type=_seconds, default=0.2, metavar="SECONDS",
+                     help="run on at least this long (0.2)")
     sub.add_argument("--level", type=int, default=1, metavar="N", help="zstd level, 0 = none (1)")
 
 
@@ -243,7 +244,7 @@ def _verify(options: argparse.Namespace) -> int:
     except StreamError as error:
         if options.quiet:
             return error.exit_status
-        raise error.in_file(options.file)
+        raise error.in_file(options.file) from error.__cause__
     assert reader.machine is not None
     if options.json:
         show.print_json("verify", {"good": True, "length": length, "vcpus": reader.machine.vcpus})
@@ -260,7 +261,8 @@ def _replay_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", metavar="FILE|-")
     sub.add_argument("--backend", default="auto", metavar="NAME", help=_BACKENDS)
     sub.add_argument("--readback", action="store_true", help="read every register back and compare")
-    sub.add_argument("--run", dest="seconds", type=_seconds, metavar="SECONDS", help="let the guest run on, then stop it")
+    sub.add_argument("--run", dest="seconds", type=_seconds, metavar="SECONDS",
+                     help="let the guest run on, then stop it")
 
 
 def _replay(options: argparse.Namespace) -> int:
@@ -277,7 +279,7 @@ def _replay(options: argparse.Namespace) -> int:
                 restorer.take(section, item)
             vm, report = restorer.finish()
     except StreamError as error:
-        raise error.in_file(options.file)
+        raise error.in_file(options.file) from error.__cause__
     with vm:
         if options.seconds is not None:
             from migstream.demo.run import continue_guest
@@ -300,7 +302,8 @@ def _print_replay(options: argparse.Namespace, backend: str, report: Report, ran
         pairs.append(("", "these are the simulator's own times; they say nothing about KVM"))
     pairs += show.report_remarks(report)
     if "steps_after" in ran:
-        pairs.append(("ran on", f"every vCPU counted on without a gap; vCPU 0: {ran['steps_before'][0]} -> {ran['steps_after'][0]}"))
+        before, after = ran["steps_before"][0], ran["steps_after"][0]
+        pairs.append(("ran on", f"every vCPU counted on without a gap; vCPU 0: {before} -> {after}"))
     elif ran:
         pairs.append(("ran on", f"{len(ran['exits'])} vCPUs stopped by themselves" if ran["exits"] else "all vCPUs"))
     show.print_pairs(pairs)
@@ -340,9 +343,10 @@ def _host_list(options: argparse.Namespace) -> int:
 
     known = [(f"sim:{name}", profiles.load(name)) for name in profiles.names()]
     if options.json:
-        show.print_json("host list", {"profiles": [{"name": n, "arch": p.arch.label, "kernel": p.kernel, "cpu": p.cpu} for n, p in known]})
+        rows = [{"name": n, "arch": p.arch.label, "kernel": p.kernel, "cpu": p.cpu} for n, p in known]
+        show.print_json("host list", {"profiles": rows})
     else:
-        show.print_table(show.Table(("name", "kernel", "cpu"), [(n, p.kernel, p.cpu) for n, p in known]), "")
+        show.print_table(show.Table(("name", "kernel", "cpu"), [(n, p.kernel, p.cpu) for n, p in known]), 0)
     return 0
 
 

@@ -3,6 +3,9 @@
 What this layer promises: a section comes out only after its header's and its payload's checksum were right, its
 lengths were within the limits and its padding was zero; the end section's counts agree with what went by; after an
 error the object is dead. It knows no payload. At most one section and what the caller fed in one go is held.
+
+The end section's checksum runs over preamble and headers *without* the checksum that each ends with: a CRC over data
+followed by their own CRC is the same number whatever the data, and would miss sections that changed places.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from construct import Construct, ConstructError
 from crc32c import crc32c
 
 from migstream import limits
 from migstream.errors import Corrupt, LimitExceeded, StreamError, TooNew, Truncated, UsageError
 from migstream.model import Arch
 from migstream.wire import stream as wire
+from migstream.wire.record import Record
 
 MAX_FEED = 4 << 20
 """Bytes that `feed()` takes at once."""
@@ -70,12 +73,14 @@ class Section:
 
 
 
-def _parse(schema: Construct[Any, Any], data: bytes, offset: int, name: str) -> Any:
+_PREAMBLE, _HEADER, _END = Record(wire.PREAMBLE), Record(wire.SECTION_HEADER), Record(wire.END)
+
+
+def _parse(record: Record, data: bytes, offset: int, name: str) -> Any:
     try:
-        return schema.parse(data)
-    except ConstructError as error:
-        field = str(getattr(error, "path", "") or "").removeprefix("(parsing) -> ").strip()
-        raise Corrupt("constant or reserved bytes are wrong", offset=offset, section=name, field=field) from error
+        return record.parse(data)
+    except ValueError as error:
+        raise Corrupt("constant or reserved bytes are wrong", offset=offset, section=name, field=str(error)) from error
 
 
 class FrameReader:
@@ -166,7 +171,7 @@ class FrameReader:
             return False
         data = self._take(wire.PREAMBLE_SIZE)
         self.preamble = _check_preamble(data)
-        self._headers_crc = crc32c(data)
+        self._headers_crc = crc32c(data[:-4])
         return True
 
     def _read_header(self) -> bool:
@@ -179,11 +184,11 @@ class FrameReader:
         if crc32c(data[:-4]) != crc:
             raise Corrupt("header checksum is wrong", offset=offset, section=name, field="header_crc",
                           expected=f"{crc32c(data[:-4]):08x}", found=f"{crc:08x}")
-        header = _parse(wire.SECTION_HEADER, data, offset, name)
+        header = _parse(_HEADER, data, offset, name)
         _check_header(header, offset, f"#{self._count} {_kind_text(header.kind)}")
         self._header = (header, offset)
         if header.kind != b"END ":
-            self._headers_crc = crc32c(data, self._headers_crc)
+            self._headers_crc = crc32c(data[:-4], self._headers_crc)
         return True
 
     def _read_payload(self) -> Section | None:
@@ -207,15 +212,15 @@ class FrameReader:
         return section
 
     def _check_end(self, section: Section) -> None:
-        if len(section.stored) != wire.END.sizeof():
+        if len(section.stored) != _END.size:
             raise Corrupt("end section has another length", offset=section.offset, section=section.title,
-                          expected=wire.END.sizeof(), found=len(section.stored))
-        end = _parse(wire.END, bytes(section.stored), section.offset, section.title)
+                          expected=_END.size, found=len(section.stored))
+        end = _parse(_END, bytes(section.stored), section.offset, section.title)
         found = {"sections": self._count, "headers_crc": self._headers_crc, "total_length": self._base}
         for field, value in found.items():
-            if end[field] != value:
+            if getattr(end, field) != value:
                 raise Corrupt("end section disagrees with the stream", offset=section.offset, section=section.title,
-                              field=field, expected=end[field], found=value)
+                              field=field, expected=getattr(end, field), found=value)
         self._ended = True
 
     @property
@@ -242,7 +247,7 @@ def _check_preamble(data: bytes) -> Preamble:
     if major > wire.MAJOR:
         raise TooNew("the stream is of a newer major version; read it with a newer migstream", field="major",
                      expected=f"<= {wire.MAJOR}", found=major, **where)
-    fields = _parse(wire.PREAMBLE, data, 0, "preamble")
+    fields = _parse(_PREAMBLE, data, 0, "preamble")
     if major < 1 or fields.flags or fields.header_length != wire.PREAMBLE_SIZE:
         raise Corrupt("no such version, flags or header length", found=f"major {major}, flags {fields.flags:#x}, "
                       f"header_length {fields.header_length}", **where)
@@ -270,7 +275,7 @@ _HEADER_RULES: tuple[tuple[str, Callable[[Any], bool], type[StreamError], str], 
 def _check_header(header: Any, offset: int, name: str) -> None:
     for field, good, error, what in _HEADER_RULES:
         if not good(header):
-            raise error(what, offset=offset, section=name, field=field, found=header[field])
+            raise error(what, offset=offset, section=name, field=field, found=getattr(header, field))
 
 
 def _section(header: Any, stored: bytes, offset: int, number: int) -> Section:
@@ -296,10 +301,10 @@ class FrameWriter:
 
     def begin(self) -> bytes:
         """Return the preamble; call once, first."""
-        head = wire.PREAMBLE.build({"major": wire.MAJOR, "minor": wire.MINOR, "arch": self._arch, "flags": 0,
+        head = _PREAMBLE.build({"major": wire.MAJOR, "minor": wire.MINOR, "arch": self._arch, "flags": 0,
                                     "header_length": wire.PREAMBLE_SIZE, "crc": 0})[:-4]
         data = head + struct.pack("<I", crc32c(head))
-        self._headers_crc = crc32c(data)
+        self._headers_crc = crc32c(head)
         self._length = len(data)
         return data
 
@@ -307,7 +312,7 @@ class FrameWriter:
         """Return the buffers to write, in order; the payload is `section.stored` itself, not a copy."""
         header = self._header(section)
         if section.kind != "END ":
-            self._headers_crc = crc32c(header, self._headers_crc)
+            self._headers_crc = crc32c(header[:-4], self._headers_crc)
         padding = bytes(-len(section.stored) % wire.ALIGN)
         self._count += 1
         self._length += len(header) + len(section.stored) + len(padding)
@@ -315,12 +320,12 @@ class FrameWriter:
 
     def end(self) -> list[bytes | memoryview]:
         """Return the end section's buffers; nothing may follow."""
-        total = self._length + wire.HEADER_SIZE + wire.END.sizeof()
-        stored = wire.END.build({"sections": self._count + 1, "headers_crc": self._headers_crc, "total_length": total})
+        total = self._length + wire.HEADER_SIZE + _END.size
+        stored = _END.build({"sections": self._count + 1, "headers_crc": self._headers_crc, "total_length": total})
         return self.send(Section("END ", stored, len(stored)))
 
     def _header(self, section: Section) -> bytes:
-        head = wire.SECTION_HEADER.build({
+        head = _HEADER.build({
             "kind": section.kind.encode("ascii"), "version": section.version, "flags": section.flags,
             "scope": section.scope, "codec": section.codec, "filter": section.filter, "layout": section.layout,
             "first_vcpu": section.first_vcpu, "vcpu_count": section.vcpu_count,

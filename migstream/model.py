@@ -102,6 +102,11 @@ class Layout:
         """Column number by register id."""
         return {slot.id: column for column, slot in enumerate(self.slots)}
 
+    @cached_property
+    def partial(self) -> tuple[tuple[int, int], ...]:
+        """Columns whose last word is not full: (column, bytes of the value in that word)."""
+        return tuple((column, slot.size % 8) for column, slot in enumerate(self.slots) if slot.size % 8)
+
     @property
     def title(self) -> str:
         """Short text for people: `vcpu/state`."""

@@ -156,7 +156,8 @@ def _xsave_size(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
         return None
     if size < slot.size:
         return _refuse(slot, f"{slot.size} bytes of XSAVE components, this host has {size}")
-    return Verdict(slot, Answer.WRITTEN_AS, Slot(slot.id, size), f"{size} bytes: the host's further components start out unused")
+    return Verdict(slot, Answer.WRITTEN_AS, Slot(slot.id, size),
+                   f"{size} bytes: the host's further components start out unused")
 
 
 def _capability(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:

@@ -49,7 +49,7 @@ def _window(start: int, view: memoryview) -> Iterator[RamRun]:
     import numpy as np
 
     pages = np.frombuffer(view, np.uint64).reshape(-1, PAGE // 8)
-    used = pages.any(axis=1)
+    used = np.asarray(pages.any(axis=1))
     edges = [0, *(np.flatnonzero(used[1:] != used[:-1]) + 1).tolist(), len(used)]
     for first, end in pairwise(edges):
         data = view[first * PAGE:end * PAGE] if used[first] else None

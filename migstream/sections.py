@@ -306,11 +306,10 @@ def _slots(body: memoryview) -> Iterable[Slot]:
 
 def check_padding(layout: Layout, values: Words) -> None:
     """Refuse a bank whose bytes past a register's size are not zero. Raises: Corrupt."""
-    for column, slot in enumerate(layout.slots):
-        spare = slot.size % 8
+    for column, used in layout.partial:
         last = layout.offsets[column + 1] - 1
-        if spare and (values[:, last] >> (8 * spare)).any():
-            raise Corrupt("bytes past the register's size are not zero", field=f"{slot.id:#018x}")
+        if (values[:, last] >> (8 * used)).any():
+            raise Corrupt("bytes past the register's size are not zero", field=f"{layout.slots[column].id:#018x}")
 
 
 def check_counts(layout: Layout, values: Words) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,35 +49,40 @@ class Table:
     columns: tuple[str, ...]
     rows: Sequence[Sequence[str]]
 
-    def lines(self) -> Iterator[str]:
-        """The table as text, without colour and without a trailing blank."""
-        cells = [[c.lstrip(">") for c in self.columns], *[[printable(c, 200) for c in row] for row in self.rows]]
-        widths = [max(len(row[k]) for row in cells) for k in range(len(self.columns))]
-        for row in cells:
-            aligned = (text.rjust(w) if name.startswith(">") else text.ljust(w)
-                       for text, w, name in zip(row, widths, self.columns, strict=True))
-            yield "  ".join(aligned).rstrip()
+
+def _print(table: Any, indent: int = 0) -> None:
+    """Write a rich table as wide as it is: a terminal wraps, a pipe gets whole lines. NO_COLOR is heeded by rich."""
+    from rich.console import Console
+    from rich.padding import Padding
+
+    wide = Console(width=10_000, file=sys.stdout, highlight=False, soft_wrap=True)
+    with wide.capture() as capture:
+        wide.print(Padding(table, (0, 0, 0, indent), expand=False))
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
 
 
-def _styled(line: str, style: str) -> str:
-    """Colour for terminals that want it (see no-color.org)."""
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return line
-    return f"\x1b[{style}m{line}\x1b[0m"
-
-
-def print_table(table: Table, indent: str = "  ") -> None:
+def print_table(table: Table, indent: int = 2) -> None:
     """Write a table to standard output; the head line is bold on a terminal."""
-    for number, line in enumerate(table.lines()):
-        print(indent + (_styled(line, "1") if number == 0 else line))
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    out = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in table.columns:
+        out.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
+    for row in table.rows:
+        out.add_row(*(Text(printable(cell, 200)) for cell in row))
+    _print(out, indent)
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
     """Write `name  value` lines, names padded to one width; a list's later lines have no name."""
-    rows = [(name, printable(value, 400)) for name, value in pairs]
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}".rstrip())
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    out = RichTable.grid(padding=(0, 2, 0, 0))
+    for name, value in pairs:
+        out.add_row(Text(name, style="bold"), Text(printable(value, 600)))
+    _print(out)
 
 
 # inspect
@@ -89,7 +93,8 @@ def survey_pairs(name: str, seen: Survey) -> list[tuple[str, str]]:
     reader, machine = seen.reader, seen.reader.machine
     pairs = [("stream", f"{name}, {size(seen.length)}")]
     if reader.preamble:
-        pairs.append(("format", f"migstream {reader.preamble.major}.{reader.preamble.minor}, {reader.preamble.arch.label}"))
+        version = f"{reader.preamble.major}.{reader.preamble.minor}"
+        pairs.append(("format", f"migstream {version}, {reader.preamble.arch.label}"))
     if reader.host:
         pairs.append(("saved on", f"{reader.host.kernel}, {reader.host.cpu}, backend {reader.host.backend}"))
     if machine:
@@ -98,15 +103,16 @@ def survey_pairs(name: str, seen: Survey) -> list[tuple[str, str]]:
         pairs.append(("machine", f"{machine.vcpus} vCPUs, {size(ram)} RAM in {len(machine.memory)} regions; {devices}"))
     stored, records = seen.bank_bytes()
     if stored:
-        pairs.append(("registers", f"{size(stored)} stored, {size(records)} as id+value records ({records / stored:.1f}:1)"))
+        ratio = f"{records / stored:.1f}:1"
+        pairs.append(("registers", f"{size(stored)} stored, {size(records)} as id+value records ({ratio})"))
     if seen.ram_data_pages or seen.ram_zero_pages:
         pairs.append(("RAM", f"{seen.ram_data_pages} data pages, {seen.ram_zero_pages} zero pages"))
     return [*pairs, *_totals(seen), *_remarks(seen)]
 
 
 def _totals(seen: Survey) -> list[tuple[str, str]]:
-    totals = scope_totals(seen)
-    return [(f"{scope} scope", f"{row['registers']} registers, {row['values']} values") for scope, row in totals.items()]
+    return [(f"{scope} scope", f"{row['registers']} registers, {row['values']} values")
+            for scope, row in scope_totals(seen).items()]
 
 
 def scope_totals(seen: Survey) -> dict[str, dict[str, int]]:
@@ -217,7 +223,8 @@ def _fields(slot: Slot, value: bytes) -> list[Shown]:
 
 
 def _field_matches(shown: Shown, glob: str) -> bool:
-    return fnmatch.fnmatchcase(shown.path.lower(), glob) or fnmatch.fnmatchcase(shown.path.rsplit(".", 1)[-1].lower(), glob)
+    path = shown.path.lower()
+    return fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(path.rsplit(".", 1)[-1], glob)
 
 
 def print_group(group: Group, pattern: str) -> None:
@@ -231,7 +238,7 @@ def print_group(group: Group, pattern: str) -> None:
     if len(shown) == 1 and not shown[0].path:
         print(f"{head}  {_value(shown[0])}")
         return
-    print(_styled(head, "1"))
+    print(head)
     for field in shown:
         print(f"    {field.path} = {_value(field)}")
 
@@ -246,10 +253,11 @@ def _value(field: Shown) -> str:
 def group_json(group: Group) -> dict[str, Any]:
     """One register's value for machines."""
     row = lookup(group.slot.id)
-    fields = {f.path or "value": f.value.hex() if isinstance(f.value, bytes) else f.value for f in _fields(group.slot, group.value)}
+    shown = _fields(group.slot, group.value)
+    fields = {f.path or "value": f.value.hex() if isinstance(f.value, bytes) else f.value for f in shown}
     return {"name": row.name, "id": f"{group.slot.id:#018x}", "size": group.slot.size, "vcpus": list(group.vcpus),
             "value": group.value.hex(), "fields": fields, "known": row.known,
-            "bits": {f.path or "value": list(f.bits) for f in _fields(group.slot, group.value) if f.bits}}
+            "bits": {f.path or "value": list(f.bits) for f in shown if f.bits}}
 
 
 def hex_lines(data: bytes | memoryview, base: int = 0) -> Iterator[str]:
@@ -275,8 +283,8 @@ def report_json(report: Report) -> dict[str, Any]:
         "writes": {phase: {str(scope): n for scope, n in row.items()} for phase, row in report.writes.items()},
         "verdicts": [{"register": v.name, "id": f"{v.slot.id:#018x}", "answer": str(v.answer), "reason": v.reason}
                      for v in report.verdicts],
-        "refused": [{"register": lookup(no.register).name, "vcpu": no.vcpu, "operation": no.operation, "errno": no.errno,
-                     "why_harmless": why} for no, why in report.refused],
+        "refused": [{"register": lookup(no.register).name, "vcpu": no.vcpu, "operation": no.operation,
+                     "errno": no.errno, "why_harmless": why} for no, why in report.refused],
         "readback": {"compared": report.readback, "differs": [
             {"register": lookup(d.register).name, "vcpus": list(d.vcpus), "reason": d.reason} for d in report.differs]},
         "notes": list(report.notes),

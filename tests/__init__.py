@@ -1,1 +1,1 @@
-"""Tests. `python -m pytest` runs them all; `tests.bless` rewrites the contract in formats/; `tests.lab` boots kernels."""
+"""Tests. `python -m pytest` runs all; `tests.bless` rewrites the contract in formats/; `tests.lab` boots kernels."""

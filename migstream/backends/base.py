@@ -8,7 +8,7 @@ decides what a refusal means; only a broken request raises.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -142,7 +142,7 @@ class Backend(ABC):
         """What this host offers, asked without making a VM."""
 
     @abstractmethod
-    def create(self, machine: Machine, enabled_caps: dict[int, tuple[int, ...]] | None = None) -> Vm:
+    def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> Vm:
         """Make a VM with memory and interrupt chips, without vCPUs. Raises: BackendError, UsageError.
 
         Args:

@@ -41,7 +41,7 @@ CELL = 64
 NO_RAM = 0xD000_0000
 """In the hole that a PC keeps for devices: mapped by the page tables, not backed by RAM."""
 
-PROGRAM = bytes.fromhex("48ffc0" "480fafd9" "4801d3" "48ff07" "483b07" "7506" "48895f08" "ebe8" "48894710" "488906" "ebfe")
+PROGRAM = bytes.fromhex("48ffc0 480fafd9 4801d3 48ff07 483b07 7506 48895f08 ebe8 48894710 488906 ebfe")
 
 _F, _F1, _MUL = "f(n)", "f(n-1)", "f(n-1)*multiplier"
 _STATES = {  # RIP relative to step: (chain in rbx, RAM count minus n, chain in RAM)
@@ -135,8 +135,8 @@ def _long_mode(struct_name: str, old: bytes) -> bytes:
 
 
 def _registers(vcpu: int) -> bytes:
-    names = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-             "rip", "rflags")
+    names = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+             "r15", "rip", "rflags")
     values = dict.fromkeys(names, vcpu) | {
         "rax": 0, "rbx": seed(vcpu), "rcx": MULTIPLIER, "rdx": INCREMENT, "rsi": NO_RAM, "rdi": CELLS + CELL * vcpu,
         "rsp": CODE, "rip": CODE, "rflags": 2}
@@ -156,7 +156,7 @@ _MSRS: dict[int, Callable[[int], int]] = {
 
 
 def scattered(number: int) -> int:
-    """64 bits with no pattern from one vCPU to the next (Steele's SplitMix64 finalizer): real vectors compress badly."""
+    """64 bits with no pattern between vCPUs (Steele's SplitMix64 finalizer): real vectors compress badly."""
     z = (number + 1) * 0x9E3779B97F4A7C15 % 2**64
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64

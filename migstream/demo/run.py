@@ -68,7 +68,7 @@ def machine(arch: Arch, vcpus: int, memory: int, vcpu_features: int = 0) -> Mach
     """
     board, smallest = BOARDS[arch], guest_for(arch).min_memory(vcpus)
     if memory % PAGE or not smallest <= memory <= sum(most for _, most in board.ram):
-        raise UsageError(f"--memory must be whole pages of {PAGE} bytes and at least {smallest} bytes for {vcpus} vCPUs")
+        raise UsageError(f"--memory: whole pages of {PAGE} bytes, and {smallest} bytes or more for {vcpus} vCPUs")
     regions, left = [], memory
     for start, most in board.ram:
         if left:
@@ -106,7 +106,8 @@ def run_and_save(backend: Backend, wanted: Machine, out: Sink, *, steps: int = 5
         return Saved(check(vm, guest), report)
 
 
-def wait_for(vm: Vm, guest: ModuleType, targets: list[int], progress: Callable[[str], None], limit_s: float = 120) -> None:
+def wait_for(vm: Vm, guest: ModuleType, targets: list[int], progress: Callable[[str], None],
+             limit_s: float = 120) -> None:
     """Wait until each vCPU has counted to its target. Raises: DemoFailed when one exits or time is up."""
     start = time.monotonic()
     while True:
@@ -151,7 +152,7 @@ def continue_guest(vm: Vm, opaque: list[OpaqueState], seconds: float) -> dict[st
 
 
 def replay_elsewhere(path: str, backend_name: str, seconds: float) -> dict[str, object]:
-    """Run `migstream replay` on a file in a process of its own and return its JSON. Raises: DemoFailed with its error."""
+    """Run `migstream replay` on a file in a process of its own and return its JSON. Raises: DemoFailed."""
     command = [sys.executable, "-m", "migstream", "replay", path, "--backend", backend_name, "--readback",
                "--run", str(seconds), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

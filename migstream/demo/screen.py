@@ -37,6 +37,7 @@ class DemoResult:
         """The result for machines."""
         return {"backend": self.backend, "fallback": self.fallback, "file": self.path, "vcpus": self.vcpus,
                 "memory": self.memory, "save": show.report_json(self.saved.report), "replay": self.replayed,
+                "blackout_ns": self.blackout_ns(),
                 "steps_at_save": self.saved.steps, "steps_after": self.replayed["run"]["steps_after"]}
 
     def blackout_writes(self) -> dict[str, dict[str, int]]:
@@ -44,23 +45,33 @@ class DemoResult:
         late = {phase.name.lower() for phase in Phase if not phase.prologue} | {"update"}
         return {name: row for name, row in self.replayed["writes"].items() if name in late}
 
+    def blackout_ns(self) -> int:
+        """From pause to running again, without the file between: both halves' phases after the prologue, ns."""
+        late = {*self.blackout_writes(), "ram"}
+        times: dict[str, int] = self.replayed["times_ns"]
+        restored = (ns for name, ns in times.items() if name.split(" ")[0] in late)
+        return sum(ns for name, ns in self.saved.report.times.items() if name != "prologue") + sum(restored)
+
     def print(self, *, kept: bool) -> None:
         """The result for people, on one screen."""
         save, counters = self.saved.report, self.replayed["run"]
         raw = save.raw_bytes["registers"]
         banks = f"registers {show.size(raw)}, RAM {show.size(save.raw_bytes['ram'])}"
-        pairs = [("demo", f"{self.vcpus} vCPUs, {show.size(self.memory)} RAM on {self.backend}: saved mid-run, restored "
-                          "in another process, every counter went on without a gap")]
+        pairs = [("demo", f"{self.vcpus} vCPUs, {show.size(self.memory)} RAM on {self.backend}: saved mid-run, "
+                          "restored in another process, every counter went on without a gap")]
         if self.fallback:
             pairs.append(("", f"not on real KVM: {self.fallback}"))
         total = raw + save.raw_bytes["ram"]
         pairs.append(("stream", f"{show.size(save.bytes)} for {banks} ({total / save.bytes:.0f}:1)"
                                 f"{', in ' + self.path if kept else ''}"))
         pairs += [("save", _times(save.times)), ("restore", _times(self.replayed["times_ns"]))]
+        pairs.append(("blackout", f"{show.milliseconds(self.blackout_ns())}: all of the save after its prologue, and "
+                                  "the restore's RAM, state, interrupts and clock"))
         if self.backend.startswith("sim"):
             pairs.append(("", "these are the simulator's own times; they say nothing about KVM"))
         show.print_pairs(pairs)
-        show.print_table(show.Table(("restored in phase", ">VM-scoped writes", ">vCPU-scoped writes", "when"), self._rows()))
+        columns = ("restored in phase", ">VM-scoped writes", ">vCPU-scoped writes", "when")
+        show.print_table(show.Table(columns, self._rows()))
         show.print_table(show.Table(("vCPU", ">steps at save", ">restored at", ">later"), self._counters(counters)))
         back = self.replayed["readback"]
         lost = sum(not d["reason"] for d in back["differs"])

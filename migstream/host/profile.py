@@ -28,7 +28,14 @@ class HostProfile:
         cpuid: KVM_GET_SUPPORTED_CPUID as bytes (struct kvm_cpuid2).
         defaults: value of each register on a vCPU that never ran, by id (VM-scoped ones too), as bytes.
         refused: what answered an error, by register id: errno of the read, errno of writing the read value back
-            (0 = fine; -1 = a short KVM_GET_MSRS or KVM_SET_MSRS count).
+            (0 = fine; -1 = a short KVM_GET_MSRS or KVM_SET_MSRS count). For what can't be read, the second is the
+            errno of writing 0: a write-only register has 0 there.
+        msr_bits: by MSR index, found by trial one bit at a time on a vCPU with the supported CPUID: bits that the
+            kernel takes, and of these the ones that read back. Running clocks are left out.
+        cpuid_forced: words of CPUID entries that do not read back as written, by `cpuid_word()`: bits that are kept
+            as written, bits that are set whatever was written.
+        enable_caps: VM capabilities that KVM_ENABLE_CAP takes, by number: the bits that its first argument may have.
+        behaviour: what other trials found, by name; `migstream.host.probe.TRIALS` says what each means.
         made_by: the command that made it.
         registers: arm64: every id that KVM_GET_REG_LIST names with no vCPU feature or with all of them, ascending.
         vcpu_features: arm64: bits that KVM_ARM_VCPU_INIT takes. devices: arm64: what KVM_CREATE_DEVICE makes.
@@ -47,6 +54,10 @@ class HostProfile:
     cpuid: bytes = b""
     defaults: dict[int, bytes] = field(default_factory=dict)
     refused: dict[int, tuple[int, int]] = field(default_factory=dict)
+    msr_bits: dict[int, tuple[int, int]] = field(default_factory=dict)
+    cpuid_forced: dict[int, tuple[int, int]] = field(default_factory=dict)
+    enable_caps: dict[int, int] = field(default_factory=dict)
+    behaviour: dict[str, int] = field(default_factory=dict)
     made_by: str = ""
     registers: tuple[int, ...] = ()
     vcpu_features: int = 0
@@ -59,6 +70,10 @@ class HostProfile:
         """vCPUs that one VM may have."""
         return self.capabilities.get("MAX_VCPUS", 0)
 
+
+def cpuid_word(function: int, index: int, register: int) -> int:
+    """Key of `HostProfile.cpuid_forced`: leaf, subleaf (below 2^24), and 0 to 3 for EAX, EBX, ECX, EDX."""
+    return function << 32 | index << 8 | register
 
 
 def to_json(profile: HostProfile) -> str:
@@ -95,6 +110,10 @@ def from_json(text: str, name: str = "profile") -> HostProfile:
         raise UsageError(f"{name}: not a host profile: {type(error).__name__}: {error}") from error
 
 
+def _pairs(value: Any) -> dict[int, tuple[int, int]]:
+    return {int(key, 16): (int(pair[0]), int(pair[1])) for key, pair in value.items()}
+
+
 _READERS: dict[str, Any] = {
     "kernel": str, "cpu": str, "backend": str, "made_by": str,
     "capabilities": lambda v: {str(k): int(n) for k, n in v.items()},
@@ -103,7 +122,9 @@ _READERS: dict[str, Any] = {
     "sizes": lambda v: {int(k, 16): int(n) for k, n in v.items()},
     "cpuid": bytes.fromhex,
     "defaults": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
-    "refused": lambda v: {int(k, 16): (int(pair[0]), int(pair[1])) for k, pair in v.items()},
+    "refused": _pairs, "msr_bits": _pairs, "cpuid_forced": _pairs,
+    "enable_caps": lambda v: {int(k, 16): int(n) for k, n in v.items()},
+    "behaviour": lambda v: {str(k): int(n) for k, n in v.items()},
     "registers": lambda v: tuple(int(n) for n in v),
     "vcpu_features": int,
     "devices": lambda v: tuple(str(n) for n in v),

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-
 from migstream import ram
 from migstream.backends.base import Backend, Refusal, Vm
 from migstream.errors import RestoreFailed, UsageError
 from migstream.frames import Section
-from migstream.model import Bank, Klass, Layout, OpaqueState, Phase, Scope
-from migstream.plan import Plan, Step, make_plan
+from migstream.model import Klass, Layout, OpaqueState, Phase, Scope
+from migstream.plan import Plan, make_plan
 from migstream.reader import StreamReader
 from migstream.registers.catalogue import lookup
 from migstream.report import Report
 from migstream.sections import EncodedBank, Item, RamPages
 from migstream.transport import readback as check
-from migstream.transport.tsc import restore_offsets
 from migstream.transport.streams import Source, read_items
+from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written, columns
 
 
@@ -114,8 +113,8 @@ class Restorer:
         """Write the registers that changed between prologue and pause, and these alone."""
         before = next(w for w in self._written if w.step is now.step)
         assert now.values is not None and before.values is not None
-        changed = [column for column, slot in enumerate(now.target.slots)
-                   if (words := columns(now.target, column)) and (now.values[0, words] != before.values[0, words]).any()]
+        differ = now.values[0] != before.values[0]
+        changed = [c for c in range(len(now.target.slots)) if differ[columns(now.target, c)].any()]
         self._written.remove(before)
         self._written.append(now)
         for column in changed:

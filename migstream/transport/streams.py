@@ -64,12 +64,15 @@ def open_source(name: str) -> Iterator[BinaryIO]:
     if name == "-":
         yield sys.stdin.buffer
         return
+    with _opened(name) as file:
+        yield file
+
+
+def _opened(name: str) -> BinaryIO:
     try:
-        file = open(name, "rb")
+        return open(name, "rb")
     except OSError as error:
         raise OutputError(f"{name}: {error.strerror}") from error
-    with file:
-        yield file
 
 
 @contextmanager

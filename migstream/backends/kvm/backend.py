@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import platform
@@ -94,7 +95,8 @@ class KvmBackend(Backend):
         vm = KvmVm(backend, machine, vm_fd, owned=False)
         vm.enabled_caps = dict(enabled_caps or {})
         vm.vcpu_fds, vm.device_fds = list(vcpu_fds), dict(device_fds or {})
-        vm.memory = GuestMemory([(region, buffer.cast("B")) for region, buffer in zip(machine.memory, memory, strict=True)])
+        buffers = [buffer.cast("B") for buffer in memory]
+        vm.memory = GuestMemory(list(zip(machine.memory, buffers, strict=True)))
         return vm
 
 
@@ -142,8 +144,7 @@ class KvmVm(Vm):
             self.enabled_caps[capability] = args
 
     def _add_memory(self, slot: int, region: MemoryRegion) -> tuple[MemoryRegion, memoryview]:
-        mapping = mmap.mmap(-1, region.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        mapping = _map(region)
         self._mappings.append(mapping)
         anchor = ctypes.c_char.from_buffer(mapping)
         argument = struct.pack("<IIQQQ", slot, 0, region.guest_address, region.size, ctypes.addressof(anchor))
@@ -201,7 +202,9 @@ class KvmVm(Vm):
         """The matrix's rows with the fd that serves each: VM-wide MSRs go through a vCPU, any one will do."""
         if not values.flags.c_contiguous or values.shape[1] != layout.row_words:
             raise UsageError("a bank is a C-contiguous matrix of its layout's width")
-        memory, width, base = memoryview(values).cast("B"), layout.row_words * 8, int(values.ctypes.data)
+        if first_vcpu + len(values) > (1 if layout.scope == Scope.VM else len(self.vcpu_fds)):
+            raise UsageError(f"rows {first_vcpu} to {first_vcpu + len(values)} of {layout.title}: the VM has fewer")
+        memory, width, base = memoryview(values.data).cast("B"), layout.row_words * 8, int(values.ctypes.data)
         fds = self.vcpu_fds if self.arch.through_vcpu(layout) else [self.fd]
         return [Row(fds[first_vcpu + k], first_vcpu + k if layout.scope == Scope.VCPU else None,
                     memory[k * width:(k + 1) * width], base + k * width, values[k])
@@ -238,3 +241,14 @@ class KvmVm(Vm):
             if fd >= 0:
                 os.close(fd)
         self._run_pages, self._mappings, self.vcpu_fds, self.device_fds, self.fd = [], [], [], {}, -1
+
+
+def _map(region: MemoryRegion) -> mmap.mmap:
+    """Anonymous memory for a region. Raises: BackendError for a size that the host hasn't got."""
+    try:
+        mapping = mmap.mmap(-1, region.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except (OSError, OverflowError) as error:
+        number = getattr(error, "errno", None) or errno.ENOMEM
+        raise BackendError("mmap", errno=number, register=f"{region.guest_address:#x}") from error
+    return mapping

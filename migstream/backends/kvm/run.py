@@ -34,7 +34,8 @@ class Runner:
         _handle_kick()
         self.exits = {}
         gate = threading.Event()
-        self._threads = [threading.Thread(target=self._loop, args=(k, gate), daemon=True) for k in range(len(self._fds))]
+        self._threads = [threading.Thread(target=self._loop, args=(k, gate), daemon=True)
+                         for k in range(len(self._fds))]
         for thread in self._threads:
             thread.start()
         gate.set()

@@ -6,10 +6,13 @@ test takes them apart. KVM reuses numbers across kinds of file descriptor: the k
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from migstream.errors import BackendError
 
@@ -136,9 +139,27 @@ def call(fd: int, request: Request, argument: int | bytearray | memoryview = 0, 
     Raises: BackendError with ioctl, register and errno.
     """
     try:
-        return fcntl.ioctl(fd, request.number, argument)
+        return ioctl(fd, request, argument)
     except OSError as error:
         raise BackendError(request.name, errno=error.errno or errno.EIO, register=register, vcpu=vcpu) from error
+
+
+def ioctl(fd: int, request: Request, argument: int | bytearray | memoryview = 0) -> int:
+    """fcntl.ioctl, also for an integer that does not fit a C int, which it does not take. Raises: OSError."""
+    if not isinstance(argument, int) or -1 << 31 <= argument < 1 << 31:
+        return fcntl.ioctl(fd, request.number, argument)
+    result = int(_libc_ioctl()(fd, request.number, argument))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+@cache
+def _libc_ioctl() -> Any:
+    function = ctypes.CDLL(None, use_errno=True).ioctl
+    function.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
+    return function
 
 
 def check_extension(fd: int, name: str) -> int:

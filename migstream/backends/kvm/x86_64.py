@@ -38,6 +38,24 @@ if TYPE_CHECKING:
 CPUID_ENTRY = 40
 _MSR_LIST_CAPACITY = 4096
 _CPUID_CAPACITY = 256
+_OWN_ATTRIBUTE = ids.attribute_id(0, 0, 0) >> 40
+"""Ids of attributes of the vCPU's own file descriptor; bits 39:32 are the group."""
+
+
+class Counted(Struct):
+    """A register that says itself how long it is. The kernel believes it and would read past the bank's memory."""
+
+    def __init__(self, id: int, start: int, size: int, get: Request, set: Request, prepare: bytes = b"") -> None:
+        super().__init__(id, start, size, get, set, prepare)
+        self.size, self.count = size, _COUNTED[id]
+
+    def write(self, row: Row) -> list[Refusal]:
+        """As `Struct.write`, unless the length is beyond the column."""
+        at, header, each, number = self.count
+        (count,) = struct.unpack_from("<I", row.memory, self.slice.start + at)
+        if header + count * each > self.size:
+            return [Refusal(self.id, row.vcpu, self.set.name, number)]
+        return super().write(row)
 
 
 class Clock(Struct):
@@ -74,6 +92,8 @@ class TscKhz(Operation):
     def write(self, row: Row) -> list[Refusal]:
         """KVM_SET_TSC_KHZ where the vCPU's frequency differs: setting it may turn on scaling."""
         (khz,) = struct.unpack_from("<I", row.memory, self.start)
+        if khz >> 31:  # the kernel would take it, and then answer KVM_GET_TSC_KHZ with a negative number: an error
+            return [Refusal(self.id, row.vcpu, uapi.SET_TSC_KHZ.name, errno.EINVAL)]
         try:
             if fcntl.ioctl(row.fd, uapi.GET_TSC_KHZ.number, 0) != khz:
                 fcntl.ioctl(row.fd, uapi.SET_TSC_KHZ.number, khz)
@@ -135,7 +155,7 @@ class Msrs(Operation):
     def _ioctl(self, row: Row, request: Request, buffer: bytearray) -> int:
         """The count, or minus the errno."""
         try:
-            return fcntl.ioctl(row.fd, request.number, buffer)
+            return int(fcntl.ioctl(row.fd, request.number, buffer))
         except OSError as error:
             return -(error.errno or errno.EIO)
 
@@ -161,6 +181,10 @@ _STRUCTS: dict[int, tuple[Request, Request]] = {
     rows.NESTED_STATE.id: (uapi.GET_NESTED_STATE, uapi.SET_NESTED_STATE),
 }
 
+_COUNTED = {rows.CPUID2.id: (0, 8, CPUID_ENTRY, errno.E2BIG), rows.NESTED_STATE.id: (4, 0, 1, errno.EINVAL)}
+"""Registers with a length of their own: where it is (a u32), what it counts (bytes before, bytes of each), and the
+errno for one that is too long."""
+
 _CHIPS = {rows.PIC_MASTER.id: 0, rows.PIC_SLAVE.id: 1, rows.IOAPIC.id: 2}
 
 
@@ -176,7 +200,7 @@ def _prepare(id: int, size: int) -> bytes:
 def _operation(id: int, start: int, size: int, capabilities: Mapping[str, int],
                told: dict[int, tuple[int, ...]]) -> Operation:
     if id in _STRUCTS:
-        return Struct(id, start, size, *_STRUCTS[id], _prepare(id, size))
+        return (Counted if id in _COUNTED else Struct)(id, start, size, *_STRUCTS[id], _prepare(id, size))
     if id == rows.XSAVE.id:
         get = uapi.GET_XSAVE2 if capabilities.get("XSAVE2") else uapi.GET_XSAVE
         return Struct(id, start, size, get, uapi.SET_XSAVE)
@@ -184,8 +208,9 @@ def _operation(id: int, start: int, size: int, capabilities: Mapping[str, int],
         return Clock(id, start, size, uapi.GET_CLOCK, uapi.SET_CLOCK)
     if id == rows.TSC_KHZ.id:
         return TscKhz(id, start)
-    if id == rows.TSC_OFFSET.id:
-        return ByAddress(id, start, uapi.GET_DEVICE_ATTR, uapi.SET_DEVICE_ATTR, ATTRIBUTE.pack(0, 0, 0, 0)[:16])
+    if id >> 40 == _OWN_ATTRIBUTE:
+        head = ATTRIBUTE.pack(0, id >> 32 & 0xFF, id & 0xFFFF_FFFF, 0)[:16]
+        return ByAddress(id, start, uapi.GET_DEVICE_ATTR, uapi.SET_DEVICE_ATTR, head)
     if ids.capability_number(id) is not None:
         return EnabledCap(id, start, told)
     return ByAddress(id, start, uapi.GET_ONE_REG, uapi.SET_ONE_REG, struct.pack("<Q", id))

@@ -1,0 +1,94 @@
+"""The sim backend: hosts that are a recorded profile and rules, no /dev/kvm needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import struct
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
+
+from migstream.backends.base import Backend
+from migstream.backends.sim.clock import HostClock
+from migstream.backends.sim.vm import SimVm
+from migstream.errors import BackendUnavailable, UsageError
+from migstream.host import profiles
+from migstream.model import Arch, Machine
+from migstream.registers import x86_64
+
+if TYPE_CHECKING:
+    from migstream.host.profile import HostProfile
+
+DEFAULT = "x86_64-6.18-pvm"
+"""The profile of plain `sim`."""
+
+PREFIX = "sim:"
+
+
+class SimBackend(Backend):
+    """A simulated host.
+
+    Attributes:
+        name: `sim:` and the profile's name, with `-NAME` for each capability taken away.
+    """
+
+    def __init__(self, kernel: str | HostProfile = DEFAULT, *, without: Collection[str] = (),
+                 now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        """Take a profile, or the name of a recorded one (`sim`, `sim:NAME` or `NAME`).
+
+        Args:
+            without: capabilities, as in a profile, that this kernel does not offer.
+            now_ns: the host's time; a model of time gives its own.
+
+        Raises: BackendUnavailable for a name that isn't known, with near ones; UsageError for an unknown capability.
+        """
+        title, profile = recorded(kernel) if isinstance(kernel, str) else (kernel.kernel, kernel)
+        if profile.arch != Arch.X86_64:
+            raise BackendUnavailable(f"{PREFIX}{title}: no simulator for {profile.arch.label} yet")
+        if unknown := sorted(set(without) - profile.capabilities.keys()):
+            known = ", ".join(sorted(profile.capabilities))
+            raise UsageError(f"no capability {unknown[0]!r} in {title}; it has {known}")
+        self.arch = profile.arch
+        self.name = PREFIX + "-".join((title, *sorted(without)))
+        capabilities = {name: 0 if name in without else value for name, value in profile.capabilities.items()}
+        self._profile = dataclasses.replace(profile, backend=self.name, capabilities=capabilities)
+        self._host = HostClock(_khz(profile), now_ns)
+
+    @classmethod
+    def named(cls, name: str = "") -> SimBackend:
+        """Return the simulator of a recorded profile; "" is the default. Raises: BackendUnavailable with near names."""
+        return cls(name or DEFAULT)
+
+    def profile(self) -> HostProfile:
+        """See `Backend.profile`."""
+        return self._profile
+
+    def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> SimVm:
+        """See `Backend.create`. Raises: BackendError, UsageError."""
+        if machine.arch != self.arch:
+            raise UsageError(f"a {machine.arch.label} machine on a {self.arch.label} host")
+        vm = SimVm(self._profile, machine, self._host)
+        try:
+            vm.build(dict(enabled_caps or {}))
+        except BaseException:
+            vm.close()
+            raise
+        return vm
+
+
+def recorded(name: str) -> tuple[str, HostProfile]:
+    """Return the name without its prefix, and the recorded profile. Raises: BackendUnavailable with the near names."""
+    title = name.removeprefix(PREFIX)
+    title = DEFAULT if title == PREFIX.removesuffix(":") else title
+    known = profiles.names()
+    if title not in known:
+        near = difflib.get_close_matches(title, known, n=3, cutoff=0.3) or known
+        raise BackendUnavailable(f"no simulated kernel {title!r}; near: {', '.join(PREFIX + one for one in near)}")
+    return title, profiles.load(title)
+
+
+def _khz(profile: HostProfile) -> int:
+    """The host's TSC frequency; 1 GHz where the profile does not say."""
+    default = profile.defaults.get(x86_64.TSC_KHZ.id)
+    return struct.unpack("<I", default)[0] if default else 1_000_000

@@ -1,0 +1,413 @@
+"""Rules of a vCPU's own registers on x86-64: control registers, general registers, FPU, events.
+
+`source` names the function of arch/x86/kvm that does it; `measured` means that the kernel of the profile
+x86_64-6.18-pvm answers so, which the contract suite holds against real KVM.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from migstream.backends.sim import cpuid
+from migstream.backends.sim.rules import U64, After, Keep, Refuse, Show, bits, mask
+from migstream.registers import x86_64
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from migstream.backends.sim.guest import Mask, Rows
+    from migstream.model import Words
+
+REGS, SREGS, SREGS2, XCRS = x86_64.REGS.id, x86_64.SREGS.id, x86_64.SREGS2.id, x86_64.XCRS.id
+XSAVE, DEBUGREGS, EVENTS, MP_STATE = x86_64.XSAVE.id, x86_64.DEBUGREGS.id, x86_64.VCPU_EVENTS.id, x86_64.MP_STATE.id
+BOTH_SREGS = (SREGS, SREGS2)
+
+CR0, CR3, CR4, CR8, EFER, APIC_BASE = 28, 30, 31, 32, 33, 34
+FLAGS, PDPTRS = 35, 36
+RIP, RFLAGS = 16, 17
+SHARED = 35
+"""64-bit words that kvm_sregs and kvm_sregs2 have in common."""
+
+_PE, _NW, _CD, _PG = 1 << 0, 1 << 29, 1 << 30, 1 << 31
+_PAE, _LME, _LMA = 1 << 5, 1 << 8, 1 << 10
+_APIC_ENABLE, _X2APIC = 1 << 11, 1 << 10
+_CS_LONG = 0xFF << 24
+_DTABLES = (25, 27)
+
+
+def _cr0(rows: Rows, values: Words) -> Mask:
+    cr0 = values[:, CR0]
+    return mask(bits(cr0, U64 << 32 & U64) | bits(cr0, _PG) & ~bits(cr0, _PE) | bits(cr0, _NW) & ~bits(cr0, _CD))
+
+
+def _cr4(rows: Rows, values: Words) -> Mask:
+    return bits(values[:, CR4], U64 & ~rows.guest.profile.behaviour.get("cr4_taken", U64))
+
+
+def _efer(rows: Rows, values: Words) -> Mask:
+    return bits(values[:, EFER], U64 & ~rows.guest.profile.behaviour.get("efer_taken", U64))
+
+
+def _long(values: Words) -> Mask:
+    return bits(values[:, EFER], _LME) & bits(values[:, CR0], _PG)
+
+
+def _long_mode(rows: Rows, values: Words) -> Mask:
+    width = cpuid.physical_bits(rows.get(cpuid.ID))
+    bad_cr3 = mask((values[:, CR3] >> width) != 0)
+    return _long(values) & (~bits(values[:, CR4], _PAE) | ~bits(values[:, EFER], _LMA) | bad_cr3)
+
+
+def _other_mode(rows: Rows, values: Words) -> Mask:
+    return ~_long(values) & (bits(values[:, EFER], _LMA) | bits(values[:, 2], _CS_LONG))
+
+
+def _apic_base(rows: Rows, values: Words) -> Mask:
+    base, tables = values[:, APIC_BASE], rows.get(cpuid.ID)
+    x2apic = bits(cpuid.word(tables, 1, 0, cpuid.ECX), 1 << 21)
+    beyond = mask((base >> cpuid.physical_bits(tables)) != 0)
+    return (beyond | bits(base, 0x2FF) | bits(base, _X2APIC) & ~x2apic
+            | bits(base, _X2APIC) & ~bits(base, _APIC_ENABLE))
+
+
+def _pdptrs(rows: Rows, values: Words) -> Mask:
+    pae = bits(values[:, CR0], _PG) & bits(values[:, CR4], _PAE) & ~bits(values[:, EFER], _LMA)
+    return bits(values[:, FLAGS], U64 - 1) | bits(values[:, FLAGS], 1) & ~pae
+
+
+def _too_many_xcrs(rows: Rows, values: Words) -> Mask:
+    return mask((values[:, 0] & np.uint64(0xFFFF_FFFF)) > 16)
+
+
+def _xcrs_flags(rows: Rows, values: Words) -> Mask:
+    return mask((values[:, 0] >> np.uint64(32)) != 0)
+
+
+def _debugregs_flags(rows: Rows, values: Words) -> Mask:
+    return mask(values[:, 6] != 0)
+
+
+def _asked_xcr0(rows: Rows, values: Words) -> tuple[Mask, NDArray[np.uint64]]:
+    """Whether the list names XCR0, and the first value that it gives it."""
+    entries = values[:, 1:33].reshape(-1, 16, 2)
+    used = np.arange(16, dtype=np.uint64) < (values[:, :1] & np.uint64(0xFFFF_FFFF))
+    named = used & ((entries[:, :, 0] & np.uint64(0xFFFF_FFFF)) == 0)
+    first = named.argmax(axis=1)
+    return named.any(axis=1), np.take_along_axis(entries[:, :, 1], first[:, np.newaxis], axis=1)[:, 0]
+
+
+_TOGETHER = ((0b110, 0b100, "AVX needs SSE"), (0b11000, 0b11000, "both MPX components or none"),
+             (0b1110_0100, 0b1110_0000, "AVX-512 needs AVX, and all three of its components"),
+             (0b11 << 17, 0b11 << 17, "both AMX components or none"))
+"""(components, those of them that need all the others, why); Intel SDM volume 1, 13.3."""
+
+
+def _xcr0(rows: Rows, values: Words) -> Mask:
+    named, xcr0 = _asked_xcr0(rows, values)
+    allowed = cpuid.user_xcr0(rows.get(cpuid.ID)) | np.uint64(1)
+    bad = mask((xcr0 & ~allowed) != 0) | ~bits(xcr0, 1)
+    for group, needy, _ in _TOGETHER:
+        bad |= bits(xcr0, needy) & mask((xcr0 & np.uint64(group)) != group)
+    return mask(named & bad)
+
+
+def _high_halves(rows: Rows, values: Words) -> Mask:
+    return mask((values[:, 4:6] >> np.uint64(32)).any(axis=1))
+
+
+_BV, _HEADER, _MXCSR = 64, slice(65, 72), 3
+_FP_SSE, _SSE_AVX = 0b11, 0b110
+
+
+def host_components(rows: Rows) -> int:
+    """XSAVE components of the host."""
+    table = np.frombuffer(rows.guest.profile.cpuid, np.uint64)[np.newaxis]
+    return int(cpuid.user_xcr0(table)[0]) | _FP_SSE
+
+
+def _unknown_component(rows: Rows, values: Words) -> Mask:
+    return bits(values[:, _BV], U64 & ~host_components(rows))
+
+
+def _xsave_header(rows: Rows, values: Words) -> Mask:
+    return mask(values[:, _HEADER].any(axis=1))
+
+
+def _mxcsr(rows: Rows, values: Words) -> Mask:
+    default = np.frombuffer(rows.guest.profile.defaults[XSAVE], np.uint64)
+    mask = int(default[_MXCSR]) >> 32 or 0xFFBF
+    return bits(values[:, _BV], _SSE_AVX) & bits(values[:, _MXCSR], 0xFFFF_FFFF & ~mask)
+
+
+_SHADOW, _PAYLOAD, _TRIPLE = 4, 0x10, 0x20
+_NMI, _SIPI, _SMM = 1, 2, 8
+_CAP_PAYLOAD, _CAP_TRIPLE = 164, 218
+
+
+def _enabled(rows: Rows, capability: int) -> bool:
+    return bool((*rows.guest.told.get(capability, ()), 0)[0])
+
+
+def _event_flags(rows: Rows) -> int:
+    return (_NMI | _SHADOW | _SMM | (_PAYLOAD if _enabled(rows, _CAP_PAYLOAD) else 0)
+            | (_TRIPLE if _enabled(rows, _CAP_TRIPLE) else 0))
+
+
+def _flags(values: Words) -> NDArray[np.uint64]:
+    return values[:, 2] >> np.uint64(32)
+
+
+def _bad_event_flags(rows: Rows, values: Words) -> Mask:
+    return bits(_flags(values), 0xFFFF_FFFF & ~(_event_flags(rows) | _SIPI))
+
+
+def _bytes(values: Words) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(values).view(np.uint8)
+
+
+def _bad_vector(rows: Rows, values: Words) -> Mask:
+    event = _bytes(values)
+    raised = (event[:, 0] != 0) | (event[:, 3] != 0) & bits(_flags(values), _PAYLOAD)
+    return mask(raised & ((event[:, 1] > 31) | (event[:, 1] == 2)))
+
+
+def _no_smm(rows: Rows, values: Words) -> Mask:
+    in_smm = _bytes(values)[:, 24:27].any(axis=1) & bits(_flags(values), _SMM)
+    return in_smm & (not rows.guest.profile.behaviour.get("smm", 1))
+
+
+_SIPI_RECEIVED = 4
+_MP_STATES = (0, 1, 2, 3, _SIPI_RECEIVED, 9)
+
+
+def _mp_state(rows: Rows, values: Words) -> Mask:
+    allowed = _MP_STATES if rows.guest.has("irqchip") else (0,)
+    return mask(~np.isin(values[:, 0] & np.uint64(0xFFFF_FFFF), allowed))
+
+
+REFUSALS = (
+    Refuse("CR0: high half, PG without PE, NW without CD", BOTH_SREGS, errno.EINVAL, _cr0, "kvm_is_valid_cr0"),
+    Refuse("CR4: a bit that the kernel does not offer", BOTH_SREGS, errno.EINVAL, _cr4,
+           "kvm_is_valid_cr4; `cr4_taken` of the profile"),
+    Refuse("EFER: a bit that the kernel does not take", BOTH_SREGS, errno.EINVAL, _efer, "`efer_taken` of the profile"),
+    Refuse("64-bit paging without PAE, without EFER.LMA, or with CR3 too wide", BOTH_SREGS, errno.EINVAL, _long_mode,
+           "kvm_is_valid_sregs"),
+    Refuse("EFER.LMA or a 64-bit CS without 64-bit paging", BOTH_SREGS, errno.EINVAL, _other_mode,
+           "kvm_is_valid_sregs"),
+    Refuse("APIC base: reserved bits, x2APIC without CPUID or without the enable bit", BOTH_SREGS, errno.EINVAL,
+           _apic_base, "kvm_apic_set_base"),
+    Refuse("PDPTRs outside of PAE paging, unknown flags", (SREGS2,), errno.EINVAL, _pdptrs, "__set_sregs2"),
+    Refuse("more than 16 XCRs", (XCRS,), errno.EINVAL, _too_many_xcrs, "kvm_vcpu_ioctl_x86_set_xcrs: KVM_MAX_XCRS"),
+    Refuse("flags", (XCRS,), errno.EINVAL, _xcrs_flags, "kvm_vcpu_ioctl_x86_set_xcrs"),
+    Refuse("XCR0: not in CPUID leaf 0xd, or an impossible set", (XCRS,), errno.EINVAL, _xcr0, "__kvm_set_xcr"),
+    Refuse("flags", (DEBUGREGS,), errno.EINVAL, _debugregs_flags, "kvm_vcpu_ioctl_x86_set_debugregs"),
+    Refuse("high half of DR6 or DR7", (DEBUGREGS,), errno.EINVAL, _high_halves, "kvm_dr6_valid, kvm_dr7_valid"),
+    Refuse("XSTATE_BV: a component that the host has not", (XSAVE,), errno.EINVAL, _unknown_component,
+           "fpu_copy_uabi_to_guest_fpstate"),
+    Refuse("XSAVE header: compacted, or reserved bytes in use", (XSAVE,), errno.EINVAL, _xsave_header,
+           "validate_user_xstate_header"),
+    Refuse("MXCSR: reserved bits, where XSTATE_BV has SSE or AVX", (XSAVE,), errno.EINVAL, _mxcsr,
+           "copy_uabi_to_xstate; measured: not looked at where XSTATE_BV has neither"),
+    Refuse("flags that are unknown or not enabled", (EVENTS,), errno.EINVAL, _bad_event_flags,
+           "kvm_vcpu_ioctl_x86_set_vcpu_events; KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT"),
+    Refuse("an exception with vector 2 or above 31", (EVENTS,), errno.EINVAL, _bad_vector,
+           "kvm_vcpu_ioctl_x86_set_vcpu_events"),
+    Refuse("system management mode where the kernel has none", (EVENTS,), errno.EINVAL, _no_smm,
+           "kvm_vcpu_ioctl_x86_set_vcpu_events; `smm` of the profile; what stands before it is stored", stored=True),
+    Refuse("a state that x86 has not, or any but RUNNABLE without an interrupt chip", (MP_STATE,), errno.EINVAL,
+           _mp_state, "kvm_arch_vcpu_ioctl_set_mpstate"),
+)
+
+
+def _keep_sregs(rows: Rows, values: Words) -> Words:
+    out = np.zeros((len(values), 40), np.uint64)
+    out[:, :SHARED] = values[:, :SHARED]
+    for word in _DTABLES:
+        out[:, word] &= np.uint64(0xFFFF)
+    out[:, CR8] = np.where(values[:, CR8] > 0xF, rows.get(SREGS2)[:, CR8], values[:, CR8])
+    return out
+
+
+def _keep_sregs2(rows: Rows, values: Words) -> Words:
+    out = _keep_sregs(rows, values)
+    if rows.guest.profile.behaviour.get("pdptrs_kept", 1):
+        valid = values[:, FLAGS] & np.uint64(1)
+        out[:, FLAGS] = valid
+        out[:, PDPTRS:] = values[:, PDPTRS:] * valid[:, np.newaxis]
+    return out
+
+
+def _keep_regs(rows: Rows, values: Words) -> Words:
+    out = values.copy()
+    out[:, RFLAGS] &= np.uint64(rows.guest.profile.behaviour.get("rflags_kept", U64))
+    out[:, RFLAGS] |= np.uint64(2)
+    return out
+
+
+def _keep_xcrs(rows: Rows, values: Words) -> Words:
+    named, xcr0 = _asked_xcr0(rows, values)
+    out = np.zeros_like(values)
+    out[:, 0] = 1
+    out[:, 2] = np.where(named, xcr0, rows.get(XCRS)[:, 2])
+    return out
+
+
+def _keep_debugregs(rows: Rows, values: Words) -> Words:
+    out = np.zeros_like(values)
+    out[:, :6] = values[:, :6]
+    return out
+
+
+def _components(rows: Rows) -> list[tuple[int, list[slice]]]:
+    """(component, its words in the area), as the host's CPUID places them."""
+    found = [(number, [slice(start // 8, (start + size) // 8)])
+             for number, start, size, _ in cpuid.extents(rows.guest.profile.cpuid)]
+    return [(0, [slice(0, 3), slice(4, 20)]), (1, [slice(20, 52)]), *found]
+
+
+def _keep_xsave(rows: Rows, values: Words) -> Words:
+    """Components out of use go back to their initial state; bytes that belong to none are lost."""
+    return _select(rows, values, values[:, _BV])
+
+
+def _select(rows: Rows, values: Words, used: NDArray[np.uint64]) -> Words:
+    initial = np.frombuffer(rows.guest.profile.defaults[XSAVE], np.uint64)
+    out = np.repeat(initial[np.newaxis], len(values), axis=0)
+    for number, places in _components(rows):
+        here = bits(used, 1 << number)[:, np.newaxis]
+        for words in places:
+            out[:, words] = np.where(here, values[:, words], initial[words])
+    out[:, _MXCSR] = np.where(bits(values[:, _BV], _SSE_AVX), values[:, _MXCSR], initial[_MXCSR])
+    out[:, _BV] = used
+    return out
+
+
+def _keep_mp_state(rows: Rows, values: Words) -> Words:
+    return values & np.uint64(0xFFFF_FFFF)
+
+
+_BOOLEANS = (0, 2, 3, 8, 12, 14, 27, 28, 55)
+"""Bytes of struct kvm_vcpu_events that are true or false: injected, has_error_code, pending, …"""
+
+
+_PARTS = ((_SHADOW, False, [11]), (_NMI, False, [13]), (_SIPI, False, [16, 17, 18, 19]), (_SMM, True, [24, 25, 26, 27]),
+          (_TRIPLE, True, [28]))
+"""(flag without which a part stays, whether it comes after the check of SMM, its bytes)."""
+
+_SOFT = (3, 4)
+"""#BP and #OF: raised by instructions, so never reported; the guest meets them again."""
+
+
+def _keep_events(rows: Rows, values: Words) -> Words:
+    """Byte offsets are those of struct kvm_vcpu_events."""
+    event, now, flags = _bytes(values).copy(), _bytes(rows.get(EVENTS)), _flags(values)
+    event[:, _BOOLEANS] = event[:, _BOOLEANS] != 0
+    event[event[:, 10] != 0, 8] = event[:, 10] = 0
+    event[:, 13] = np.minimum(event[:, 13], 2)
+    event[:, 15] = event[:, 24:27] = event[:, 29:55] = 0
+    _payload(event, bits(flags, _PAYLOAD))
+    reached = ~_no_smm(rows, values)
+    for flag, last, places in _PARTS:
+        said = (bits(flags, flag) & (reached | (not last)))[:, np.newaxis]
+        event[:, places] = np.where(said, event[:, places], now[:, places])
+    event[:, 20:24] = 0
+    event[:, 27] *= rows.guest.has("irqchip")
+    return event.view(np.uint64)
+
+
+def _payload(event: NDArray[np.uint8], told: Mask) -> None:
+    """A pending exception takes the place of an injected one; without the flag there are only injected ones."""
+    pending = told & (event[:, 3] != 0)
+    event[pending, 0] = 0
+    event[~told, 3] = 0
+    event[~pending, 55] = 0
+
+
+KEEPS = (
+    Keep("descriptor tables have 16-bit limits; an impossible CR8 is ignored", (SREGS,), _keep_sregs,
+         "__set_sregs_common"),
+    Keep("the same; PDPTRs where the kernel has them", (SREGS2,), _keep_sregs2, "__set_sregs2; `pdptrs_kept`"),
+    Keep("RFLAGS: bit 1 is always set", (REGS,), _keep_regs, "__set_regs; `rflags_kept` of the profile"),
+    Keep("XCR0 alone exists", (XCRS,), _keep_xcrs, "kvm_vcpu_ioctl_x86_set_xcrs"),
+    Keep("reserved words are not stored", (DEBUGREGS,), _keep_debugregs, "kvm_vcpu_ioctl_x86_set_debugregs"),
+    Keep("components out of use are initial", (XSAVE,), _keep_xsave, "copy_uabi_to_xstate"),
+    Keep("32 bits", (MP_STATE,), _keep_mp_state, "struct kvm_mp_state"),
+    Keep("truth values are 0 or 1; parts without their flag stay", (EVENTS,), _keep_events,
+         "kvm_vcpu_ioctl_x86_set_vcpu_events"),
+)
+
+
+def _clear_pending(rows: Rows, values: Words) -> None:
+    events = rows.get(EVENTS).copy()
+    events[:, 0] &= np.uint64(~(0xFF << 24) & U64)
+    rows.put(EVENTS, events)
+
+
+def _queue_interrupt(rows: Rows, values: Words) -> None:
+    """The first bit of the bitmap becomes the injected interrupt."""
+    bitmap = np.unpackbits(_bytes(values[:, 35:39]), axis=1, bitorder="little")
+    raised = mask(bitmap.any(axis=1))
+    if raised.any():
+        events = rows.get(EVENTS)[raised].copy()
+        vector = bitmap[raised].argmax(axis=1).astype(np.uint64)
+        events[:, 1] = events[:, 1] & np.uint64(U64 << 24 & U64) | vector << np.uint64(8) | np.uint64(1)
+        rows.where(raised).put(EVENTS, events)
+
+
+AFTERS = (
+    After("a pending exception is dropped", (REGS,), _clear_pending, "__set_regs"),
+    After("the interrupt bitmap queues an interrupt", (SREGS,), _queue_interrupt, "__set_sregs: kvm_queue_interrupt"),
+)
+
+
+def _show_sregs(rows: Rows, values: Words) -> Words:
+    """kvm_sregs out of the stored kvm_sregs2, with the injected interrupt as a bitmap."""
+    out = np.zeros((len(values), 39), np.uint64)
+    out[:, :SHARED] = values[:, :SHARED]
+    event = _bytes(rows.get(EVENTS))
+    for row in np.flatnonzero(event[:, 8]):
+        vector = int(event[row, 9])
+        out[row, 35 + vector // 64] = 1 << vector % 64
+    return out
+
+
+def _show_xsave(rows: Rows, values: Words) -> Words:
+    allowed = cpuid.user_xcr0(rows.get(cpuid.ID)) | np.uint64(_FP_SSE)
+    return _select(rows, values, values[:, _BV] & allowed)
+
+
+def _show_events(rows: Rows, values: Words) -> Words:
+    event = _bytes(values).copy()
+    soft = np.isin(event[:, 1], _SOFT)
+    event[soft, 0] = event[soft, 3] = 0
+    out = event.view(np.uint64)
+    out[:, 2] = np.uint64(_event_flags(rows) << 32)
+    return out
+
+
+def accept_sipi(rows: Rows, values: Words) -> Words:
+    """Reading accepts a pending start-up interrupt: the vCPU then stands at its vector, in real mode."""
+    waiting = mask(values[:, 0] == _SIPI_RECEIVED)
+    if waiting.any():
+        chosen = rows.where(waiting)
+        sregs, regs, events = (chosen.get(id).copy() for id in (SREGS2, REGS, EVENTS))
+        vector = events[:, 2] & np.uint64(0xFF)
+        sregs[:, 0] = vector << np.uint64(12)
+        sregs[:, 1] = sregs[:, 1] & np.uint64(U64 & ~(0xFFFF << 32)) | vector << np.uint64(40)
+        regs[:, RIP] = 0
+        for id, new in ((SREGS2, sregs), (REGS, regs), (MP_STATE, np.zeros((len(vector), 1), np.uint64))):
+            chosen.put(id, new)
+    return np.where(waiting[:, np.newaxis], np.uint64(0), values)
+
+
+SHOWS = (
+    Show("the interrupt bitmap is the injected interrupt", (SREGS,), _show_sregs, "__get_sregs"),
+    Show("components that the vCPU's CPUID has", (XSAVE,), _show_xsave, "kvm_vcpu_ioctl_x86_get_xsave2"),
+    Show("the flags say what the kernel gives; no SIPI vector", (EVENTS,), _show_events,
+         "kvm_vcpu_ioctl_x86_get_vcpu_events"),
+    Show("pending INIT and SIPI are accepted", (MP_STATE,), accept_sipi,
+         "kvm_arch_vcpu_ioctl_get_mpstate: kvm_apic_accept_events"),
+)

@@ -1,0 +1,190 @@
+"""A simulated VM: the primitives of `migstream.backends.base.Vm` on a guest's columns."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from migstream.backends.base import GuestMemory, Refusal, Vm
+from migstream.backends.sim.access import AnyColumn, column, enable, operation
+from migstream.backends.sim.guest import Guest, Rows
+from migstream.backends.sim.rules_devices import RESETS
+from migstream.backends.sim.runner import Runner
+from migstream.errors import BackendError, UsageError
+from migstream.model import PAGE, Layout, Machine, MemoryRegion, Scope
+from migstream.plan import DEVICES
+from migstream.registers import ids, x86_64
+
+if TYPE_CHECKING:
+    from migstream.backends.sim.access import Errnos
+    from migstream.backends.sim.clock import HostClock
+    from migstream.host.profile import HostProfile
+    from migstream.model import Words
+
+_MAX_ADDRESS = 1 << 52
+"""First guest-physical address that no memory slot may reach (kvm_mmu_max_gfn without hardware paging)."""
+
+
+class SimVm(Vm):
+    """A VM on a simulated kernel. Made by `SimBackend.create`."""
+
+    def __init__(self, profile: HostProfile, machine: Machine, host: HostClock) -> None:
+        self.machine = machine
+        self.guest = Guest(profile, machine, host, RESETS)
+        self.memory = GuestMemory([])
+        self._mappings: list[mmap.mmap] = []
+        self._programs: dict[Layout, list[AnyColumn]] = {}
+        self._runner: Runner | None = None
+        self._exits: dict[int, str] = {}
+
+    def build(self, enabled_caps: dict[int, tuple[int, ...]]) -> None:
+        """Memory, interrupt chips, capabilities, in KVM's order. Raises: BackendError, UsageError."""
+        known = DEVICES[self.machine.arch]
+        if unknown := sorted(self.machine.devices.keys() - known):
+            raise UsageError(f"the simulator can't make a device {unknown[0]!r}; it knows {', '.join(sorted(known))}")
+        _check_memory(self.machine.memory)
+        self.memory = GuestMemory([(region, self._map(region)) for region in self.machine.memory], self._discard)
+        if self.machine.devices.get("pit") and not self.machine.devices.get("irqchip"):
+            raise BackendError("KVM_CREATE_PIT2", errno=errno.ENOENT)
+        for capability, args in enabled_caps.items():
+            if no := enable(self.guest, capability, args):
+                raise BackendError("KVM_ENABLE_CAP", errno=no, register=f"capability {capability}")
+
+    def _map(self, region: MemoryRegion) -> memoryview:
+        try:
+            mapping = mmap.mmap(-1, region.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError, OverflowError) as error:
+            raise BackendError("mmap", errno=getattr(error, "errno", 0) or errno.ENOMEM,
+                               register=f"{region.guest_address:#x}") from error
+        self._mappings.append(mapping)
+        return memoryview(mapping)
+
+    def _discard(self, part: int, start: int, length: int) -> None:
+        self._mappings[part].madvise(mmap.MADV_DONTNEED, start, length)
+
+    def create_vcpus(self) -> None:
+        """See `Vm.create_vcpus`."""
+        room = self.guest.profile.max_vcpus - self.guest.vcpus
+        wanted = self.machine.vcpus - self.guest.vcpus
+        if wanted > 0:
+            self.guest.add_vcpus(min(wanted, room))
+        if wanted > room:
+            raise BackendError("KVM_CREATE_VCPU", errno=errno.EINVAL, vcpu=self.guest.vcpus)
+
+    def create_vcpu(self, number: int) -> None:
+        """Create one vCPU, which must be the next. Raises: BackendError with KVM's errno (kvm_vm_ioctl_create_vcpu)."""
+        if number >= self.guest.profile.capabilities.get("MAX_VCPU_ID", 0):
+            raise BackendError("KVM_CREATE_VCPU", errno=errno.EINVAL)
+        if number < self.guest.vcpus:
+            raise BackendError("KVM_CREATE_VCPU", errno=errno.EEXIST)
+        if number > self.guest.vcpus:
+            raise UsageError("the simulator's vCPUs are numbered without a gap")
+        self.guest.add_vcpus(1)
+
+    def layouts(self) -> tuple[tuple[Layout, ...], list[Refusal]]:
+        """See `Vm.layouts`."""
+        profile = self.guest.profile
+        sizes = {**profile.sizes, x86_64.CPUID2.id: self._cpuid_size()}
+        msr_list = (*profile.msrs, *(index for index in profile.feature_msrs if index not in profile.msrs))
+        unreadable = {id: pair[0] for id, pair in profile.refused.items()
+                      if pair[0] and ids.msr_index(id) in msr_list}
+        kept = [index for index in msr_list if ids.msr_id(index) not in unreadable]
+        layouts = x86_64.layouts(self._offered(), sizes, kept, self._kvm_registers(), self.guest.told)
+        return layouts, [Refusal(id, 0, "KVM_GET_MSRS", no) for id, no in unreadable.items()]
+
+    def _offered(self) -> dict[str, int]:
+        """The capabilities, without those of devices that this VM was made without."""
+        lacks = {name for name, device in (("IRQCHIP", "irqchip"), ("PIT_STATE2", "pit")) if not self.guest.has(device)}
+        return {name: 0 if name in lacks else value for name, value in self.guest.profile.capabilities.items()}
+
+    def _kvm_registers(self) -> Sequence[int]:
+        """What KVM_GET_REG_LIST gave on the recorded kernel."""
+        profile = self.guest.profile
+        listed = [id for id in profile.defaults if id & ~0xFFFF_FFFF == ids.KVM_REG_X86_KVM]
+        return listed if profile.capabilities.get("ONE_REG") else ()
+
+    def _cpuid_size(self) -> int:
+        entries = self.guest.column(x86_64.CPUID2.id)[:, 0] & np.uint64(0xFFFF_FFFF)
+        return 8 + 40 * int(entries.max(initial=0))
+
+    def read(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
+        """See `Vm.read`. MP_STATE comes first, because reading it accepts pending INIT and SIPI."""
+        rows, found = self._rows(layout, first_vcpu, values), []
+        program = self._program(layout)
+        for number in sorted(range(len(program)), key=lambda n: program[n].slot.id != x86_64.MP_STATE.id):
+            part = values[:, layout.offsets[number]:layout.offsets[number + 1]]
+            found.append((number, program[number].read(rows, part)))
+        return self._refusals(layout, first_vcpu, found, "GET")
+
+    def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
+        """See `Vm.write`."""
+        rows, found = self._rows(layout, first_vcpu, values), []
+        for number, one in enumerate(self._program(layout)):
+            part = values[:, layout.offsets[number]:layout.offsets[number + 1]]
+            found.append((number, one.write(rows, part)))
+        return self._refusals(layout, first_vcpu, found, "SET")
+
+    def _program(self, layout: Layout) -> list[AnyColumn]:
+        if layout not in self._programs:
+            self._programs[layout] = [column(slot) for slot in layout.slots]
+        return self._programs[layout]
+
+    def _rows(self, layout: Layout, first: int, values: Words) -> Rows:
+        if self._runner:
+            raise UsageError("registers can be read and written while the vCPUs stand still: pause() first")
+        if not values.flags.c_contiguous or values.shape[1] != layout.row_words:
+            raise UsageError("a bank is a C-contiguous matrix of its layout's width")
+        if first + len(values) > (1 if layout.scope == Scope.VM else self.guest.vcpus):
+            raise UsageError(f"rows {first} to {first + len(values)} of {layout.title}: the VM has fewer")
+        return Rows.span(self.guest, first, len(values))
+
+    def _refusals(self, layout: Layout, first: int, found: list[tuple[int, Errnos]], verb: str) -> list[Refusal]:
+        """In the order in which KVM meets them: vCPU after vCPU."""
+        places = [(int(row), number, int(errnos[row])) for number, errnos in found for row in np.flatnonzero(errnos)]
+        slots, vm = layout.slots, layout.scope == Scope.VM
+        return [Refusal(id := slots[number].id, None if vm else first + row, operation(self.guest, id, verb), no)
+                for row, number, no in sorted(places)]
+
+    def start(self) -> None:
+        """See `Vm.start`."""
+        if self._runner:
+            raise UsageError("the vCPUs run already")
+        self._runner = Runner(self.guest, self.memory)
+        self._runner.start()
+
+    def pause(self) -> None:
+        """See `Vm.pause`."""
+        runner, self._runner = self._runner, None
+        if runner:
+            runner.pause()
+            self._exits = dict(runner.exits)
+
+    def exits(self) -> dict[int, str]:
+        """See `Vm.exits`."""
+        return dict(self._runner.exits) if self._runner else dict(self._exits)
+
+    def close(self) -> None:
+        """See `Vm.close`."""
+        self.pause()
+        self.memory.release()
+        for mapping in self._mappings:
+            mapping.close()
+        self._mappings = []
+
+
+def _check_memory(regions: tuple[MemoryRegion, ...]) -> None:
+    """KVM_SET_USER_MEMORY_REGION, one region after the other. Raises: BackendError."""
+    for number, region in enumerate(regions):
+        if no := _memory_errno(region, regions[:number]):
+            raise BackendError("KVM_SET_USER_MEMORY_REGION", errno=no, register=f"{region.guest_address:#x}")
+
+
+def _memory_errno(region: MemoryRegion, before: tuple[MemoryRegion, ...]) -> int:
+    if region.guest_address % PAGE or region.size % PAGE or not region.size or region.end > _MAX_ADDRESS:
+        return errno.EINVAL
+    overlaps = any(region.guest_address < other.end and other.guest_address < region.end for other in before)
+    return errno.EEXIST if overlaps else 0
