@@ -1,0 +1,34 @@
+"""The tier of tests that boot real kernels: when it can run, and what a newcomer is told when it can't."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.lab import cache, fetch, kernels, tools
+from tests.lab.kernels import Kernel
+
+REQUIRED_ENV = "MIGSTREAM_LAB_REQUIRED"
+"""Set to 1 where the tier has to run, as in CI: what would be skipped fails instead."""
+
+
+def unavailable(kernel: Kernel) -> str | None:
+    """Why tests can't boot this kernel here, in one line with the command that helps; None if they can."""
+    if "MIGSTREAM_LAB" in os.environ:
+        return "this is a lab guest; it has no lab of its own"
+    packages = tools.missing((kernels.arch(kernel.arch).emulator, "setpriv"))
+    if packages:
+        return f"no emulator for the kernel lab; run: apt-get install {' '.join(packages)}"
+    found = {item.status(cache.cache_root())[0] for item in fetch.items([kernel])}
+    # The same words for every kernel, so that pytest's summary has one line for all of them.
+    return None if found == {fetch.Status.READY} else f"the lab's kernels are not fetched; run: {cache.FETCH}"
+
+
+def need(kernel: Kernel) -> None:
+    """Skip the calling test, or fail it where the tier is required, when this kernel can't be booted."""
+    reason = unavailable(kernel)
+    if reason and os.environ.get(REQUIRED_ENV) == "1":
+        pytest.fail(f"{REQUIRED_ENV}=1, but {reason}")
+    if reason:
+        pytest.skip(reason)
