@@ -32,7 +32,7 @@ import numpy as np
 from migstream.backends.base import Vm
 from migstream.demo import msi_arm64
 from migstream.demo.guest_x86_64 import INCREMENT, MULTIPLIER, Counter, chain, scattered, seed
-from migstream.errors import BackendError
+from migstream.errors import BackendError, printable
 from migstream.model import PAGE, Layout, Phase, Scope, Slot
 from migstream.registers import arm64_ids, gic, vcpu_features
 from migstream.registers.catalogue import lookup
@@ -153,8 +153,11 @@ def _features(vm: Vm) -> int:
 
 
 def _marks(vm: Vm) -> dict[str, _Mark]:
-    """What the loop does not use: `_MARKS`, with a PMU its counters, with SVE its registers as wide as they are here."""
-    counters = {"PMCCNTR_EL0": _own(90), "PMEVCNTR0_EL0": lambda vcpu: scattered(vcpu + 91) & 0xFFFF_FFFF}
+    """What the loop does not use: `_MARKS`, with a PMU its counters, with SVE its registers as wide as they are here.
+
+    Not the cycle counter: the PMCR_EL0 that 6.1 makes a vCPU with has C set, and the first KVM_RUN obeys it.
+    """
+    counters = {f"PMEVCNTR{n}_EL0": (lambda vcpu, n=n: scattered(vcpu * 2 + n) & 0xFFFF_FFFF) for n in range(2)}
     return {**_MARKS, **(counters if _features(vm) & vcpu_features.PMU_V3 else {}),
             **(_sve(_vector_bytes(vm)) if _features(vm) & vcpu_features.SVE else {})}
 
@@ -236,10 +239,14 @@ def _lost_marks(vm: Vm) -> dict[int, str]:
             for slot, mark, found in zip(layout.slots, marks, row, strict=True):
                 if found != mark(k):
                     key = k if layout.scope == Scope.VCPU else -1
-                    lost.setdefault(key, f"{lookup(slot.id).name} {found:#x}, expected {mark(k):#x}")
+                    lost.setdefault(key, f"{lookup(slot.id).name} {_hex(found)}, expected {_hex(mark(k))}")
     if "its" in vm.machine.devices and (wrong := msi_arm64.lost(vm.memory, RAM)):
         lost.setdefault(0, wrong)
     return lost
+
+
+def _hex(value: int) -> str:
+    return printable(hex(value), 40)
 
 
 def _check(vm: Vm, vcpu: int, regs: dict[str, int], lost: str) -> Counter:
