@@ -317,6 +317,8 @@ def _host_arguments(sub: argparse.ArgumentParser) -> None:
     capture = verbs.add_parser("capture", help="ask a backend what it offers, on a scratch VM; JSON")
     capture.add_argument("--backend", default="kvm", metavar="NAME", help=_BACKENDS)
     capture.add_argument("-o", dest="output", default="-", metavar="FILE")
+    capture.add_argument("--made-by", metavar="TEXT", help="the command that the profile says it was made by")
+    capture.add_argument("--no-experiment", action="store_true", help="only what the host tells and reads")
     verbs.add_parser("list", help="name the profiles that the simulator knows")
 
 
@@ -330,11 +332,16 @@ def _host_capture(options: argparse.Namespace) -> int:
     from migstream.host.profile import to_json
     from migstream.transport import open_output
 
-    command = f"migstream host capture --backend {options.backend}"
-    text = to_json(capture(open_backend(options.backend), command))
+    backend = open_backend(options.backend)
+    text = to_json(capture(backend, options.made_by or _made_by(options), not options.no_experiment))
     with open_output(options.output) as file:
         file.write(text.encode())
     return 0
+
+
+def _made_by(options: argparse.Namespace) -> str:
+    more = " --no-experiment" if options.no_experiment else ""
+    return f"migstream host capture --backend {options.backend}{more}"
 
 
 def _host_list(options: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from migstream.backends.kvm.arch import ArchHost, ArchVm
 from migstream.backends.kvm.operations import ATTRIBUTE, ByAddress, EnabledCap, Operation, Row, Struct, register_list
 from migstream.backends.kvm.uapi import Request
 from migstream.errors import BackendError
+from migstream.host.profile import FIXED
 from migstream.model import Arch, Layout, Machine, Phase, Scope
 from migstream.registers import arm64 as rows
 from migstream.registers import arm64_ids, gic, ids, vcpu_features
@@ -334,7 +335,7 @@ class Arm64Vm(ArchVm):
     def layouts(self) -> tuple[Layout, ...]:
         """The kernel's list, structs, interrupt lines and the interrupt controller."""
         profile = self.vm.backend.profile()
-        scopes = {id: Scope(name) for id, name in profile.scopes.items()}
+        scopes = {id: Scope(name) for id, name in profile.scopes.items() if name != FIXED}
         found = (*rows.layouts(self.registers(), scopes, self._extra()), *self._gic_layouts())
         return tuple(sorted(found, key=lambda layout: layout.phase))
 

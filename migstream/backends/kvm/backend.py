@@ -220,6 +220,18 @@ class KvmVm(Vm):
         self._runner = self._runner or Runner(self.vcpu_fds, self._run_pages)
         self._runner.start()
 
+    def enter(self, vcpu: int) -> None:
+        """KVM_RUN with `immediate_exit`. Raises: BackendError for any end of it but EINTR."""
+        page = self._run_pages[vcpu]
+        page[uapi.RUN_IMMEDIATE_EXIT] = 1
+        try:
+            uapi.call(self.vcpu_fds[vcpu], uapi.RUN, vcpu=vcpu)
+        except BackendError as error:
+            if error.errno != errno.EINTR:
+                raise
+        finally:
+            page[uapi.RUN_IMMEDIATE_EXIT] = 0
+
     def pause(self) -> None:
         """See `Vm.pause`."""
         if self._runner:
