@@ -99,6 +99,15 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _vcpu_features(text: str) -> int:
+    from migstream.registers import vcpu_features
+
+    try:
+        return vcpu_features.parse(text)
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(f"no vCPU feature {error}; there are {', '.join(vcpu_features.WORDS)}") from error
+
+
 _BACKENDS = "auto (real KVM where it works, else the simulator), kvm, sim, or sim:NAME"
 
 
@@ -109,6 +118,8 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--vcpus", type=_vcpus, default=4, metavar="N", help="number of vCPUs (4)")
     sub.add_argument("--memory", type=_memory, default=64 << 20, metavar="SIZE", help="guest RAM (64M)")
     sub.add_argument("--backend", default="auto", metavar="NAME", help=_BACKENDS)
+    sub.add_argument("--vcpu-features", type=_vcpu_features, default=0, metavar="LIST",
+                     help="arm64: vCPU features by name, such as sve,pmu_v3,ptrauth")
     sub.add_argument("-o", dest="output", metavar="FILE", help="keep the stream in FILE")
     sub.add_argument("--run", dest="seconds", type=_seconds, default=0.2, metavar="SECONDS",
                      help="run on at least this long (0.2)")
@@ -123,7 +134,8 @@ def _demo(options: argparse.Namespace) -> int:
 
     with tempfile.TemporaryDirectory(prefix="migstream-") as folder, progress() as tell:
         path = options.output or os.path.join(folder, "demo.mig")
-        result = screen.demo(options.backend, options.vcpus, options.memory, path, options.seconds, options.level, tell)
+        result = screen.demo(options.backend, options.vcpus, options.memory, path, options.seconds, options.level, tell,
+                             options.vcpu_features)
     if options.json:
         from migstream.show import print_json
 
@@ -305,6 +317,8 @@ def _host_arguments(sub: argparse.ArgumentParser) -> None:
     capture = verbs.add_parser("capture", help="ask a backend what it offers, on a scratch VM; JSON")
     capture.add_argument("--backend", default="kvm", metavar="NAME", help=_BACKENDS)
     capture.add_argument("-o", dest="output", default="-", metavar="FILE")
+    capture.add_argument("--made-by", metavar="TEXT", help="the command that the profile says it was made by")
+    capture.add_argument("--no-experiment", action="store_true", help="only what the host tells and reads")
     verbs.add_parser("list", help="name the profiles that the simulator knows")
 
 
@@ -318,11 +332,16 @@ def _host_capture(options: argparse.Namespace) -> int:
     from migstream.host.profile import to_json
     from migstream.transport import open_output
 
-    command = f"migstream host capture --backend {options.backend}"
-    text = to_json(capture(open_backend(options.backend), command))
+    backend = open_backend(options.backend)
+    text = to_json(capture(backend, options.made_by or _made_by(options), not options.no_experiment))
     with open_output(options.output) as file:
         file.write(text.encode())
     return 0
+
+
+def _made_by(options: argparse.Namespace) -> str:
+    more = " --no-experiment" if options.no_experiment else ""
+    return f"migstream host capture --backend {options.backend}{more}"
 
 
 def _host_list(options: argparse.Namespace) -> int:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from migstream.model import Slot
-from migstream.registers import bits_x86_64
+from migstream.registers.bit_tables import BITS, decode
 from migstream.registers.catalogue import Register, lookup
-from migstream.wire import x86_64 as structs
+from migstream.wire import structs
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ _FILLERS = ("pad", "reserved", "unused", "dummy")
 
 _TABLES = {
     "cr0": "CR0", "cr4": "CR4", "efer": "EFER", "rflags": "RFLAGS", "xstate_bv": "XSTATE_BV", "xcomp_bv": "XCOMP_BV",
-    "dr6": "DR6", "dr7": "DR7", "apic_base": "APIC_BASE", "mp_state": "MP_STATE", "lvtt": "APIC_LVTT",
-    "spiv": "APIC_SPIV",
-    "lvt0": "APIC_LVT", "lvt1": "APIC_LVT", "lvtpc": "APIC_LVT", "lvtthmr": "APIC_LVT", "lvterr": "APIC_LVT",
+    "dr6": "DR6", "dr7": "DR7", "apic_base": "APIC_BASE", "mp_state": "MP_STATE",
+    "lvtt": "APIC_LVTT", "spiv": "APIC_SPIV", "lvt0": "APIC_LVT", "lvt1": "APIC_LVT",
+    "lvtpc": "APIC_LVT", "lvtthmr": "APIC_LVT", "lvterr": "APIC_LVT",
     "xcrs.0.value": "XCR0",
 }
 """Bit table by field; a field of a struct that is not here is looked up as `struct.field`."""
@@ -60,7 +60,7 @@ def _plain(row: Register, value: bytes) -> Shown:
     if len(value) > 8:
         return Shown("", value, ())
     number = int.from_bytes(value, "little")
-    names = tuple(bits_x86_64.decode(row.bits, number)) if row.bits in bits_x86_64.BITS else ()
+    names = tuple(decode(row.bits, number)) if row.bits in BITS else ()
     return Shown("", number, names)
 
 
@@ -75,5 +75,5 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, int | bytes]]:
 
 def _shown(struct: str, path: str, leaf: int | bytes) -> Shown:
     table = _TABLES.get(path) or _TABLES.get(path.rsplit(".", 1)[-1]) or f"{struct}.{path}"
-    known = isinstance(leaf, int) and table in bits_x86_64.BITS
-    return Shown(path, leaf, tuple(bits_x86_64.decode(table, leaf)) if known and isinstance(leaf, int) else ())
+    known = isinstance(leaf, int) and table in BITS
+    return Shown(path, leaf, tuple(decode(table, leaf)) if known and isinstance(leaf, int) else ())

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING
 
 from migstream.errors import DoesNotFit
 from migstream.host.profile import HostProfile
-from migstream.model import Layout, Machine, Slot
-from migstream.registers import ids, x86_64
+from migstream.model import Arch, Layout, Machine, Slot
+from migstream.registers import ids, vcpu_features, x86_64
 from migstream.registers.catalogue import Register, lookup
 
 if TYPE_CHECKING:
     from migstream.model import Words
 
-DEVICES = frozenset(("irqchip", "pit", "tss_address"))
-"""What a machine section may ask a backend to make, in this version."""
+DEVICES: dict[Arch, frozenset[str]] = {
+    Arch.X86_64: frozenset(("irqchip", "pit", "tss_address")),
+    Arch.ARM64: frozenset(("gic_distributor", "gic_redistributors", "gic_irqs", "its", "vcpu_features")),
+}
+"""What a machine section may ask a backend to make, in this version; `formats/SPEC.md` says what each value means."""
 
 
 class Answer(enum.StrEnum):
@@ -129,7 +132,7 @@ def _refuse(slot: Slot, reason: str) -> Verdict:
 
 
 def _unknown(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    if row.known or ids.msr_index(slot.id) is not None:
+    if row.known or ids.msr_index(slot.id) is not None or slot.id in host.registers:
         return None
     return _refuse(slot, "no row in the catalogue; a newer migstream may know how to write it")
 
@@ -170,9 +173,23 @@ def _listed_msr(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
     return _refuse(slot, "this kernel does not list the MSR")
 
 
+def _unlisted(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
+    if not host.registers or slot.id >> 56 == ids.OURS or slot.id in host.registers:
+        return None
+    return _refuse(slot, "this kernel does not list the register")
+
+
+def _other_size(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
+    size = ids.size_in_id(slot.id)
+    if size is None or size == slot.size:
+        return None
+    return _refuse(slot, f"{slot.size} bytes for a register of {size}: KVM would read or write past its value")
+
+
 _Rule = Callable[[Slot, Register, HostProfile], Verdict | None]
 
-_RULES: tuple[_Rule, ...] = (_written_by_clock_step, _unknown, _as_sregs, _xsave_size, _capability, _listed_msr)
+_RULES: tuple[_Rule, ...] = (_written_by_clock_step, _other_size, _unlisted, _unknown, _as_sregs, _xsave_size, _capability,
+                             _listed_msr)
 """In order: exceptions that say how before the general rules that say no."""
 
 
@@ -185,11 +202,36 @@ def _too_many_vcpus(machine: Machine, host: HostProfile) -> str:
 
 
 def _unknown_device(machine: Machine, host: HostProfile) -> str:
-    unknown = sorted(machine.devices.keys() - DEVICES)
+    unknown = sorted(machine.devices.keys() - DEVICES[machine.arch])
     return f"device {unknown[0]!r} is not known to this migstream" if unknown else ""
 
 
-_MACHINE_RULES = (_other_arch, _too_many_vcpus, _unknown_device)
+def _device_value(machine: Machine, host: HostProfile) -> str:
+    bad = [name for name, value in machine.devices.items() if not isinstance(value, int) or not 0 <= value < 1 << 63]
+    return f"device {bad[0]!r} has a value that is no address, number or flag" if bad else ""
+
+
+def _vcpu_features(machine: Machine, host: HostProfile) -> str:
+    """A vCPU without a feature that its guest uses stops at the first instruction of it."""
+    if machine.arch != Arch.ARM64 or _device_value(machine, host):
+        return ""
+    missing = machine.devices.get("vcpu_features", vcpu_features.DEFAULT) & ~host.vcpu_features
+    return f"this kernel has no vCPU feature {', '.join(vcpu_features.names(missing))}" if missing else ""
+
+
+def _gic(machine: Machine, host: HostProfile) -> str:
+    """The interrupt controller is one device with two addresses; the ITS hangs on it."""
+    gic, devices = ("gic_distributor", "gic_redistributors"), machine.devices.keys()
+    if 0 < len(devices & {*gic}) < 2:
+        return f"a GICv3 needs both of {' and '.join(gic)}"
+    if devices & {"its", "gic_irqs"} and not devices & {*gic}:
+        return f"{min(devices & {'its', 'gic_irqs'})} without a GICv3"
+    wanted = {"gic_distributor": "gicv3", "its": "its"}
+    missing = [wanted[name] for name in sorted(devices & wanted.keys()) if host.devices and wanted[name] not in host.devices]
+    return f"this kernel can't make a device {missing[0]}" if missing else ""
+
+
+_MACHINE_RULES = (_other_arch, _too_many_vcpus, _unknown_device, _device_value, _vcpu_features, _gic)
 
 
 def _convert(step: Step, values: Words) -> Words:

@@ -16,7 +16,7 @@ from migstream.frames import FrameReader, Preamble, Section
 from migstream.model import PAGE, HostSummary, Layout, Machine, OpaqueState, Phase, Scope, Slot
 from migstream.registers.catalogue import fits_arch, lookup
 from migstream.sections import EncodedBank, End, Item, RamLayout, RamPages, Skipped, decode
-from migstream.wire import x86_64 as structs
+from migstream.wire import structs
 
 
 class StreamReader:

@@ -35,7 +35,8 @@ from migstream.packing import pack, typed_list, unpack
 from migstream.registers import ids
 from migstream.registers.catalogue import lookup
 from migstream.wire import stream as wire
-from migstream.wire import x86_64 as structs
+from migstream.wire import structs
+from migstream.wire.schema import Count
 
 if TYPE_CHECKING:
     from migstream.model import Words
@@ -239,7 +240,7 @@ def check_values(layout: Layout, values: Words) -> None:
             _check_count(row.name, structs.COUNTS[row.struct], slot.size, structs.STRUCTS[row.struct].minimum, first)
 
 
-def _check_count(name: str, count: structs.Count, size: int, minimum: int, first: Any) -> None:
+def _check_count(name: str, count: Count, size: int, minimum: int, first: Any) -> None:
     """The counts stand in the first word of their structs."""
     capacity = count.capacity if count.capacity is not None else size
     if count.entry:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from migstream.wire import structs
 from migstream.wire import x86_64 as wire
 
 SIZES = {
@@ -106,9 +107,9 @@ def test_size_is_the_kernels(name: str) -> None:
 def test_no_byte_is_lost(name: str, seed: int, entries: int) -> None:
     extra = entries * 40 if name in VARIABLE else 0
     raw = with_counts(name, Random(seed).randbytes(length(name) + extra))
-    fields = wire.parse(name, raw)
+    fields = structs.parse(name, raw)
     assert plain(fields)
-    assert wire.build(name, fields) == raw
+    assert structs.build(name, fields) == raw
 
 
 @pytest.mark.parametrize(("name", "path", "offset", "size"), OFFSETS)
@@ -116,7 +117,7 @@ def test_field_is_where_the_kernel_has_it(name: str, path: str, offset: int, siz
     marker = bytes(range(0x11, 0x11 + size))
     raw = bytearray(length(name))
     raw[offset:offset + size] = marker
-    assert follow(wire.parse(name, bytes(raw)), path) == int.from_bytes(marker, "little")
+    assert follow(structs.parse(name, bytes(raw)), path) == int.from_bytes(marker, "little")
 
 
 @pytest.mark.parametrize(("name", "change"), [
@@ -124,7 +125,7 @@ def test_field_is_where_the_kernel_has_it(name: str, path: str, offset: int, siz
 ])
 def test_wrong_length_is_refused(name: str, change: int) -> None:
     with pytest.raises(ValueError, match=rf"^{name}(\.nent)?: expected .* found"):
-        wire.parse(name, bytes(length(name) + change))
+        structs.parse(name, bytes(length(name) + change))
 
 
 @pytest.mark.parametrize(("name", "size", "offset", "message"), [
@@ -136,41 +137,41 @@ def test_count_beyond_capacity_is_refused(name: str, size: int, offset: int, mes
     raw = bytearray(size)
     raw[offset] = 17
     with pytest.raises(ValueError, match=message):
-        wire.parse(name, bytes(raw))
+        structs.parse(name, bytes(raw))
 
 
 def test_huge_cpuid_count_is_refused_before_it_is_believed() -> None:
     with pytest.raises(ValueError, match="nent: expected at most 256"):
-        wire.parse("kvm_cpuid2", b"\xff" * 48)
+        structs.parse("kvm_cpuid2", b"\xff" * 48)
 
 
 def test_xsave_grows_with_dynamic_features() -> None:
     raw = bytes(4096) + b"tile" * 2048
-    assert wire.parse("kvm_xsave", raw)["extra"] == b"tile" * 2048
+    assert structs.parse("kvm_xsave", raw)["extra"] == b"tile" * 2048
 
 
 def test_xsave_legacy_area() -> None:
     raw = bytearray(4096)
     raw[32 + 16 * 7:32 + 16 * 8] = b"7" * 16
     raw[160 + 16 * 15:160 + 16 * 16] = b"f" * 16
-    fields = wire.parse("kvm_xsave", bytes(raw))
+    fields = structs.parse("kvm_xsave", bytes(raw))
     assert (fields["st"][7], fields["xmm"][15]) == (b"7" * 16, b"f" * 16)
 
 
 @pytest.mark.parametrize(("format", "field"), [(0, "vmxon_pa"), (1, "vmcb_pa")])
 def test_nested_header_is_the_vendors(format: int, field: str) -> None:
     raw = bytes((0, 0, format, 0)) + (128).to_bytes(4, "little") + b"\x05" + bytes(119)
-    assert wire.parse("kvm_nested_state", raw)["hdr"][field] == 5
+    assert structs.parse("kvm_nested_state", raw)["hdr"][field] == 5
 
 
 def test_nested_header_of_an_unknown_format_is_kept() -> None:
     raw = bytes((0, 0, 9, 0)) + (128).to_bytes(4, "little") + bytes(range(120))
-    assert wire.parse("kvm_nested_state", raw)["hdr"] == bytes(range(120))
+    assert structs.parse("kvm_nested_state", raw)["hdr"] == bytes(range(120))
 
 
 def test_nested_vmx_header_fields() -> None:
     raw = bytes(8) + bytes(range(120)) + b"data"
-    header = wire.parse("kvm_nested_state", raw)["hdr"]
+    header = structs.parse("kvm_nested_state", raw)["hdr"]
     assert header["smm"]["flags"] == 0x1110
     assert header["flags"] == 0x17161514
     assert header["preemption_timer_deadline"] == int.from_bytes(bytes(range(24, 32)), "little")
@@ -179,7 +180,7 @@ def test_nested_vmx_header_fields() -> None:
 def test_redirection_entry_bits() -> None:
     raw = bytearray(216)
     raw[24:32] = (0x31 | 1 << 8 | 1 << 11 | 1 << 13 | 1 << 15 | 1 << 16 | 3 << 56).to_bytes(8, "little")
-    entry = wire.parse("kvm_ioapic_state", bytes(raw))["redirtbl"][0]
+    entry = structs.parse("kvm_ioapic_state", bytes(raw))["redirtbl"][0]
     assert {key: value for key, value in entry.items() if value} == {
         "vector": 0x31, "delivery_mode": 1, "dest_mode": 1, "polarity": 1, "trig_mode": 1, "mask": 1,
         "dest_id": 3,
@@ -188,14 +189,14 @@ def test_redirection_entry_bits() -> None:
 
 def test_cpuid_entries() -> None:
     entries = b"".join(n.to_bytes(4, "little") * 10 for n in (7, 8))
-    fields = wire.parse("kvm_cpuid2", (2).to_bytes(8, "little") + entries)
+    fields = structs.parse("kvm_cpuid2", (2).to_bytes(8, "little") + entries)
     assert [entry["function"] for entry in fields["entries"]] == [7, 8]
 
 
 def test_edited_field_is_built() -> None:
-    fields = wire.parse("kvm_regs", bytes(144))
+    fields = structs.parse("kvm_regs", bytes(144))
     fields["rip"] = 0xFFFF_FFFF_8100_0000
-    assert wire.parse("kvm_regs", wire.build("kvm_regs", fields)) == fields
+    assert structs.parse("kvm_regs", structs.build("kvm_regs", fields)) == fields
 
 
 @pytest.mark.parametrize(("edit", "message"), [
@@ -206,31 +207,31 @@ def test_edited_field_is_built() -> None:
 ])
 def test_bad_field_is_refused(edit: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        wire.build("kvm_regs", {**wire.parse("kvm_regs", bytes(144)), **edit})
+        structs.build("kvm_regs", {**structs.parse("kvm_regs", bytes(144)), **edit})
 
 
 def test_missing_field_is_refused() -> None:
-    fields = wire.parse("kvm_sregs", bytes(312))
+    fields = structs.parse("kvm_sregs", bytes(312))
     del fields["gdt"]["base"]
     with pytest.raises(ValueError, match="kvm_sregs: field 'base' is missing"):
-        wire.build("kvm_sregs", fields)
+        structs.build("kvm_sregs", fields)
 
 
 @pytest.mark.parametrize("wrong", [3, None, b"", [], "text"])
 def test_field_of_another_type_is_refused(wrong: object) -> None:
-    fields = wire.parse("kvm_sregs", bytes(312))
+    fields = structs.parse("kvm_sregs", bytes(312))
     for name in ("cs", "interrupt_bitmap"):
         with pytest.raises(ValueError, match="kvm_sregs"):
-            wire.build("kvm_sregs", {**fields, name: wrong})
+            structs.build("kvm_sregs", {**fields, name: wrong})
 
 
 def test_count_that_does_not_match_is_refused() -> None:
     with pytest.raises(ValueError, match="kvm_cpuid2"):
-        wire.build("kvm_cpuid2", {"nent": 2, "padding": 0, "entries": []})
+        structs.build("kvm_cpuid2", {"nent": 2, "padding": 0, "entries": []})
 
 
 def test_unknown_struct_is_refused() -> None:
     with pytest.raises(ValueError, match="no such struct"):
-        wire.parse("kvm_nothing", b"")
+        structs.parse("kvm_nothing", b"")
     with pytest.raises(ValueError, match="no such struct"):
-        wire.build("kvm_nothing", {})
+        structs.build("kvm_nothing", {})

@@ -116,6 +116,13 @@ class Vm(ABC):
     def pause(self) -> None:
         """Stop all vCPUs between two instructions; nothing of this VM runs when it returns."""
 
+    def enter(self, vcpu: int) -> None:
+        """Begin to run a vCPU and leave before its first instruction; for probing what a run ends.
+
+        Raises: UsageError where the backend can't, BackendError.
+        """
+        raise UsageError("this backend can't enter a vCPU without running it")
+
     @abstractmethod
     def exits(self) -> dict[int, str]:
         """vCPUs that stopped by themselves since `start()`, with the reason."""

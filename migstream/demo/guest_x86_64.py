@@ -30,7 +30,7 @@ from migstream.backends.base import Vm
 from migstream.errors import BackendError
 from migstream.model import PAGE, Layout, Phase, Scope, Slot
 from migstream.registers import ids, x86_64
-from migstream.wire import x86_64 as structs
+from migstream.wire import structs
 
 NAME = "migstream.demo.x86_64"
 MULTIPLIER, INCREMENT = 6364136223846793005, 1442695040888963407
@@ -155,7 +155,7 @@ _MSRS: dict[int, Callable[[int], int]] = {
 """What a kernel would have put there: the guest's code does not use it, a save and restore must keep it."""
 
 
-def _scattered(number: int) -> int:
+def scattered(number: int) -> int:
     """64 bits with no pattern between vCPUs (Steele's SplitMix64 finalizer): real vectors compress badly."""
     z = (number + 1) * 0x9E3779B97F4A7C15 % 2**64
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -168,7 +168,7 @@ def _vectors(vcpu: int) -> bytes:
     area = bytearray(4096)
     struct.pack_into("<HH", area, 0, 0x37F, 0)
     struct.pack_into("<I", area, 24, 0x1F80)
-    struct.pack_into("<32Q", area, 160, *(_scattered(vcpu * 32 + n) for n in range(32)))
+    struct.pack_into("<32Q", area, 160, *(scattered(vcpu * 32 + n) for n in range(32)))
     struct.pack_into("<Q", area, 512, 0x3)
     return bytes(area)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 
 from migstream.backends.base import Backend, Vm
@@ -21,11 +22,32 @@ KVM_CAP_X2APIC_API = 129
 X2APIC_32BIT_IDS = 3
 """KVM_X2APIC_API_USE_32BIT_IDS | _DISABLE_BROADCAST_QUIRK: ids above 254 in LAPIC state and routes."""
 
-LOW_RAM = 0x7000_0000
-"""RAM below 4 GiB ends here; what lies between belongs to devices."""
 
-_DEVICES = {Arch.X86_64: {"irqchip": True, "pit": True, "tss_address": 0x7FFB_D000}}
-_CAPS = {Arch.X86_64: {KVM_CAP_X2APIC_API: (X2APIC_32BIT_IDS,)}}
+@dataclass(frozen=True)
+class Board:
+    """What the demo's machine of an architecture looks like.
+
+    Attributes:
+        guest: module with the guest's code.
+        ram: (guest-physical start, most bytes) of each range, in the order in which they are filled.
+        devices: for `Machine`. caps: VM capabilities to enable before the vCPUs.
+    """
+
+    guest: str
+    ram: tuple[tuple[int, int], ...]
+    devices: dict[str, int]
+    caps: dict[int, tuple[int, ...]]
+
+
+BOARDS: dict[Arch, Board] = {
+    # RAM below 4 GiB ends where a PC's devices begin
+    Arch.X86_64: Board("migstream.demo.guest_x86_64", ((0, 0x7000_0000), (1 << 32, 1 << 40)),
+                       {"irqchip": True, "pit": True, "tss_address": 0x7FFB_D000}, {KVM_CAP_X2APIC_API: (X2APIC_32BIT_IDS,)}),
+    # room for 512 redistributors of 128 KiB below RAM; its 511 GiB are what the guest's page table maps
+    Arch.ARM64: Board("migstream.demo.guest_arm64", ((0x4000_0000, 511 << 30),),
+                      {"gic_distributor": 0x0800_0000, "gic_redistributors": 0x1000_0000, "gic_irqs": 96, "its": 0x0808_0000},
+                      {}),
+}
 
 
 class DemoFailed(MigstreamError):
@@ -35,23 +57,25 @@ class DemoFailed(MigstreamError):
 
 
 def guest_for(arch: Arch) -> ModuleType:
-    """The demo guest of an architecture. Raises: UsageError."""
-    if arch != Arch.X86_64:
-        raise UsageError(f"no demo guest for {arch.label}")
-    from migstream.demo import guest_x86_64
-
-    return guest_x86_64
+    """The demo guest of an architecture."""
+    return import_module(BOARDS[arch].guest)
 
 
-def machine(arch: Arch, vcpus: int, memory: int) -> Machine:
-    """The demo's machine; `memory` in bytes. Raises: UsageError for a size that the guest can't use."""
-    smallest = guest_for(arch).min_memory(vcpus)
-    if memory % PAGE or memory < smallest:
+def machine(arch: Arch, vcpus: int, memory: int, vcpu_features: int = 0) -> Machine:
+    """The demo's machine; `memory` in bytes, `vcpu_features` as KVM_ARM_VCPU_INIT takes them (0 for the default).
+
+    Raises: UsageError for a size that the guest can't use.
+    """
+    board, smallest = BOARDS[arch], guest_for(arch).min_memory(vcpus)
+    if memory % PAGE or not smallest <= memory <= sum(most for _, most in board.ram):
         raise UsageError(f"--memory: whole pages of {PAGE} bytes, and {smallest} bytes or more for {vcpus} vCPUs")
-    regions = [MemoryRegion(0, min(memory, LOW_RAM))]
-    if memory > LOW_RAM:
-        regions.append(MemoryRegion(1 << 32, memory - LOW_RAM))
-    return Machine(arch, vcpus, tuple(regions), _DEVICES[arch])
+    regions, left = [], memory
+    for start, most in board.ram:
+        if left:
+            regions.append(MemoryRegion(start, min(left, most)))
+            left -= min(left, most)
+    features = {"vcpu_features": vcpu_features} if vcpu_features else {}
+    return Machine(arch, vcpus, tuple(regions), {**board.devices, **features})
 
 
 @dataclass(frozen=True)
@@ -70,7 +94,7 @@ def run_and_save(backend: Backend, wanted: Machine, out: Sink, *, steps: int = 5
     """
     guest = guest_for(wanted.arch)
     progress(f"making a VM of {wanted.vcpus} vCPUs on {backend.name}")
-    with backend.create(wanted, _CAPS[wanted.arch]) as vm:
+    with backend.create(wanted, BOARDS[wanted.arch].caps) as vm:
         vm.create_vcpus()
         guest.install(vm, backend.profile().cpuid, backend.profile().capabilities)
         prologue = capture_prologue(vm)
@@ -113,8 +137,8 @@ def continue_guest(vm: Vm, opaque: list[OpaqueState], seconds: float) -> dict[st
     Returns, for the demo guest, the steps of each vCPU before and after; for any guest, the vCPUs that stopped by
     themselves. Raises: DemoFailed.
     """
-    guest = guest_for(vm.machine.arch) if vm.machine.arch == Arch.X86_64 else None
-    if guest is None or guest.NAME not in [state.name for state in opaque]:
+    guest = guest_for(vm.machine.arch)
+    if guest.NAME not in [state.name for state in opaque]:
         vm.start()
         time.sleep(seconds)
         vm.pause()

@@ -94,10 +94,10 @@ def _times(times: dict[str, int]) -> str:
 
 
 def demo(backend_name: str, vcpus: int, memory: int, path: str, seconds: float, level: int,
-         tell: Callable[[str], None]) -> DemoResult:
+         tell: Callable[[str], None], vcpu_features: int = 0) -> DemoResult:
     """Run the demo; see `migstream demo --help`. Raises: MigstreamError and below; DemoFailed for a counter."""
     backend, fallback = _open(backend_name)
-    wanted = run.machine(backend.arch, vcpus, memory)
+    wanted = run.machine(backend.arch, vcpus, memory, vcpu_features)
     with open_output(path, _check) as out:
         saved = run.run_and_save(backend, wanted, out, level=level, progress=tell)
     tell("restoring in another process")

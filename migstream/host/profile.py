@@ -15,6 +15,9 @@ from migstream.model import Arch
 
 PROFILE_VERSION = 1
 
+FIXED = "fixed"
+"""The scope of a register that no write changes: the catalogue's scope serves."""
+
 
 @dataclass(frozen=True)
 class HostProfile:
@@ -35,8 +38,23 @@ class HostProfile:
         cpuid_forced: words of CPUID entries that do not read back as written, by `cpuid_word()`: bits that are kept
             as written, bits that are set whatever was written.
         enable_caps: VM capabilities that KVM_ENABLE_CAP takes, by number: the bits that its first argument may have.
-        behaviour: what other trials found, by name; `migstream.host.probe.TRIALS` says what each means.
+        behaviour: what other trials found, by name; `migstream.host.probe_x86_64.TRAITS` says what each means.
         made_by: the command that made it.
+        registers: arm64: every id that KVM_GET_REG_LIST names with no vCPU feature or with all of them, ascending.
+        vcpu_features: arm64: bits that KVM_ARM_VCPU_INIT takes. devices: arm64: what KVM_CREATE_DEVICE makes.
+        writable_masks: arm64: KVM_ARM_GET_REG_WRITABLE_MASKS, by register id; empty where the kernel has none.
+        scopes: `vm`, `vcpu` or `fixed` (no other value sticks) by register id, found by experiment; empty where there
+            was none. scope_found: how, in words, likewise.
+        registers_base: arm64: what KVM_GET_REG_LIST names for a vCPU with PSCI_0_2 alone, ascending.
+            registers_all: with all features together.
+        feature_defaults: arm64: as `defaults` with all features, where that differs or is only there then.
+        features_refused: arm64: by mask of one vCPU feature: errno of KVM_ARM_VCPU_INIT.
+        register_bits: by register id, found by flipping bits of the default: bits that the kernel takes, and of these
+            the ones that read back flipped, as bytes. x86-64: of feature MSRs that are not in `msrs`.
+        bit_errnos: by register id: errnos of the flips that were refused, ascending.
+        readback: by register id: a value that was taken and what it read back as, where that differs.
+        after_run: by register id, of those that can be written: errno of writing another value after the first
+            KVM_RUN, errno of writing the same one; 0 = taken.
     """
 
     arch: Arch
@@ -55,6 +73,20 @@ class HostProfile:
     enable_caps: dict[int, int] = field(default_factory=dict)
     behaviour: dict[str, int] = field(default_factory=dict)
     made_by: str = ""
+    registers: tuple[int, ...] = ()
+    vcpu_features: int = 0
+    devices: tuple[str, ...] = ()
+    writable_masks: dict[int, int] = field(default_factory=dict)
+    scopes: dict[int, str] = field(default_factory=dict)
+    scope_found: dict[int, str] = field(default_factory=dict)
+    registers_base: tuple[int, ...] = ()
+    registers_all: tuple[int, ...] = ()
+    feature_defaults: dict[int, bytes] = field(default_factory=dict)
+    features_refused: dict[int, int] = field(default_factory=dict)
+    register_bits: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    bit_errnos: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    readback: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    after_run: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def max_vcpus(self) -> int:
@@ -101,6 +133,16 @@ def from_json(text: str, name: str = "profile") -> HostProfile:
         raise UsageError(f"{name}: not a host profile: {type(error).__name__}: {error}") from error
 
 
+def _byte_pairs(value: Any) -> dict[int, tuple[bytes, bytes]]:
+    return {int(key, 16): (bytes.fromhex(pair[0]), bytes.fromhex(pair[1])) for key, pair in value.items()}
+
+
+def _scope_names(value: Any) -> dict[int, str]:
+    if unknown := sorted(set(value.values()) - {"vm", "vcpu", FIXED}):
+        raise ValueError(f"no scope {unknown[0]!r}")
+    return {int(key, 16): name for key, name in value.items()}
+
+
 def _pairs(value: Any) -> dict[int, tuple[int, int]]:
     return {int(key, 16): (int(pair[0]), int(pair[1])) for key, pair in value.items()}
 
@@ -116,6 +158,18 @@ _READERS: dict[str, Any] = {
     "refused": _pairs, "msr_bits": _pairs, "cpuid_forced": _pairs,
     "enable_caps": lambda v: {int(k, 16): int(n) for k, n in v.items()},
     "behaviour": lambda v: {str(k): int(n) for k, n in v.items()},
+    "registers": lambda v: tuple(int(n) for n in v),
+    "vcpu_features": int,
+    "devices": lambda v: tuple(str(n) for n in v),
+    "writable_masks": lambda v: {int(k, 16): int(n) for k, n in v.items()},
+    "scopes": _scope_names,
+    "scope_found": lambda v: {int(k, 16): str(n) for k, n in v.items()},
+    "registers_base": lambda v: tuple(int(n) for n in v),
+    "registers_all": lambda v: tuple(int(n) for n in v),
+    "feature_defaults": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
+    "features_refused": lambda v: {int(k, 16): int(n) for k, n in v.items()},
+    "register_bits": _byte_pairs, "readback": _byte_pairs, "after_run": _pairs,
+    "bit_errnos": lambda v: {int(k, 16): tuple(int(n) for n in errnos) for k, errnos in v.items()},
 }
 
 

@@ -18,7 +18,7 @@ class Register:
         name: the kernel's or the architecture's own word.
         size: bytes; None where the host tells.
         needs: capability (name as in `HostProfile.capabilities`) that must be non-zero; "" for none.
-        struct: key of `migstream.wire.x86_64.STRUCTS` that decodes the value, "" for a plain number.
+        struct: key of `migstream.wire.structs.STRUCTS` that decodes the value, "" for a plain number.
         bits: key of a bit table that names the value's bits, "" for none.
         scope_fixed: False where it depends on the kernel whether the register is VM- or vCPU-scoped.
         selector: what the value's first 32 bits must be, where they tell the kernel which register is meant.
@@ -42,14 +42,38 @@ class Register:
     selector: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Bits of a register that differ on read-back for a known reason: (lowest bit, width) from its first byte on."""
+
+    spans: tuple[tuple[int, int], ...]
+    reason: str
+
+
 @cache
 def lookup(id: int) -> Register:
     """The row for an id. An id without a row is kept: a vCPU register in phase STATE, named by its number."""
-    from migstream.registers import x86_64
+    # Imported here, because the modules that hold the rows need this one.
+    from migstream.registers import arm64, gic, x86_64
 
-    row = x86_64.lookup(id)
-    return row if row is not None else Register(id, f"{id:#018x}", ids.size_in_id(id), Scope.VCPU, Phase.STATE,
-                                                Klass.STATE, "not in the catalogue", known=False)
+    return x86_64.lookup(id) or arm64.lookup(id) or gic.lookup(id) or Register(
+        id, f"{id:#018x}", ids.size_in_id(id), Scope.VCPU, Phase.STATE, Klass.STATE, "not in the catalogue",
+        known=False)
+
+
+def running(id: int) -> Running | None:
+    """What of a register may differ when it is read back, None where nothing may."""
+    from migstream.registers import arm64, x86_64
+
+    return x86_64.RUNNING.get(id) or arm64.RUNNING.get(id)
+
+
+def enabled_capability(id: int) -> Register | None:
+    """The row of a capability that was enabled, None for any other id."""
+    number = ids.capability_number(id)
+    return None if number is None else Register(
+        id, f"KVM_ENABLE_CAP({number})", 40, Scope.VM, Phase.CREATE, Klass.FEATURE,
+        "KVM can be told but not asked: carried by whoever enabled it; before the vCPUs are made", struct="enabled_cap")
 
 
 def fits_arch(id: int, arch: Arch) -> bool:

@@ -24,6 +24,13 @@ KVM_REG_X86_MSR = 0x2030_0002_0000_0000
 KVM_REG_X86_KVM = 0x2030_0003_0000_0000
 """The same with type 3: registers that KVM itself defines."""
 
+KVM_REG_ARM_SCOPE_VM = 1 << 28
+"""Set in the id of a VM-scoped arm64 register where a kernel has KVM_CAP_ARM_REG_SCOPE (proposed, not merged)."""
+
+X86_VCPU_FD, ARM64_VCPU_FD, ARM64_VM_FD = 0x00, 0xFE, 0xFD
+"""Device types of `attribute_id` for the attributes of a vCPU's or VM's own file descriptor: no device has these
+numbers, and the same group and attribute mean different things on two architectures."""
+
 _KERNEL_ARCH = {0x20: Arch.X86_64, 0x60: Arch.ARM64}
 
 
@@ -37,8 +44,12 @@ def capability_id(arch: Arch, capability: int) -> int:
     return OURS << 56 | CAPABILITY << 48 | arch << 32 | capability
 
 
+_ARM64_DEVICES = (5, 7, 8, 10, ARM64_VCPU_FD, ARM64_VM_FD)
+"""KVM_DEV_TYPE_* that only arm64 has: GICv2, GICv3, ITS, paravirtual time; and its file descriptors."""
+
+
 def attribute_id(device: int, group: int, attribute: int) -> int:
-    """Id of a device attribute; device 0 is the vCPU's or VM's own file descriptor."""
+    """Id of a device attribute; device 0 is the file descriptor of an x86-64 vCPU or of a VM."""
     return OURS << 56 | ATTRIBUTE << 48 | device << 40 | group << 32 | attribute
 
 
@@ -61,8 +72,10 @@ def arch_of(id: int) -> Arch | None:
     """Architecture that an id belongs to, None where it doesn't say or isn't known."""
     if id >> 56 != OURS:
         return _KERNEL_ARCH.get(id >> 56)
+    if id >> 48 & 0xFF == ATTRIBUTE:
+        return Arch.ARM64 if id >> 40 & 0xFF in _ARM64_DEVICES else None
     machine = id >> 32 & 0xFFFF
-    return Arch(machine) if id >> 48 & 0xFF != ATTRIBUTE and machine in list(Arch) else None
+    return Arch(machine) if machine in list(Arch) else None
 
 
 def size_in_id(id: int) -> int | None:

@@ -7,11 +7,10 @@ and the orders that QEMU, Firecracker, cloud-hypervisor and crosvm use in produc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from migstream.model import Arch, Klass, Layout, Phase, Scope, Slot
 from migstream.registers import ids, msrs
-from migstream.registers.catalogue import Register
+from migstream.registers.catalogue import Register, Running, enabled_capability
 
 _X86 = Arch.X86_64
 
@@ -86,21 +85,14 @@ ROWS: tuple[Register, ...] = (
     CLOCK, TSC_OFFSET,
 )
 
-@dataclass(frozen=True, slots=True)
-class Running:
-    """Bytes of a register that differ on read-back for a known reason: (offset, length) in bytes."""
-
-    spans: tuple[tuple[int, int], ...]
-    reason: str
-
-
 RUNNING: dict[int, Running] = {
-    CLOCK.id: Running(((0, 48),), "a running clock; flags and host times are the target's"),
-    ids.msr_id(0x10): Running(((0, 8),), "a running clock (or one that this KVM can't set)"),
-    LAPIC.id: Running(((0x390, 4),), "the LAPIC timer's current count runs"),
-    PIT2.id: Running(((16, 8), (40, 8), (64, 8)), "count_load_time is the target's own time of loading"),
-    TSC_OFFSET.id: Running(((0, 8),), "relative to the target's TSC"),
+    CLOCK.id: Running(((0, 384),), "a running clock; flags and host times are the target's"),
+    ids.msr_id(0x10): Running(((0, 64),), "a running clock (or one that this KVM can't set)"),
+    LAPIC.id: Running(((0x390 * 8, 32),), "the LAPIC timer's current count runs"),
+    PIT2.id: Running(((128, 64), (320, 64), (512, 64)), "count_load_time is the target's own time of loading"),
+    TSC_OFFSET.id: Running(((0, 64),), "relative to the target's TSC"),
 }
+"""What differs on read-back though nothing was lost."""
 
 _BY_ID = {row.id: row for row in ROWS}
 _FEAT_CTL = 0x3A
@@ -122,9 +114,8 @@ def lookup(id: int) -> Register | None:
     index = ids.msr_index(id)
     if index is not None:
         return _msr(index)
-    capability = ids.capability_number(id)
-    if capability is not None and ids.arch_of(id) == _X86:
-        return _capability(id, capability)
+    if ids.capability_number(id) is not None and ids.arch_of(id) == _X86:
+        return enabled_capability(id)
     if id & ~0xFFFF_FFFF == ids.KVM_REG_X86_KVM:
         number = id & 0xFFFF_FFFF
         return Register(id, _KVM_REGISTERS.get(number, f"KVM_REG_{number:#x}"), 8, _VCPU, Phase.STATE, _STATE,
@@ -137,12 +128,6 @@ def _msr(index: int) -> Register:
     row = msrs.lookup(index)
     return Register(ids.msr_id(index), row.name, 8, row.scope, _MSR_PHASES[row.scope, row.klass], row.klass, row.why,
                     struct="msr", bits=row.name, known=row.name != f"MSR_{index:#010x}")
-
-
-def _capability(id: int, capability: int) -> Register:
-    return Register(id, f"KVM_ENABLE_CAP({capability})", 40, _VM, Phase.CREATE, _FEATURE,
-                    "KVM can be told but not asked: carried by whoever enabled it; before the vCPUs are made",
-                    struct="enabled_cap")
 
 
 def layouts(capabilities: Mapping[str, int], sizes: Mapping[int, int], msr_list: Iterable[int],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from migstream.backends.base import Vm
 from migstream.model import Slot
-from migstream.registers import x86_64
+from migstream.registers.catalogue import running
 from migstream.report import Difference, Report
 from migstream.transport.written import Written, columns
 
@@ -37,7 +37,7 @@ def _column(done: Written, slot: Slot, actual: Words, wanted: Words, report: Rep
     different = (actual != wanted).any(axis=1)
     if not different.any():
         return
-    known = x86_64.RUNNING.get(slot.id)
+    known = running(slot.id)
     unexplained = different if known is None else different & _outside(actual ^ wanted, known.spans)
     for rows, reason in ((different & ~unexplained, known.reason if known else ""), (unexplained, "")):
         if rows.any():
@@ -45,13 +45,13 @@ def _column(done: Written, slot: Slot, actual: Words, wanted: Words, report: Rep
 
 
 def _outside(changed: Words, spans: tuple[tuple[int, int], ...]) -> NDArray[np.bool_]:
-    """Rows that differ in a byte outside `spans` (offset, length in bytes)."""
+    """Rows that differ in a bit outside `spans` (lowest bit, width)."""
     import numpy as np
 
-    octets = np.ascontiguousarray(changed).view(np.uint8).copy()
-    for start, length in spans:
-        octets[:, start:start + length] = 0
-    return np.asarray(octets.any(axis=1))
+    inside = sum(((1 << width) - 1) << low for low, width in spans)
+    mask = np.frombuffer(inside.to_bytes(changed.shape[1] * 8, "little"), np.uint64)
+    outside: NDArray[np.bool_] = np.any(changed & ~mask, axis=1)
+    return outside
 
 
 def _vcpus(done: Written, rows: NDArray[np.bool_]) -> tuple[int, ...]:

@@ -13,27 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from migstream.backends.base import Backend, GuestMemory, Refusal, Vm
-from migstream.backends.kvm import uapi, x86_64
+from migstream.backends.kvm import uapi
+from migstream.backends.kvm.arch import arch_host, host_arch
+from migstream.backends.kvm.operations import Operation, Row
 from migstream.backends.kvm.run import Runner
 from migstream.errors import BackendError, BackendUnavailable, UsageError, errno_name
 from migstream.host.profile import HostProfile
-from migstream.model import Arch, Layout, Machine, MemoryRegion, Phase, Scope
-from migstream.registers import x86_64 as rows
+from migstream.model import Layout, Machine, MemoryRegion, Scope
+from migstream.plan import DEVICES
 
 if TYPE_CHECKING:
     from migstream.model import Words
-
-_MSR_LIST_CAPACITY = 4096
-_CPUID_CAPACITY = 256
-
-
-def host_arch() -> Arch:
-    """Architecture of this machine. Raises: BackendUnavailable for one without a kvm backend."""
-    names = {"x86_64": Arch.X86_64}
-    machine = platform.machine()
-    if machine not in names:
-        raise BackendUnavailable(f"no kvm backend for {machine}; use --backend sim")
-    return names[machine]
 
 
 class KvmBackend(Backend):
@@ -43,7 +33,8 @@ class KvmBackend(Backend):
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         """Open the device. Raises: BackendUnavailable, one line with what to do."""
-        self.arch = host_arch()
+        self.host = arch_host(host_arch())
+        self.arch = self.host.arch
         try:
             self.fd = uapi.open_kvm(path)
         except OSError as error:
@@ -62,22 +53,19 @@ class KvmBackend(Backend):
             self.fd = -1
 
     def profile(self) -> HostProfile:
-        """Ask the system fd, once. Raises: BackendError."""
+        """Ask the system fd, and a scratch VM where only a VM knows; once. Raises: BackendError."""
         if self._profile is None:
-            capabilities = {name: uapi.check_extension(self.fd, name) for name in uapi.CAPABILITIES}
-            features = self._msr_list(uapi.GET_MSR_FEATURE_INDEX_LIST) if capabilities["GET_MSR_FEATURES"] else ()
-            self._profile = HostProfile(
+            capabilities = {name: uapi.check_extension(self.fd, name) for name in self.host.capabilities}
+            self._profile = self.host.complete(self, HostProfile(
                 arch=self.arch, kernel=f"Linux {platform.release()}", cpu=cpu_model(), backend=self.name,
-                capabilities=capabilities, msrs=self._msr_list(uapi.GET_MSR_INDEX_LIST),
-                feature_msrs={index: self._feature_msr(index) for index in features},
-                sizes=_sizes(capabilities), cpuid=self._supported_cpuid())
+                capabilities=capabilities))
         return self._profile
 
     def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> KvmVm:
         """Make a VM; see `Backend.create`. Raises: BackendError, UsageError."""
         if machine.arch != self.arch:
             raise UsageError(f"a {machine.arch.label} machine on a {self.arch.label} host")
-        vm_fd = uapi.call(self.fd, uapi.CREATE_VM)
+        vm_fd = uapi.call(self.fd, uapi.CREATE_VM, self.host.vm_type(self.fd))
         vm = KvmVm(self, machine, vm_fd, owned=True)
         try:
             vm.build(dict(enabled_caps or {}))
@@ -88,48 +76,28 @@ class KvmBackend(Backend):
 
     @classmethod
     def attach(cls, kvm_fd: int, vm_fd: int, vcpu_fds: Sequence[int], machine: Machine, memory: Sequence[memoryview],
-               enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> KvmVm:
+               enabled_caps: Mapping[int, tuple[int, ...]] | None = None,
+               device_fds: Mapping[str, int] | None = None) -> KvmVm:
         """Return a `Vm` on file descriptors that the caller owns; nothing that was not given is touched.
 
         Args:
             machine: what the caller made: `memory[i]` is the writable buffer of `machine.memory[i]`.
             enabled_caps: VM capabilities that the caller has enabled, by number; KVM can't be asked for them.
+            device_fds: of KVM_CREATE_DEVICE, by the name that the machine's devices begin with: `gic`, `its`.
 
         The caller runs and pauses its vCPUs itself and closes its fds; `close()` only lets go of them.
         """
         if len(vcpu_fds) != machine.vcpus or len(memory) != len(machine.memory):
             raise UsageError("attach: one fd a vCPU and one buffer a memory region")
         backend = cls.__new__(cls)
-        backend.arch, backend.fd, backend._profile = host_arch(), kvm_fd, None
+        backend.host = arch_host(host_arch())
+        backend.arch, backend.fd, backend._profile = backend.host.arch, kvm_fd, None
         vm = KvmVm(backend, machine, vm_fd, owned=False)
         vm.enabled_caps = dict(enabled_caps or {})
-        vm.vcpu_fds = list(vcpu_fds)
+        vm.vcpu_fds, vm.device_fds = list(vcpu_fds), dict(device_fds or {})
         buffers = [buffer.cast("B") for buffer in memory]
         vm.memory = GuestMemory(list(zip(machine.memory, buffers, strict=True)))
         return vm
-
-    def _msr_list(self, request: uapi.Request) -> tuple[int, ...]:
-        buffer = bytearray(4 + 4 * _MSR_LIST_CAPACITY)
-        struct.pack_into("<I", buffer, 0, _MSR_LIST_CAPACITY)
-        uapi.call(self.fd, request, buffer)
-        (count,) = struct.unpack_from("<I", buffer)
-        return struct.unpack_from(f"<{count}I", buffer, 4)
-
-    def _feature_msr(self, index: int) -> int:
-        buffer = bytearray(struct.pack("<IIIIQ", 1, 0, index, 0, 0))
-        uapi.call(self.fd, uapi.GET_FEATURE_MSRS, buffer, register=f"{index:#x}")
-        return int(struct.unpack_from("<Q", buffer, 16)[0])
-
-    def _supported_cpuid(self) -> bytes:
-        buffer = bytearray(8 + x86_64.CPUID_ENTRY * _CPUID_CAPACITY)
-        struct.pack_into("<I", buffer, 0, _CPUID_CAPACITY)
-        uapi.call(self.fd, uapi.GET_SUPPORTED_CPUID, buffer)
-        (count,) = struct.unpack_from("<I", buffer)
-        return bytes(buffer[:8 + x86_64.CPUID_ENTRY * count])
-
-
-def _sizes(capabilities: Mapping[str, int]) -> dict[int, int]:
-    return {rows.XSAVE.id: max(capabilities["XSAVE2"], 4096), rows.NESTED_STATE.id: capabilities["NESTED_STATE"]}
 
 
 def cpu_model() -> str:
@@ -138,7 +106,13 @@ def cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    parts = [f"{name.removeprefix('CPU ')} {found[name]}" for name in _ARM_CPU if name in found]
+    return found.get("model name") or ", ".join(parts) or platform.machine()
+
+
+_ARM_CPU = ("CPU implementer", "CPU part", "CPU variant", "CPU revision")
+"""What arm64 kernels say instead of a model name."""
 
 
 class KvmVm(Vm):
@@ -149,20 +123,21 @@ class KvmVm(Vm):
         self.memory = GuestMemory([])
         self.enabled_caps: dict[int, tuple[int, ...]] = {}
         self.vcpu_fds: list[int] = []
+        self.device_fds: dict[str, int] = {}
+        self.arch = backend.host.vm(self)
         self._mappings: list[mmap.mmap] = []
         self._run_pages: list[mmap.mmap] = []
         self._runner: Runner | None = None
-        self._programs: dict[Layout, list[x86_64.Operation]] = {}
+        self._programs: dict[Layout, list[Operation]] = {}
 
     def build(self, enabled_caps: dict[int, tuple[int, ...]]) -> None:
         """Memory, then what the interrupt chips need, in KVM's order. Raises: BackendError, UsageError."""
         parts = [self._add_memory(slot, region) for slot, region in enumerate(self.machine.memory)]
         self.memory = GuestMemory(parts, self._discard)
-        if unknown := self.machine.devices.keys() - _DEVICES.keys():
-            raise UsageError(f"kvm can't make a device {min(unknown)!r}; it knows {', '.join(_DEVICES)}")
-        for name, make in _DEVICES.items():
-            if value := self.machine.devices.get(name):
-                make(self.fd, int(value))
+        known = DEVICES[self.machine.arch]
+        if unknown := self.machine.devices.keys() - known:
+            raise UsageError(f"kvm can't make a device {min(unknown)!r}; it knows {', '.join(sorted(known))}")
+        self.arch.make_devices()
         for capability, args in enabled_caps.items():
             argument = bytearray(struct.pack("<II4Q64x", capability, 0, *(*args, 0, 0, 0, 0)[:4]))
             uapi.call(self.fd, uapi.ENABLE_CAP, argument, register=f"capability {capability}")
@@ -182,29 +157,23 @@ class KvmVm(Vm):
         self._mappings[part].madvise(mmap.MADV_DONTNEED, start, length)
 
     def create_vcpus(self) -> None:
-        """Create the vCPUs and map their run pages. Raises: BackendError."""
+        """Create the vCPUs, map their run pages, make what needs all of them. Raises: BackendError."""
+        if len(self.vcpu_fds) == self.machine.vcpus:
+            return
         size = uapi.call(self.backend.fd, uapi.GET_VCPU_MMAP_SIZE)
         for k in range(len(self.vcpu_fds), self.machine.vcpus):
             fd = uapi.call(self.fd, uapi.CREATE_VCPU, k, vcpu=k)
             self.vcpu_fds.append(fd)
             self._run_pages.append(mmap.mmap(fd, size))
+        self.arch.vcpus_created()
 
     def layouts(self) -> tuple[tuple[Layout, ...], list[Refusal]]:
         """What this VM's kernel has, without the MSRs that it lists and refuses to read on vCPU 0."""
-        profile = self.backend.profile()
-        sizes = {**profile.sizes, rows.CPUID2.id: self._cpuid_size()}
-        msr_list = profile.msrs + tuple(i for i in profile.feature_msrs if i not in profile.msrs)
-        capabilities = {**profile.capabilities, **self._devices_offered()}
-        layouts = rows.layouts(capabilities, sizes, msr_list, self._kvm_registers(), self.enabled_caps)
+        layouts = self.arch.layouts()
         refused = self._unreadable(layouts)
         bad = {refusal.register for refusal in refused}
         kept = (Layout(at.scope, at.phase, tuple(s for s in at.slots if s.id not in bad)) for at in layouts)
         return tuple(layout for layout in kept if layout.slots), refused
-
-    def _devices_offered(self) -> dict[str, int]:
-        """A capability of the host is no device of this VM."""
-        devices = self.machine.devices
-        return {name: 0 for name, needs in (("IRQCHIP", "irqchip"), ("PIT_STATE2", "pit")) if not devices.get(needs)}
 
     def _unreadable(self, layouts: Sequence[Layout]) -> list[Refusal]:
         import numpy as np
@@ -214,32 +183,9 @@ class KvmVm(Vm):
             refused += self.read(layout, 0, np.zeros((1, layout.row_words), np.uint64))
         return refused
 
-    def _cpuid_size(self) -> int:
-        """Bytes of the longest CPUID2 table of this VM's vCPUs."""
-        longest = 0
-        for k, fd in enumerate(self.vcpu_fds):
-            buffer = bytearray(8 + x86_64.CPUID_ENTRY * _CPUID_CAPACITY)
-            struct.pack_into("<I", buffer, 0, _CPUID_CAPACITY)
-            uapi.call(fd, uapi.GET_CPUID2, buffer, vcpu=k)
-            longest = max(longest, struct.unpack_from("<I", buffer)[0])
-        return 8 + x86_64.CPUID_ENTRY * longest
-
-    def _kvm_registers(self) -> tuple[int, ...]:
-        """KVM_GET_REG_LIST: registers that KVM defines; none before 6.18."""
-        if not self.backend.profile().capabilities["ONE_REG"]:
-            return ()
-        buffer = bytearray(8 + 8 * 64)
-        struct.pack_into("<Q", buffer, 0, 64)
-        try:
-            uapi.call(self.vcpu_fds[0], uapi.GET_REG_LIST, buffer, vcpu=0)
-        except BackendError:
-            return ()
-        (count,) = struct.unpack_from("<Q", buffer)
-        return struct.unpack_from(f"<{count}Q", buffer, 8)
-
     def read(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """See `Vm.read`."""
-        program = x86_64.read_order(layout, self._program(layout))
+        program = self.arch.read_order(layout, self._program(layout))
         return [no for row in self._rows(layout, first_vcpu, values) for op in program for no in op.read(row)]
 
     def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
@@ -247,24 +193,25 @@ class KvmVm(Vm):
         program = self._program(layout)
         return [no for row in self._rows(layout, first_vcpu, values) for op in program for no in op.write(row)]
 
-    def _program(self, layout: Layout) -> list[x86_64.Operation]:
+    def _program(self, layout: Layout) -> list[Operation]:
         if layout not in self._programs:
-            capabilities = self.backend.profile().capabilities
-            self._programs[layout] = x86_64.operations(layout, capabilities, self.enabled_caps)
+            self._programs[layout] = self.arch.operations(layout)
         return self._programs[layout]
 
-    def _rows(self, layout: Layout, first_vcpu: int, values: Words) -> list[x86_64.Row]:
+    def _rows(self, layout: Layout, first_vcpu: int, values: Words) -> list[Row]:
         """The matrix's rows with the fd that serves each: VM-wide MSRs go through a vCPU, any one will do."""
         if not values.flags.c_contiguous or values.shape[1] != layout.row_words:
             raise UsageError("a bank is a C-contiguous matrix of its layout's width")
         if first_vcpu + len(values) > (1 if layout.scope == Scope.VM else len(self.vcpu_fds)):
             raise UsageError(f"rows {first_vcpu} to {first_vcpu + len(values)} of {layout.title}: the VM has fewer")
         memory, width, base = memoryview(values.data).cast("B"), layout.row_words * 8, int(values.ctypes.data)
-        through_vcpu = layout.scope == Scope.VCPU or layout.phase == Phase.FEATURE
-        fds = self.vcpu_fds if through_vcpu else [self.fd]
-        return [x86_64.Row(fds[first_vcpu + k], first_vcpu + k if layout.scope == Scope.VCPU else None,
-                           memory[k * width:(k + 1) * width], base + k * width, values[k])
+        fds = self.vcpu_fds if self.arch.through_vcpu(layout) else [self.fd]
+        return [Row(fds[first_vcpu + k], first_vcpu + k if layout.scope == Scope.VCPU else None,
+                    memory[k * width:(k + 1) * width], base + k * width, values[k])
                 for k in range(len(values))]
+
+    def __enter__(self) -> KvmVm:
+        return self
 
     def start(self) -> None:
         """See `Vm.start`."""
@@ -272,6 +219,18 @@ class KvmVm(Vm):
             raise UsageError("an attached VM is run by whoever owns it")
         self._runner = self._runner or Runner(self.vcpu_fds, self._run_pages)
         self._runner.start()
+
+    def enter(self, vcpu: int) -> None:
+        """KVM_RUN with `immediate_exit`. Raises: BackendError for any end of it but EINTR."""
+        page = self._run_pages[vcpu]
+        page[uapi.RUN_IMMEDIATE_EXIT] = 1
+        try:
+            uapi.call(self.vcpu_fds[vcpu], uapi.RUN, vcpu=vcpu)
+        except BackendError as error:
+            if error.errno != errno.EINTR:
+                raise
+        finally:
+            page[uapi.RUN_IMMEDIATE_EXIT] = 0
 
     def pause(self) -> None:
         """See `Vm.pause`."""
@@ -290,10 +249,10 @@ class KvmVm(Vm):
         self.memory.release()
         for mapping in (*self._run_pages, *self._mappings):
             mapping.close()
-        for fd in (*self.vcpu_fds, self.fd):
+        for fd in (*self.device_fds.values(), *self.vcpu_fds, self.fd):
             if fd >= 0:
                 os.close(fd)
-        self._run_pages, self._mappings, self.vcpu_fds, self.fd = [], [], [], -1
+        self._run_pages, self._mappings, self.vcpu_fds, self.device_fds, self.fd = [], [], [], {}, -1
         self._runner = None
 
 
@@ -306,22 +265,3 @@ def _map(region: MemoryRegion) -> mmap.mmap:
         number = getattr(error, "errno", None) or errno.ENOMEM
         raise BackendError("mmap", errno=number, register=f"{region.guest_address:#x}") from error
     return mapping
-
-
-def _set_tss(fd: int, address: int) -> None:
-    uapi.call(fd, uapi.SET_TSS_ADDR, address)
-
-
-def _irqchip(fd: int, _: int) -> None:
-    uapi.call(fd, uapi.CREATE_IRQCHIP)
-
-
-def _pit(fd: int, _: int) -> None:
-    uapi.call(fd, uapi.CREATE_PIT2, bytearray(64))
-
-
-_DEVICES = {
-    "tss_address": _set_tss,   # Intel without unrestricted guest needs it before the first KVM_RUN
-    "irqchip": _irqchip,       # before the vCPUs, which get a LAPIC only then
-    "pit": _pit,               # needs the irqchip
-}

@@ -54,6 +54,10 @@ SET_PIT2 = Request("KVM_SET_PIT2", 0x4070AEA0, "vm")
 GET_CLOCK = Request("KVM_GET_CLOCK", 0x8030AE7C, "vm")
 SET_CLOCK = Request("KVM_SET_CLOCK", 0x4030AE7B, "vm")
 ENABLE_CAP = Request("KVM_ENABLE_CAP", 0x4068AEA3, "vm")
+ARM_PREFERRED_TARGET = Request("KVM_ARM_PREFERRED_TARGET", 0x8020AEAF, "vm")
+ARM_SET_COUNTER_OFFSET = Request("KVM_ARM_SET_COUNTER_OFFSET", 0x4010AEB5, "vm")
+ARM_GET_REG_WRITABLE_MASKS = Request("KVM_ARM_GET_REG_WRITABLE_MASKS", 0x8040AEB6, "vm")
+CREATE_DEVICE = Request("KVM_CREATE_DEVICE", 0xC00CAEE0, "vm")
 
 RUN = Request("KVM_RUN", 0x0000AE80, "vcpu")
 GET_REGS = Request("KVM_GET_REGS", 0x8090AE81, "vcpu")
@@ -83,11 +87,14 @@ SET_XCRS = Request("KVM_SET_XCRS", 0x4188AEA7, "vcpu")
 GET_ONE_REG = Request("KVM_GET_ONE_REG", 0x4010AEAB, "vcpu")
 SET_ONE_REG = Request("KVM_SET_ONE_REG", 0x4010AEAC, "vcpu")
 GET_REG_LIST = Request("KVM_GET_REG_LIST", 0xC008AEB0, "vcpu")
+ARM_VCPU_INIT = Request("KVM_ARM_VCPU_INIT", 0x4020AEAE, "vcpu")
+ARM_VCPU_FINALIZE = Request("KVM_ARM_VCPU_FINALIZE", 0x4004AEC2, "vcpu")
 GET_NESTED_STATE = Request("KVM_GET_NESTED_STATE", 0xC080AEBE, "vcpu")
 SET_NESTED_STATE = Request("KVM_SET_NESTED_STATE", 0x4080AEBF, "vcpu")
 GET_XSAVE2 = Request("KVM_GET_XSAVE2", 0x9000AECF, "vcpu")
 SET_DEVICE_ATTR = Request("KVM_SET_DEVICE_ATTR", 0x4018AEE1, "device")
 GET_DEVICE_ATTR = Request("KVM_GET_DEVICE_ATTR", 0x4018AEE2, "device")
+HAS_DEVICE_ATTR = Request("KVM_HAS_DEVICE_ATTR", 0x4018AEE3, "device")
 
 REQUESTS = tuple(value for value in globals().values() if isinstance(value, Request))
 
@@ -99,10 +106,23 @@ CAPABILITIES: dict[str, int] = {
     "GET_MSR_FEATURES": 153, "NESTED_STATE": 157, "HYPERV_ENLIGHTENED_VMCS": 163, "EXCEPTION_PAYLOAD": 164,
     "SREGS2": 200, "XSAVE2": 208, "VM_TSC_CONTROL": 214, "X86_TRIPLE_FAULT_EVENT": 218,
 }
-"""Capabilities that a profile states, by the kernel's name without `KVM_CAP_` (include/uapi/linux/kvm.h)."""
+"""Capabilities that a profile states on x86-64, by the kernel's name without `KVM_CAP_` (include/uapi/linux/kvm.h)."""
+
+ARM64_CAPABILITIES: dict[str, int] = {
+    "IRQCHIP": 0, "NR_VCPUS": 9, "NR_MEMSLOTS": 10, "MP_STATE": 14, "VCPU_EVENTS": 41, "MAX_VCPUS": 66, "ONE_REG": 70,
+    "DEVICE_CTRL": 89, "ARM_EL1_32BIT": 93, "ENABLE_CAP_VM": 98, "VM_ATTRIBUTES": 101, "ARM_PSCI_0_2": 102,
+    "ARM_PMU_V3": 126, "VCPU_ATTRIBUTES": 127, "MAX_VCPU_ID": 128, "IMMEDIATE_EXIT": 136,
+    "ARM_INJECT_SERROR_ESR": 158, "ARM_VM_IPA_SIZE": 165, "ARM_SVE": 170, "ARM_PTRAUTH_ADDRESS": 171,
+    "ARM_PTRAUTH_GENERIC": 172, "ARM_IRQ_LINE_LAYOUT_2": 174, "STEAL_TIME": 187, "PTP_KVM": 198, "ARM_MTE": 205,
+    "ARM_SYSTEM_SUSPEND": 216, "COUNTER_OFFSET": 227, "ARM_SUPPORTED_REG_MASK_RANGES": 230,
+    "ARM_WRITABLE_IMP_ID_REGS": 239, "ARM_EL2": 240, "ARM_EL2_E2H0": 241,
+}
+"""The same on arm64."""
+
+_NUMBERS = CAPABILITIES | ARM64_CAPABILITIES
 
 EXIT_REASONS = {0: "UNKNOWN", 1: "EXCEPTION", 2: "IO", 5: "HLT", 6: "MMIO", 8: "SHUTDOWN", 9: "FAIL_ENTRY", 10: "INTR",
-                17: "INTERNAL_ERROR", 24: "SYSTEM_EVENT"}
+                17: "INTERNAL_ERROR", 24: "SYSTEM_EVENT", 28: "ARM_NISV"}
 """`kvm_run.exit_reason` values that a guest of ours can meet."""
 
 RUN_IMMEDIATE_EXIT = 1
@@ -144,7 +164,7 @@ def _libc_ioctl() -> Any:
 
 def check_extension(fd: int, name: str) -> int:
     """Value of a capability on a system or VM fd; 0 where there is none."""
-    return call(fd, CHECK_EXTENSION, CAPABILITIES[name])
+    return call(fd, CHECK_EXTENSION, _NUMBERS[name])
 
 
 def open_kvm(path: str = "/dev/kvm") -> int:

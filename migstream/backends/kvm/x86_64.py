@@ -1,7 +1,7 @@
-"""How each x86-64 row of the catalogue is read from and written to KVM.
+"""How each x86-64 row of the catalogue is read from and written to KVM, and what an x86-64 VM is made of.
 
-A layout becomes a list of operations once; a row of a bank is then served by calling each with the row's memory. An
-operation works in that memory: no value becomes a Python object, except in the rows of MSRs that a kernel refuses.
+An operation works in the bank's memory: no value becomes a Python object, except in the rows of MSRs that a kernel
+refuses.
 """
 
 from __future__ import annotations
@@ -9,83 +9,37 @@ from __future__ import annotations
 import errno
 import fcntl
 import struct
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from migstream.backends.base import SHORT_COUNT, Refusal
 from migstream.backends.kvm import uapi
+from migstream.backends.kvm.arch import ArchHost, ArchVm
+from migstream.backends.kvm.operations import (
+    ATTRIBUTE,
+    ByAddress,
+    EnabledCap,
+    Operation,
+    Row,
+    Struct,
+    register_list,
+)
 from migstream.backends.kvm.uapi import Request
-from migstream.model import Layout, Scope
+from migstream.errors import BackendError
+from migstream.model import Arch, Layout, Phase, Scope
 from migstream.registers import ids
 from migstream.registers import x86_64 as rows
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from migstream.backends.kvm.backend import KvmBackend, KvmVm
+    from migstream.host.profile import HostProfile
 
 CPUID_ENTRY = 40
-_ATTR = struct.Struct("<IIQQ")
+_MSR_LIST_CAPACITY = 4096
+_CPUID_CAPACITY = 256
 _OWN_ATTRIBUTE = ids.attribute_id(0, 0, 0) >> 40
 """Ids of attributes of the vCPU's own file descriptor; bits 39:32 are the group."""
-
-_ENABLE_CAP = struct.Struct("<II4Q")
-_ENABLE_CAP_SIZE = 104
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """The memory of one bank row and who it belongs to.
-
-    Attributes:
-        fd: the vCPU's or VM's file descriptor. vcpu: index, None for the VM.
-        memory: the row's bytes, writable. address: where they are in this process.
-        words: the same memory as 64-bit words.
-    """
-
-    fd: int
-    vcpu: int | None
-    memory: memoryview
-    address: int
-    words: NDArray[np.uint64]
-
-
-class Operation(ABC):
-    """Reads and writes one column, or a run of MSR columns, of one row."""
-
-    @abstractmethod
-    def read(self, row: Row) -> list[Refusal]:
-        """Fill the column from the kernel."""
-
-    @abstractmethod
-    def write(self, row: Row) -> list[Refusal]:
-        """Give the column to the kernel."""
-
-
-class Struct(Operation):
-    """A register that two ioctls read and write in place."""
-
-    def __init__(self, id: int, start: int, size: int, get: Request, set: Request, prepare: bytes = b"") -> None:
-        self.id, self.slice, self.get, self.set, self.prepare = id, slice(start, start + size), get, set, prepare
-
-    def _do(self, row: Row, request: Request) -> list[Refusal]:
-        try:
-            fcntl.ioctl(row.fd, request.number, row.memory[self.slice])
-        except OSError as error:
-            return [Refusal(self.id, row.vcpu, request.name, error.errno or errno.EIO)]
-        return []
-
-    def read(self, row: Row) -> list[Refusal]:
-        """Put in what the kernel wants to find there (a chip number, a capacity), then ask."""
-        if self.prepare:
-            start = self.slice.start
-            row.memory[start:start + len(self.prepare)] = self.prepare
-        return self._do(row, self.get)
-
-    def write(self, row: Row) -> list[Refusal]:
-        """One ioctl from the bank's memory."""
-        return self._do(row, self.set)
 
 
 class Counted(Struct):
@@ -145,57 +99,6 @@ class TscKhz(Operation):
                 fcntl.ioctl(row.fd, uapi.SET_TSC_KHZ.number, khz)
         except OSError as error:
             return [Refusal(self.id, row.vcpu, uapi.SET_TSC_KHZ.name, error.errno or errno.EIO)]
-        return []
-
-
-class ByAddress(Operation):
-    """A 64-bit register that KVM reads or writes through a pointer: device attributes and ONE_REG."""
-
-    def __init__(self, id: int, start: int, get: Request, set: Request, head: bytes) -> None:
-        self.id, self.start, self.get, self.set, self.head = id, start, get, set, head
-
-    def _do(self, row: Row, request: Request) -> list[Refusal]:
-        argument = bytearray(self.head + struct.pack("<Q", row.address + self.start))
-        try:
-            fcntl.ioctl(row.fd, request.number, argument)
-        except OSError as error:
-            return [Refusal(self.id, row.vcpu, request.name, error.errno or errno.EIO)]
-        return []
-
-    def read(self, row: Row) -> list[Refusal]:
-        """The kernel writes into the bank."""
-        return self._do(row, self.get)
-
-    def write(self, row: Row) -> list[Refusal]:
-        """The kernel reads from the bank."""
-        return self._do(row, self.set)
-
-
-class EnabledCap(Operation):
-    """A capability that somebody enabled: told, never asked. Reading gives what was told."""
-
-    def __init__(self, id: int, start: int, told: dict[int, tuple[int, ...]]) -> None:
-        self.id, self.start, self.told = id, start, told
-        self.capability = ids.capability_number(id) or 0
-
-    def read(self, row: Row) -> list[Refusal]:
-        """The start of struct kvm_enable_cap: capability, flags (0), four arguments, as told; else ENOENT."""
-        if self.capability not in self.told:
-            return [Refusal(self.id, row.vcpu, uapi.ENABLE_CAP.name, errno.ENOENT)]
-        args = (*self.told[self.capability], 0, 0, 0, 0)[:4]
-        _ENABLE_CAP.pack_into(row.memory, self.start, self.capability, 0, *args)
-        return []
-
-    def write(self, row: Row) -> list[Refusal]:
-        """KVM_ENABLE_CAP."""
-        _, flags, *args = _ENABLE_CAP.unpack_from(row.memory, self.start)
-        argument = bytearray(_ENABLE_CAP_SIZE)
-        _ENABLE_CAP.pack_into(argument, 0, self.capability, flags, *args)
-        try:
-            fcntl.ioctl(row.fd, uapi.ENABLE_CAP.number, argument)
-        except OSError as error:
-            return [Refusal(self.id, row.vcpu, uapi.ENABLE_CAP.name, error.errno or errno.EIO)]
-        self.told[self.capability] = tuple(args)
         return []
 
 
@@ -306,7 +209,7 @@ def _operation(id: int, start: int, size: int, capabilities: Mapping[str, int],
     if id == rows.TSC_KHZ.id:
         return TscKhz(id, start)
     if id >> 40 == _OWN_ATTRIBUTE:
-        head = _ATTR.pack(0, id >> 32 & 0xFF, id & 0xFFFF_FFFF, 0)[:16]
+        head = ATTRIBUTE.pack(0, id >> 32 & 0xFF, id & 0xFFFF_FFFF, 0)[:16]
         return ByAddress(id, start, uapi.GET_DEVICE_ATTR, uapi.SET_DEVICE_ATTR, head)
     if ids.capability_number(id) is not None:
         return EnabledCap(id, start, told)
@@ -340,3 +243,124 @@ def read_order(layout: Layout, program: list[Operation]) -> list[Operation]:
     if layout.scope == Scope.VM:
         return program
     return sorted(program, key=lambda op: getattr(op, "id", 0) != rows.MP_STATE.id)
+
+
+class X86Host(ArchHost):
+    """What an x86-64 kernel says of itself on the system fd."""
+
+    arch = Arch.X86_64
+    capabilities = uapi.CAPABILITIES
+
+    def complete(self, backend: KvmBackend, profile: HostProfile) -> HostProfile:
+        """MSRs, CPUID and the sizes that the host tells. Raises: BackendError."""
+        capabilities = profile.capabilities
+        features = _msr_list(backend.fd, uapi.GET_MSR_FEATURE_INDEX_LIST) if capabilities["GET_MSR_FEATURES"] else ()
+        return replace(profile, msrs=_msr_list(backend.fd, uapi.GET_MSR_INDEX_LIST),
+                       feature_msrs={index: _feature_msr(backend.fd, index) for index in features},
+                       sizes=_sizes(capabilities), cpuid=_supported_cpuid(backend.fd))
+
+    def vm(self, vm: KvmVm) -> X86Vm:
+        """The x86-64 part of a VM."""
+        return X86Vm(vm)
+
+
+class X86Vm(ArchVm):
+    """Interrupt chips, CPUID and MSRs of one VM."""
+
+    def make_devices(self) -> None:
+        """In KVM's order. Raises: BackendError."""
+        for name, make in _DEVICES.items():
+            if value := self.vm.machine.devices.get(name):
+                make(self.vm.fd, int(value))
+
+    def vcpus_created(self) -> None:
+        """Nothing: an x86-64 vCPU is complete when it is made."""
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """The host's MSRs and structs, as far as this VM has their device."""
+        profile = self.vm.backend.profile()
+        sizes = {**profile.sizes, rows.CPUID2.id: self._cpuid_size()}
+        msr_list = profile.msrs + tuple(i for i in profile.feature_msrs if i not in profile.msrs)
+        capabilities = {**profile.capabilities, **self._devices_offered()}
+        return rows.layouts(capabilities, sizes, msr_list, self._kvm_registers(), self.vm.enabled_caps)
+
+    def operations(self, layout: Layout) -> list[Operation]:
+        """See `operations`."""
+        return operations(layout, self.vm.backend.profile().capabilities, self.vm.enabled_caps)
+
+    def read_order(self, layout: Layout, program: list[Operation]) -> list[Operation]:
+        """MP_STATE first; see `read_order`."""
+        return read_order(layout, program)
+
+    def through_vcpu(self, layout: Layout) -> bool:
+        """VM-wide MSRs go through a vCPU; all else of the VM has ioctls of its own."""
+        return layout.scope == Scope.VCPU or layout.phase == Phase.FEATURE
+
+    def _devices_offered(self) -> dict[str, int]:
+        """A capability of the host is no device of this VM."""
+        devices = self.vm.machine.devices
+        return {name: 0 for name, needs in (("IRQCHIP", "irqchip"), ("PIT_STATE2", "pit")) if not devices.get(needs)}
+
+    def _cpuid_size(self) -> int:
+        """Bytes of the longest CPUID2 table of this VM's vCPUs."""
+        longest = 0
+        for k, fd in enumerate(self.vm.vcpu_fds):
+            buffer = bytearray(8 + CPUID_ENTRY * _CPUID_CAPACITY)
+            struct.pack_into("<I", buffer, 0, _CPUID_CAPACITY)
+            uapi.call(fd, uapi.GET_CPUID2, buffer, vcpu=k)
+            longest = max(longest, struct.unpack_from("<I", buffer)[0])
+        return 8 + CPUID_ENTRY * longest
+
+    def _kvm_registers(self) -> tuple[int, ...]:
+        """KVM_GET_REG_LIST: registers that KVM defines; none before 6.18."""
+        if not self.vm.backend.profile().capabilities["ONE_REG"]:
+            return ()
+        try:
+            return register_list(self.vm.vcpu_fds[0])
+        except BackendError:
+            return ()
+
+
+def _msr_list(fd: int, request: Request) -> tuple[int, ...]:
+    buffer = bytearray(4 + 4 * _MSR_LIST_CAPACITY)
+    struct.pack_into("<I", buffer, 0, _MSR_LIST_CAPACITY)
+    uapi.call(fd, request, buffer)
+    (count,) = struct.unpack_from("<I", buffer)
+    return struct.unpack_from(f"<{count}I", buffer, 4)
+
+
+def _feature_msr(fd: int, index: int) -> int:
+    buffer = bytearray(struct.pack("<IIIIQ", 1, 0, index, 0, 0))
+    uapi.call(fd, uapi.GET_FEATURE_MSRS, buffer, register=f"{index:#x}")
+    return int(struct.unpack_from("<Q", buffer, 16)[0])
+
+
+def _supported_cpuid(fd: int) -> bytes:
+    buffer = bytearray(8 + CPUID_ENTRY * _CPUID_CAPACITY)
+    struct.pack_into("<I", buffer, 0, _CPUID_CAPACITY)
+    uapi.call(fd, uapi.GET_SUPPORTED_CPUID, buffer)
+    (count,) = struct.unpack_from("<I", buffer)
+    return bytes(buffer[:8 + CPUID_ENTRY * count])
+
+
+def _sizes(capabilities: Mapping[str, int]) -> dict[int, int]:
+    return {rows.XSAVE.id: max(capabilities["XSAVE2"], 4096), rows.NESTED_STATE.id: capabilities["NESTED_STATE"]}
+
+
+def _set_tss(fd: int, address: int) -> None:
+    uapi.call(fd, uapi.SET_TSS_ADDR, address)
+
+
+def _irqchip(fd: int, _: int) -> None:
+    uapi.call(fd, uapi.CREATE_IRQCHIP)
+
+
+def _pit(fd: int, _: int) -> None:
+    uapi.call(fd, uapi.CREATE_PIT2, bytearray(64))
+
+
+_DEVICES = {
+    "tss_address": _set_tss,   # Intel without unrestricted guest needs it before the first KVM_RUN
+    "irqchip": _irqchip,       # before the vCPUs, which get a LAPIC only then
+    "pit": _pit,               # needs the irqchip
+}

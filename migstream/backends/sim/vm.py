@@ -43,8 +43,9 @@ class SimVm(Vm):
 
     def build(self, enabled_caps: dict[int, tuple[int, ...]]) -> None:
         """Memory, interrupt chips, capabilities, in KVM's order. Raises: BackendError, UsageError."""
-        if unknown := sorted(self.machine.devices.keys() - DEVICES):
-            raise UsageError(f"the simulator can't make a device {unknown[0]!r}; it knows {', '.join(sorted(DEVICES))}")
+        known = DEVICES[self.machine.arch]
+        if unknown := sorted(self.machine.devices.keys() - known):
+            raise UsageError(f"the simulator can't make a device {unknown[0]!r}; it knows {', '.join(sorted(known))}")
         regions = self.machine.memory
         parts = [(region, self._add_memory(region, regions[:number])) for number, region in enumerate(regions)]
         self.memory = GuestMemory(parts, self._discard)

@@ -1,0 +1,161 @@
+"""Names of the fields of arm64's ID registers: what a guest can know of its CPU.
+
+Source: Arm ARM (DDI 0487), which Linux arch/arm64/tools/sysreg says in words that people know; field and value names
+are the ones there. NI (0 in an unsigned field) is not shown, an allocated value without a name is a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from migstream.registers.bits import Field, fields, id_fields
+
+_PAUTH = "@1.PAuth,EPAC,PAuth2,FPAC,FPACCOMBINE,PAuth_LR"
+_IMPLEMENTERS = {
+    0x41: "ARM", 0x42: "BRCM", 0x43: "CAVIUM", 0x46: "FUJITSU", 0x48: "HISI", 0x4E: "NVIDIA", 0x50: "APM", 0x51: "QCOM",
+    0x61: "APPLE", 0x6D: "MICROSOFT", 0xC0: "AMPERE",
+}
+_MIDR = (*fields("0/4:REVISION 4/12:PARTNUM 16/4:ARCHITECTURE 20/4:VARIANT"),
+         Field("IMPLEMENTER", 24, 8, _IMPLEMENTERS))
+_MPIDR = fields("0/8:Aff0 8/8:Aff1 16/8:Aff2 24:MT 30:U 31:RES1 32/8:Aff3")
+_LINE = fields("0/3:LineSize 3/10:Associativity 13/15:NumSets 28:WA 29:RA 30:WB 31:WT")
+
+_IDENTITY: dict[str, tuple[Field, ...]] = {
+    "MIDR_EL1": _MIDR,
+    "VPIDR_EL2": _MIDR,
+    "MPIDR_EL1": _MPIDR,
+    "VMPIDR_EL2": _MPIDR,
+    "CTR_EL0": fields("0/4:IminLine 14/2:L1Ip@VPIPT,2.VIPT,PIPT 16/4:DminLine 20/4:ERG 24/4:CWG 28:IDC 29:DIC 31:RES1 "
+                      "32/6:TminLine"),
+    "CLIDR_EL1": fields(
+        " ".join(f"{3 * n - 3}/3:Ctype{n}@1.INST,DATA,SEPARATE,UNIFIED" for n in range(1, 8))
+        + " 21/3:LoUIS 24/3:LoC 27/3:LoUU 30/3:ICB "
+        + " ".join(f"{31 + 2 * n}/2:Ttype{n}" for n in range(1, 8))),
+    "CCSIDR": _LINE,
+    "CSSELR_EL1": fields("0:InD 1/3:Level 4:TnD"),
+}
+
+_AARCH64: dict[str, tuple[Field, ...]] = {
+    "ID_AA64PFR0_EL1": id_fields(
+        "0:EL0@1.IMP,AARCH32 4:EL1@1.IMP,AARCH32 8:EL2@1.IMP,AARCH32 12:EL3@1.IMP,AARCH32 16:FP~IMP,FP16 "
+        "20:AdvSIMD~IMP,FP16 24:GIC@1.IMP,3.V4P1 28:RAS@1.IMP,V1P1,V2 32:SVE 36:SEL2 40:MPAM@1.1 44:AMU@1.IMP,V1P1 "
+        "48:DIT 52:RME 56:CSV2@1.IMP,CSV2_2,CSV2_3 60:CSV3"),
+    "ID_AA64PFR1_EL1": id_fields(
+        "0:BT 4:SSBS@1.IMP,SSBS2 8:MTE@1.IMP,MTE2,MTE3 12:RAS_frac@1.RASv1p1 16:MPAM_frac@1.MINOR_1 24:SME@1.IMP,SME2 "
+        "28:RNDR_trap 32:CSV2_frac@1.CSV2_1p1,CSV2_1p2 36:NMI 40:MTE_frac@15.NI 44:GCS 48:THE 52:MTEX@1.MTE4 56:DF2 "
+        "60:PFAR"),
+    "ID_AA64PFR2_EL1": id_fields("0:MTEPERM 4:MTESTOREONLY 8:MTEFAR 12:GCIE 16:UINJ 32:FPMR"),
+    "ID_AA64ZFR0_EL1": id_fields(
+        "0:SVEver@1.SVE2,SVE2p1,SVE2p2 4:AES@1.IMP,PMULL128,AES2 12:EltPerm 16:BitPerm 20:BF16@1.IMP,EBF16 "
+        "24:B16B16@1.IMP,BFSCALE 32:SHA3 40:SM4 44:I8MM 48:F16MM 52:F32MM 56:F64MM"),
+    "ID_AA64SMFR0_EL1": (
+        *fields("0:SMOP4 16:STMOP 23:SFEXPA 24:AES 25:SBitPerm 28:SF8DP2 29:SF8DP4 30:SF8FMA 32:F32F32 33:BI32I32 "
+                "34:B16F32 35:F16F32 36/4:I8I32@15.IMP 40:F8F32 41:F8F16 42:F16F16 43:B16B16 44/4:I16I32@5.IMP "
+                "48:F64F64 52/4:I16I64@15.IMP 56/4:SMEver@1.SME2,SME2p1,SME2p2 60:LUTv2 63:FA64"),),
+    "ID_AA64FPFR0_EL1": fields("0:F8E5M2 1:F8E4M3 26:F8MM4 27:F8MM8 28:F8DP2 29:F8DP4 30:F8FMA 31:F8CVT"),
+    "ID_AA64DFR0_EL1": id_fields(
+        "0:DebugVer@6.IMP,VHE,V8P2,V8P4,V8P8,V8P9 4:TraceVer 8:PMUVer@1.IMP,4.V3P1,V3P4,V3P5,V3P7,V3P8,V3P9,15.IMP_DEF "
+        "12:BRPs# 16:PMSS 20:WRPs# 24:SEBEP 28:CTX_CMPs# 32:PMSVer@1.IMP,V1P1,V1P2,V1P3,V1P4,V1P5 36:DoubleLock~IMP "
+        "40:TraceFilt 44:TraceBuffer@1.IMP,TRBE_V1P1 48:MTPMU~NI_IMPDEF,IMP 52:BRBE@1.IMP,BRBE_V1P1 56:ExtTrcBuff "
+        "60:HPMN0@1.DEF"),
+    "ID_AA64DFR1_EL1": id_fields(
+        "0/8:SYSPMUID# 8/8:BRPs# 16/8:WRPs# 24/8:CTX_CMPs# 32:SPMU@1.IMP,IMP_SPMZR 36:PMICNTR 40:ABLE 44:ITE 48:EBEP "
+        "52:DPFZS@1.FRZN 56/8:ABL_CMPs#"),
+    "ID_AA64DFR2_EL1": id_fields("0:STEP 4:BWE@1.FEAT_BWE,FEAT_BWE2 16:SPE_EXC 20:SPE_nVM 24:TRBE_EXC"),
+    "ID_AA64AFR0_EL1": id_fields(" ".join(f"{4 * n}:IMPDEF{n}#" for n in range(8))),
+    "ID_AA64ISAR0_EL1": id_fields(
+        "4:AES@1.AES,PMULL 8:SHA1 12:SHA2@1.SHA256,SHA512 16:CRC32 20:ATOMIC@2.IMP,FEAT_LSE128 24:TME 28:RDM 32:SHA3 "
+        "36:SM3 40:SM4 44:DP 48:FHM 52:TS@1.FLAGM,FLAGM2 56:TLB@1.OS,RANGE 60:RNDR"),
+    "ID_AA64ISAR1_EL1": id_fields(
+        f"0:DPB@1.IMP,DPB2 4:APA{_PAUTH} 8:API{_PAUTH} 12:JSCVT 16:FCMA 20:LRCPC@1.IMP,LRCPC2,LRCPC3 24:GPA 28:GPI "
+        "32:FRINTTS 36:SB 40:SPECRES@1.IMP,COSP_RCTX 44:BF16@1.IMP,EBF16 48:DGH 52:I8MM 56:XS "
+        "60:LS64@1.LS64,LS64_V,LS64_ACCDATA,LS64WB"),
+    "ID_AA64ISAR2_EL1": id_fields(
+        f"0:WFxT@2.IMP 4:RPRES 8:GPA3 12:APA3{_PAUTH} 16:MOPS 20:BC 24:PAC_frac 28:CLRBHB 32:SYSREG_128 "
+        "36:SYSINSTR_128 40:PRFMSLC 44:PCDPHINT 48:RPRFM 52:CSSC@1.IMP,CMPBR 56:LUT 60:ATS1A"),
+    "ID_AA64ISAR3_EL1": id_fields(
+        "0:CPA@1.IMP,CPA2 4:FAMINMAX 8:TLBIW 12:PACM@1.TRIVIAL_IMP,FULL_IMP 16:LSFE 20:OCCMO 24:LSUI 28:FPRCVT"),
+    "ID_AA64MMFR0_EL1": id_fields(
+        "0:PARANGE@32,36,40,42,44,48,52,56 4:ASIDBITS@8,2.16 8:BIGEND 12:SNSMEM 16:BIGENDEL0 20:TGRAN16@1.IMP,52_BIT "
+        "24:TGRAN64~IMP 28:TGRAN4~IMP,52_BIT 32:TGRAN16_2@TGRAN16,NI,IMP,52_BIT 36:TGRAN64_2@TGRAN64,NI,IMP "
+        "40:TGRAN4_2@TGRAN4,NI,IMP,52_BIT 44:EXS 56:FGT@1.IMP,FGT2 60:ECV@1.IMP,CNTPOFF"),
+    "ID_AA64MMFR1_EL1": id_fields(
+        "0:HAFDBS@1.AF,DBM,HAFT,HDBSS 4:VMIDBits@8,2.16 8:VH 12:HPDS@1.IMP,HPDS2 16:LO 20:PAN@1.IMP,PAN2,PAN3 "
+        "24:SpecSEI 28:XNX 32:TWED 36:ETS@1.IMP,ETS2,ETS3 40:HCX 44:AFP 48:nTLBPA 52:TIDCP1 56:CMOW 60:ECBHB"),
+    "ID_AA64MMFR2_EL1": id_fields(
+        "0:CnP 4:UAO 8:LSM 12:IESB 16:VARange@48,52 20:CCIDX@32,64 24:NV@1.IMP,NV2 28:ST@39,48_47 32:AT 36:IDS@1.0x18 "
+        "40:FWB 48:TTL 52:BBM@1.1,2 56:EVT@1.IMP,TTLBxS 60:E0PD"),
+    "ID_AA64MMFR3_EL1": id_fields(
+        "0:TCRX 4:SCTLRX 8:S1PIE 12:S2PIE 16:S1POE 20:S2POE 24:AIE 28:MEC 32:D128 36:D128_2 "
+        "40:SNERR@1.SYNC,FEAT_ANERR,FEAT_ANERR_IND 44:ANERR@1.ASYNC,FEAT_ANERR,FEAT_ANERR_IND "
+        "52:SDERR@1.DEV_SYNC,FEAT_ADERR,FEAT_ADERR_IND 56:ADERR@1.DEV_ASYNC,FEAT_ADERR,FEAT_ADERR_IND 60:Spec_FPACC"),
+    "ID_AA64MMFR4_EL1": id_fields(
+        "0:PoPS 4:EIESB~NI,ToEL3,ToELx,15.ANY 8:ASID2 12:HACDBS 16:FGWTE3 20:NV_frac@NV_NV2,NV2_ONLY,NV2P1 "
+        "24:E2H0~IMP,14.NI_NV1 28:RMEGDI 36:E3DSE 44:SRMASK"),
+}
+
+_AARCH32: dict[str, tuple[Field, ...]] = {
+    "ID_PFR0_EL1": id_fields(
+        "0:State0 4:State1@1.THUMB,THUMB2 8:State2@1.NO_CV,CV 12:State3 16:CSV2@1.IMP,CSV2p1 20:AMU@1.AMUv1,AMUv1p1 "
+        "24:DIT 28:RAS@1.RAS,RASv1p1"),
+    "ID_PFR1_EL1": id_fields(
+        "0:ProgMod 4:Security@1.EL3,NSACR_RFR 8:MProgMod 12:Virtualization 16:GenTimer@1.IMP,ECV "
+        "20:Sec_frac@1.WALK_DISABLE,SECURE_MEMORY 24:Virt_frac 28:GIC@1.GICv3,3.GICv4p1"),
+    "ID_PFR2_EL1": id_fields("0:CSV3 4:SSBS 8:RAS_frac@1.RASv1p1"),
+    "ID_DFR0_EL1": id_fields(
+        "0:CopDbg@2.Armv6,Armv6p1,Armv7,Armv7p1,Armv8,VHE,Debugv8p2,Debugv8p4,Debugv8p8,Debugv8p9 4:CopSDbg# "
+        "8:MMapDbg@4.Armv7,Armv7p1 12:CopTrc 16:MMapTrc 20:MProfDbg "
+        "24:PerfMon@1.PMUv1,PMUv2,PMUv3,PMUv3p1,PMUv3p4,PMUv3p5,PMUv3p7,PMUv3p8,PMUv3p9,15.IMPDEF 28:TraceFilt"),
+    "ID_DFR1_EL1": id_fields("0:MTPMU@1.IMP,15.NI 4:HPMN0"),
+    "ID_AFR0_EL1": id_fields("0:IMPDEF0# 4:IMPDEF1# 8:IMPDEF2# 12:IMPDEF3#"),
+    "ID_MMFR0_EL1": id_fields(
+        "0:VMSA@1.IMPDEF,VMSAv6,VMSAv7,VMSAv7_PXN,VMSAv7_LONG 4:PMSA@1.IMPDEF,PMSAv6,PMSAv7 "
+        "8:OuterShr@NC,HW,15.IGNORED "
+        "12:ShareLvl@ONE,TWO 16:TCM@1.IMPDEF,TCM,TCM_DMA 20:AuxReg@1.ACTLR,AIFSR 24:FCSE 28:InnerShr@NC,HW,15.IGNORED"),
+    "ID_MMFR1_EL1": id_fields(
+        "0:L1HvdVA@1.CLEAN_AND_INVALIDATE,INVALIDATE_BP 4:L1UniVA@1.CLEAN_AND_INVALIDATE,INVALIDATE_BP "
+        "8:L1HvdSW@1.CLEAN_AND_INVALIDATE,INVALIDATE_DSIDE_ONLY,INVALIDATE "
+        "12:L1UniSW@1.CLEAN,CLEAN_AND_INVALIDATE,INVALIDATE "
+        "16:L1Hvd@1.INVALIDATE_ISIDE_ONLY,INVALIDATE,CLEAN_AND_INVALIDATE 20:L1Uni@1.INVALIDATE,CLEAN_AND_INVALIDATE "
+        "24:L1TstCln@1.NOINVALIDATE,INVALIDATE 28:BPred@1.BP_SW_MANAGED,BP_ASID_AWARE,BP_NOSNOOP,BP_INVISIBLE"),
+    "ID_MMFR2_EL1": id_fields(
+        "0:L1HvdFG 4:L1HvdBG 8:L1HvdRng 12:HvdTLB# "
+        "16:UniTLB@1.BY_VA,BY_MATCH_ASID,BY_ALL_ASID,OTHER_TLBS,BROADCAST,BY_IPA 20:MemBarr@1.DSB_ONLY,IMP 24:WFIStall "
+        "28:HWAccFlg"),
+    "ID_MMFR3_EL1": id_fields(
+        "0:CMaintVA 4:CMaintSW 8:BPMaint@1.ALL,BY_VA 12:MaintBcst@1.NO_TLB,ALL 16:PAN@1.PAN,PAN2 20:CohWalk "
+        "24:CMemSz@4GB,64GB,1TB 28:Supersec@IMP,15.NI"),
+    "ID_MMFR4_EL1": id_fields(
+        "0:SpecSEI 4:AC2 8:XNX 12:CnP 16:HPDS@1.AA32HPD,HPDS2 20:LSM 24:CCIDX 28:EVT@1.NO_TLBIS,TLBIS"),
+    "ID_MMFR5_EL1": id_fields("0:ETS 4:nTLBPA"),
+    "ID_ISAR0_EL1": id_fields(
+        "0:Swap 4:BitCount 8:BitField 12:CmpBranch 16:Coproc@1.MRC,MRC2,MRRC,MRRC2 20:Debug "
+        "24:Divide@1.xDIV_T32,xDIV_A32"),
+    "ID_ISAR1_EL1": id_fields(
+        "0:Endian 4:Except 8:Except_AR 12:Extend@1.SXTB,SXTB16 16:IfThen 20:Immediate 24:Interwork@1.BX,BLX,A32_BX "
+        "28:Jazelle"),
+    "ID_ISAR2_EL1": id_fields(
+        "0:LoadStore@1.DOUBLE,ACQUIRE 4:MemHint@1.PLD,PLD2,PLI,PLDW 8:MultiAccessInt@1.RESTARTABLE,CONTINUABLE "
+        "12:Mult@1.MLA,MLS 16:MultS@1.SMULL,SMLABB,SMLAD 20:MultU@1.UMULL,UMAAL 24:PSR_AR 28:Reversal@1.REV,RBIT"),
+    "ID_ISAR3_EL1": id_fields(
+        "0:Saturate 4:SIMD@1.SSAT,3.PKHBT 8:SVC 12:SynchPrim@1.EXCLUSIVE,DOUBLE 16:TabBranch 20:T32Copy 24:TrueNOP "
+        "28:T32EE"),
+    "ID_ISAR4_EL1": id_fields(
+        "0:Unpriv@1.REG_BYTE,SIGNED_HALFWORD 4:WithShifts@1.LSL3,3.LS,REG 8:Writeback 12:SMC 16:Barrier "
+        "20:SynchPrim_frac@3.IMP 24:PSR_M 28:SWP_frac"),
+    "ID_ISAR5_EL1": id_fields("0:SEVL 4:AES@1.IMP,VMULL 8:SHA1 12:SHA2 16:CRC32 24:RDM 28:VCMA"),
+    "ID_ISAR6_EL1": id_fields("0:JSCVT 4:DP 8:FHM 12:SB 16:SPECRES 20:BF16 24:I8MM"),
+    "MVFR0_EL1": id_fields(
+        "0:SIMDReg@1.IMP_16x64,IMP_32x64 4:FPSP@1.VFPv2,VFPv3 8:FPDP@1.VFPv2,VFPv3 12:FPTrap 16:FPDivide 20:FPSqrt "
+        "24:FPShVec 28:FPRound"),
+    "MVFR1_EL1": id_fields(
+        "0:FPFtZ 4:FPDNaN 8:SIMDLS 12:SIMDInt 16:SIMDSP 20:SIMDHP@1.SIMDHP,SIMDHP_FLOAT 24:FPHP@1.FPHP,FPHP_CONV,FP16 "
+        "28:SIMDFMAC"),
+    "MVFR2_EL1": id_fields(
+        "0:SIMDMisc@1.SIMD_DIRECTED_ROUNDING,SIMD_ROUNDING,SIMD_MAX_MIN "
+        "4:FPMisc@1.FP,FP_DIRECTED_ROUNDING,FP_ROUNDING,FP_MAX_MIN"),
+}
+
+BITS: Mapping[str, tuple[Field, ...]] = MappingProxyType({**_IDENTITY, **_AARCH64, **_AARCH32})
+"""Fields by register name, ascending and not overlapping. CCSIDR is CCSIDR_EL1 as KVM's demux register gives it."""
