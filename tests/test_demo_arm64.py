@@ -39,7 +39,8 @@ def _assemble() -> bytes:
     b_ne = 0b0101010_0 << 24 | 3 << 5 | 1
     return struct.pack("<14I", add_imm(0, 0, 1), mul(1, 1, 2), add_reg(1, 1, 3), memory(True, 6, 4, 0),
                        add_imm(6, 6, 1), memory(False, 6, 4, 0), memory(True, 7, 4, 0), cmp,
-                       b_ne, memory(False, 1, 4, 8), branch(-10), memory(False, 0, 4, 16), memory(False, 0, 5, 0), branch(0))
+                       b_ne, memory(False, 1, 4, 8), branch(-10), memory(False, 0, 4, 16),
+                       memory(False, 0, 5, 0), branch(0))
 
 
 def test_the_program_is_what_its_listing_says() -> None:

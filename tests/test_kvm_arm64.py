@@ -81,7 +81,8 @@ def test_active_priority_registers_follow_the_priority_bits(bits: int, registers
     ("ICC_IGRPEN0_EL1", 6, 0xC666), ("ICC_IGRPEN1_EL1", 6, 0xC667),
     ("GICD_IIDR", 1, 0x8), ("GICD_ISENABLER1", 1, 0x104), ("GICD_IPRIORITYR254", 1, 0x7F8),
     ("GICD_IROUTER32", 1, 0x6100), ("GICD_IROUTER1019", 1, 0x7FD8), ("GICD_LINE_LEVEL2", 7, 64),
-    ("GICR_LINE_LEVEL", 7, 0), ("GICR_PENDBASER", 5, 0x78), ("GICR_ISENABLER0", 5, 0x10100), ("GICR_ICFGR1", 5, 0x10C04),
+    ("GICR_LINE_LEVEL", 7, 0), ("GICR_PENDBASER", 5, 0x78), ("GICR_ISENABLER0", 5, 0x10100),
+    ("GICR_ICFGR1", 5, 0x10C04),
     ("GITS_BASER7", 8, 0x138), ("GITS_IIDR", 8, 4),
 ])
 def test_gic_attributes_are_the_architectures(name: str, group: int, attribute: int) -> None:
