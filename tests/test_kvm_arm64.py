@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from migstream.backends.kvm import arm64, backend, operations, uapi
-from migstream.errors import BackendError
+from migstream.errors import BackendError, UsageError
 from migstream.host.profile import HostProfile
-from migstream.model import Arch, Layout, Machine, Phase, Scope, Slot
+from migstream.model import Arch, Layout, Machine, MemoryRegion, Phase, Scope, Slot
 from migstream.registers import arm64 as rows
 from migstream.registers import arm64_ids, gic, ids, vcpu_features
 from migstream.registers.catalogue import lookup
@@ -230,6 +230,14 @@ def matrix(layout: Layout, *values: list[int]) -> Any:
     return np.frombuffer(b"".join(data), np.uint64).reshape(len(values), -1).copy()
 
 
+def test_an_attached_vm_lets_go_of_its_owners_memory(kvm: FakeKvm) -> None:
+    ram = bytearray(4096)
+    machine = Machine(Arch.ARM64, 3, (MemoryRegion(0, 4096),))
+    backend.KvmBackend.attach(5, VM_FD, VCPU_FDS, machine, [memoryview(ram)]).close()
+    ram.append(0)
+    assert kvm.calls == []
+
+
 @pytest.mark.parametrize("log2", range(9))
 def test_registers_of_all_sizes_go_through_the_banks_memory(kvm: FakeKvm, log2: int) -> None:
     id, size = arm64_ids.ARM64 | log2 << 52 | arm64_ids.SVE | 0x20, 1 << log2
@@ -242,6 +250,15 @@ def test_registers_of_all_sizes_go_through_the_banks_memory(kvm: FakeKvm, log2: 
     found = np.zeros_like(wanted)
     assert vm.read(layout, 0, found) == []
     assert (found == wanted).all()
+
+
+@pytest.mark.parametrize(("id", "size"), [(X0, 4), (Z3, 16), (rows.MP_STATE.id, 8), (gic.PMU_IRQ.id, 8),
+                                          (gic.ICC_CTLR, 4), (arm64_ids.sysreg(3, 3, 15, 15, 7), 4)])
+def test_a_column_of_another_size_never_reaches_kvm(kvm: FakeKvm, id: int, size: int) -> None:
+    layout = layout_of((id, size))
+    with pytest.raises(UsageError, match=f"a column of {size} bytes"):
+        attached().write(layout, 0, matrix(layout, [0]))
+    assert kvm.calls == []
 
 
 def test_one_ioctl_a_register_and_vcpu(kvm: FakeKvm) -> None:

@@ -20,10 +20,11 @@ from migstream.backends.kvm import uapi
 from migstream.backends.kvm.arch import ArchHost, ArchVm
 from migstream.backends.kvm.operations import ATTRIBUTE, ByAddress, EnabledCap, Operation, Row, Struct, register_list
 from migstream.backends.kvm.uapi import Request
-from migstream.errors import BackendError, errno_name
+from migstream.errors import BackendError, UsageError, errno_name
 from migstream.model import Arch, Layout, Machine, Phase, Scope
 from migstream.registers import arm64 as rows
 from migstream.registers import arm64_ids, gic, ids, vcpu_features
+from migstream.registers.catalogue import lookup
 
 if TYPE_CHECKING:
     from migstream.backends.kvm.backend import KvmBackend, KvmVm
@@ -387,7 +388,13 @@ class Arm64Vm(ArchVm):
         return value.value
 
     def operations(self, layout: Layout) -> list[Operation]:
-        """One a column; with interrupt controller registers, the row's affinity before them."""
+        """One a column; with interrupt controller registers, the row's affinity before them.
+
+        Raises: UsageError for a column of another size than its register: KVM would go past its memory.
+        """
+        for slot in layout.slots:
+            if slot.size != (size := lookup(slot.id).size):
+                raise UsageError(f"{lookup(slot.id).name}: a column of {slot.size} bytes for {size}")
         affinity = Affinity()
         out: list[Operation] = [affinity] if any(gic.access(slot.id) for slot in layout.slots) else []
         for column, slot in enumerate(layout.slots):

@@ -229,9 +229,9 @@ class KvmVm(Vm):
     def close(self) -> None:
         """Stop, then close what was made here; an attached VM's fds stay open."""
         self.pause()
+        self.memory.release()
         if not self._owned:
             return
-        self.memory.release()
         for mapping in (*self._run_pages, *self._mappings):
             mapping.close()
         for fd in (*self.device_fds.values(), *self.vcpu_fds, self.fd):

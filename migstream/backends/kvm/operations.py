@@ -115,7 +115,9 @@ class EnabledCap(Operation):
         self.capability = ids.capability_number(id) or 0
 
     def read(self, row: Row) -> list[Refusal]:
-        """The start of struct kvm_enable_cap: capability, flags (0), four arguments, as told."""
+        """The start of struct kvm_enable_cap: capability, flags (0), four arguments, as told; else ENOENT."""
+        if self.capability not in self.told:
+            return [Refusal(self.id, row.vcpu, uapi.ENABLE_CAP.name, errno.ENOENT)]
         args = (*self.told[self.capability], 0, 0, 0, 0)[:4]
         _ENABLE_CAP.pack_into(row.memory, self.start, self.capability, 0, *args)
         return []
