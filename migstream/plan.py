@@ -109,6 +109,8 @@ def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile) ->
     obstacles = tuple(reason for rule in _MACHINE_RULES if (reason := rule(machine, host)))
     if machine.arch != host.arch:
         return Plan((), obstacles)
+    if machine.arch == Arch.ARM64 and not obstacles:
+        host = host.with_features(machine.devices.get("vcpu_features", vcpu_features.DEFAULT))
     return Plan(tuple(_step(layout, host) for layout in layouts), obstacles)
 
 
@@ -132,7 +134,7 @@ def _refuse(slot: Slot, reason: str) -> Verdict:
 
 
 def _unknown(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    if row.known or ids.msr_index(slot.id) is not None or slot.id in host.registers:
+    if row.known or ids.msr_index(slot.id) is not None or slot.id in host.listed:
         return None
     return _refuse(slot, "no row in the catalogue; a newer migstream may know how to write it")
 
@@ -174,9 +176,12 @@ def _listed_msr(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
 
 
 def _unlisted(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    if not host.registers or slot.id >> 56 == ids.OURS or slot.id in host.registers:
+    if not host.registers or slot.id >> 56 == ids.OURS or slot.id in host.listed:
         return None
-    return _refuse(slot, "this kernel does not list the register")
+    needed = [name for mask, changed in host.feature_registers.items() if slot.id in changed
+              for name in vcpu_features.names(mask & ~vcpu_features.DEFAULT)]
+    where = f" for a vCPU like this; it depends on {' and '.join(needed)}" if needed else ""
+    return _refuse(slot, f"this kernel does not list the register{where}")
 
 
 def _other_size(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
@@ -188,8 +193,8 @@ def _other_size(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
 
 _Rule = Callable[[Slot, Register, HostProfile], Verdict | None]
 
-_RULES: tuple[_Rule, ...] = (_written_by_clock_step, _other_size, _unlisted, _unknown, _as_sregs, _xsave_size, _capability,
-                             _listed_msr)
+_RULES: tuple[_Rule, ...] = (_written_by_clock_step, _other_size, _unlisted, _unknown, _as_sregs, _xsave_size,
+                             _capability, _listed_msr)
 """In order: exceptions that say how before the general rules that say no."""
 
 
@@ -227,7 +232,8 @@ def _gic(machine: Machine, host: HostProfile) -> str:
     if devices & {"its", "gic_irqs"} and not devices & {*gic}:
         return f"{min(devices & {'its', 'gic_irqs'})} without a GICv3"
     wanted = {"gic_distributor": "gicv3", "its": "its"}
-    missing = [wanted[name] for name in sorted(devices & wanted.keys()) if host.devices and wanted[name] not in host.devices]
+    missing = sorted(wanted[name] for name in devices & wanted.keys() if host.devices)
+    missing = [name for name in missing if name not in host.devices]
     return f"this kernel can't make a device {missing[0]}" if missing else ""
 
 

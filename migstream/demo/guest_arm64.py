@@ -84,7 +84,8 @@ def _own(number: int) -> _Mark:
 
 def _wide(number: int, size: int) -> _Mark:
     """`size` bytes of the same kind."""
-    return lambda vcpu: sum(scattered(vcpu * 4096 + number * 32 + k) << 64 * k for k in range(-(-size // 8))) % (1 << 8 * size)
+    words = range(-(-size // 8))
+    return lambda vcpu: sum(scattered(vcpu * 4096 + number * 32 + k) << 64 * k for k in words) % (1 << 8 * size)
 
 
 _START: dict[str, _Mark] = {
@@ -108,7 +109,8 @@ _MARKS: dict[str, _Mark] = {
     "SCTLR_EL1": _same(0x30D0_1805),     # MMU and caches on
     "CPACR_EL1": _same(0x33_0000),       # FP and SVE without traps
     **{f"X{n}": _own(n) for n in range(8, 31)},
-    **{name: _own(40 + n) for n, name in enumerate(("TPIDR_EL0", "TPIDRRO_EL0", "TPIDR_EL1", "SP", "SP_EL1", "ELR_EL1", "FAR_EL1"))},
+    **{name: _own(40 + n) for n, name in enumerate((
+        "TPIDR_EL0", "TPIDRRO_EL0", "TPIDR_EL1", "SP", "SP_EL1", "ELR_EL1", "FAR_EL1"))},
     "VBAR_EL1": lambda vcpu: scattered(vcpu) & 0x7F_FFFF_F800,
     "CONTEXTIDR_EL1": lambda vcpu: scattered(vcpu) & 0xFFFF_FFFF,
     "FPSR": lambda vcpu: 0x0800_0000 | vcpu & 0x1F,
@@ -191,7 +193,8 @@ def _marked(vm: Vm, marks: Mapping[str, _Mark]) -> list[tuple[Layout, list[_Mark
     for layout in vm.layouts()[0]:
         found = [(slot, mark) for slot in layout.slots if (mark := marks.get(lookup(slot.id).name))]
         if found and not layout.phase.prologue:
-            out.append((Layout(layout.scope, layout.phase, tuple(slot for slot, _ in found)), [mark for _, mark in found]))
+            part = Layout(layout.scope, layout.phase, tuple(slot for slot, _ in found))
+            out.append((part, [mark for _, mark in found]))
     return out
 
 
@@ -258,7 +261,8 @@ def _check(vm: Vm, vcpu: int, regs: dict[str, int], lost: str) -> Counter:
     before = chain(vcpu, steps - 1) if steps else seed(vcpu)
     values = {_F: chain(vcpu, steps), _F1: before, _MUL: before * MULTIPLIER % 2**64}
     wanted = {"X1": values[register_chain], "X6": steps + x6, "X7": steps + x7, "count in RAM": steps + lag,
-              "chain in RAM": values[memory_chain], **{name: _START[name](vcpu) for name in ("X2", "X3", "X4", "X5", "PSTATE")}}
+              "chain in RAM": values[memory_chain],
+              **{name: _START[name](vcpu) for name in ("X2", "X3", "X4", "X5", "PSTATE")}}
     found = {**regs, "count in RAM": ram_count, "chain in RAM": ram_chain}
     wrong = [f"{name} {found[name]:#x}, expected {value:#x}" for name, value in wanted.items() if found[name] != value]
     wrong += [lost] if lost else []

@@ -42,11 +42,12 @@ class Board:
 BOARDS: dict[Arch, Board] = {
     # RAM below 4 GiB ends where a PC's devices begin
     Arch.X86_64: Board("migstream.demo.guest_x86_64", ((0, 0x7000_0000), (1 << 32, 1 << 40)),
-                       {"irqchip": True, "pit": True, "tss_address": 0x7FFB_D000}, {KVM_CAP_X2APIC_API: (X2APIC_32BIT_IDS,)}),
+                       {"irqchip": True, "pit": True, "tss_address": 0x7FFB_D000},
+                       {KVM_CAP_X2APIC_API: (X2APIC_32BIT_IDS,)}),
     # room for 512 redistributors of 128 KiB below RAM; its 511 GiB are what the guest's page table maps
     Arch.ARM64: Board("migstream.demo.guest_arm64", ((0x4000_0000, 511 << 30),),
-                      {"gic_distributor": 0x0800_0000, "gic_redistributors": 0x1000_0000, "gic_irqs": 96, "its": 0x0808_0000},
-                      {}),
+                      {"gic_distributor": 0x0800_0000, "gic_redistributors": 0x1000_0000, "gic_irqs": 96,
+                       "its": 0x0808_0000}, {}),
 }
 
 

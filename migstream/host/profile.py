@@ -7,7 +7,8 @@ by the plan, and as the ground truth of the simulator.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from migstream.errors import StreamError, UsageError
@@ -40,7 +41,9 @@ class HostProfile:
         enable_caps: VM capabilities that KVM_ENABLE_CAP takes, by number: the bits that its first argument may have.
         behaviour: what other trials found, by name; `migstream.host.probe_x86_64.TRAITS` says what each means.
         made_by: the command that made it.
-        registers: arm64: every id that KVM_GET_REG_LIST names with no vCPU feature or with all of them, ascending.
+        registers: arm64: KVM_GET_REG_LIST of a vCPU without optional features, ascending.
+        feature_registers: arm64: by vCPU feature mask, the ids that this feature adds to `registers` (those that are
+            not there) or hides (those that are), ascending.
         vcpu_features: arm64: bits that KVM_ARM_VCPU_INIT takes. devices: arm64: what KVM_CREATE_DEVICE makes.
         writable_masks: arm64: KVM_ARM_GET_REG_WRITABLE_MASKS, by register id; empty where the kernel has none.
         scopes: `vm`, `vcpu` or `fixed` (no other value sticks) by register id, found by experiment; empty where there
@@ -74,6 +77,7 @@ class HostProfile:
     behaviour: dict[str, int] = field(default_factory=dict)
     made_by: str = ""
     registers: tuple[int, ...] = ()
+    feature_registers: dict[int, tuple[int, ...]] = field(default_factory=dict)
     vcpu_features: int = 0
     devices: tuple[str, ...] = ()
     writable_masks: dict[int, int] = field(default_factory=dict)
@@ -93,6 +97,16 @@ class HostProfile:
         """vCPUs that one VM may have."""
         return self.capabilities.get("MAX_VCPUS", 0)
 
+    def with_features(self, vcpu_features: int) -> HostProfile:
+        """arm64: the same host with `registers` as KVM_GET_REG_LIST names them for a vCPU with these features."""
+        changed = (ids for mask, ids in self.feature_registers.items() if mask & ~vcpu_features == 0)
+        return replace(self, registers=tuple(sorted(self.listed ^ frozenset().union(*changed))))
+
+    @cached_property
+    def listed(self) -> frozenset[int]:
+        """`registers`, for looking one up."""
+        return frozenset(self.registers)
+
 
 def cpuid_word(function: int, index: int, register: int) -> int:
     """Key of `HostProfile.cpuid_forced`: leaf, subleaf (below 2^24), and 0 to 3 for EAX, EBX, ECX, EDX."""
@@ -103,9 +117,22 @@ def to_json(profile: HostProfile) -> str:
     """Return the profile as JSON text, keys sorted, ids and bytes in hexadecimal."""
     out: dict[str, Any] = {"migstream_host_profile": PROFILE_VERSION}
     for item in fields(profile):
-        out[item.name] = _plain(getattr(profile, item.name))
+        value = getattr(profile, item.name)
+        out[item.name] = _plain(_WRITERS[item.name](value) if item.name in _WRITERS else value)
     out["arch"] = profile.arch.label
     return json.dumps(out, indent=1, sort_keys=True) + "\n"
+
+
+def _hex(values: tuple[int, ...]) -> tuple[str, ...]:
+    return tuple(f"{value:#x}" for value in values)
+
+
+_WRITERS: dict[str, Any] = {
+    "registers": _hex, "registers_base": _hex, "registers_all": _hex,
+    "feature_registers": lambda changed: {mask: _hex(ids) for mask, ids in changed.items()},
+    "writable_masks": lambda masks: dict(zip(masks, _hex(tuple(masks.values())), strict=True)),
+}
+"""Numbers of 64 bits as text: many readers of JSON lose bits above 53."""
 
 
 def _plain(value: Any) -> Any:
@@ -143,6 +170,10 @@ def _scope_names(value: Any) -> dict[int, str]:
     return {int(key, 16): name for key, name in value.items()}
 
 
+def _ids(value: Any) -> tuple[int, ...]:
+    return tuple(int(number, 16) for number in value)
+
+
 def _pairs(value: Any) -> dict[int, tuple[int, int]]:
     return {int(key, 16): (int(pair[0]), int(pair[1])) for key, pair in value.items()}
 
@@ -158,14 +189,14 @@ _READERS: dict[str, Any] = {
     "refused": _pairs, "msr_bits": _pairs, "cpuid_forced": _pairs,
     "enable_caps": lambda v: {int(k, 16): int(n) for k, n in v.items()},
     "behaviour": lambda v: {str(k): int(n) for k, n in v.items()},
-    "registers": lambda v: tuple(int(n) for n in v),
+    "registers": _ids,
+    "feature_registers": lambda v: {int(k, 16): _ids(listed) for k, listed in v.items()},
     "vcpu_features": int,
     "devices": lambda v: tuple(str(n) for n in v),
-    "writable_masks": lambda v: {int(k, 16): int(n) for k, n in v.items()},
+    "writable_masks": lambda v: {int(k, 16): int(n, 16) for k, n in v.items()},
     "scopes": _scope_names,
     "scope_found": lambda v: {int(k, 16): str(n) for k, n in v.items()},
-    "registers_base": lambda v: tuple(int(n) for n in v),
-    "registers_all": lambda v: tuple(int(n) for n in v),
+    "registers_base": _ids, "registers_all": _ids,
     "feature_defaults": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
     "features_refused": lambda v: {int(k, 16): int(n) for k, n in v.items()},
     "register_bits": _byte_pairs, "readback": _byte_pairs, "after_run": _pairs,

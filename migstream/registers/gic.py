@@ -10,7 +10,7 @@ that of the row's vCPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,7 +21,8 @@ from migstream.registers.catalogue import Register, Running
 GICV3, ITS = 7, 8
 """KVM_DEV_TYPE_ARM_VGIC_V3, KVM_DEV_TYPE_ARM_VGIC_ITS."""
 
-ADDRESSES, DISTRIBUTOR, IRQ_COUNT, CONTROL, REDISTRIBUTOR, CPU_INTERFACE, LINE_LEVEL, ITS_REGISTERS = 0, 1, 3, 4, 5, 6, 7, 8
+ADDRESSES, DISTRIBUTOR, IRQ_COUNT, CONTROL = 0, 1, 3, 4
+REDISTRIBUTOR, CPU_INTERFACE, LINE_LEVEL, ITS_REGISTERS = 5, 6, 7, 8
 """KVM_DEV_ARM_VGIC_GRP_*: the attribute groups."""
 
 INIT, ITS_SAVE_TABLES, ITS_RESTORE_TABLES, SAVE_PENDING_TABLES = 0, 1, 2, 3
@@ -72,14 +73,14 @@ _DISTRIBUTOR: tuple[GicRow, ...] = (
     GicRow("GICD_TYPER2", DISTRIBUTOR, 0x000C, 4, _IDENTITY, "KVM takes only its own value: a guest may have seen it"),
     GicRow("GICD_CTLR", DISTRIBUTOR, 0x0000, 4, _STATE, "before the interrupts that it lets through"),
     GicRow("GICD_STATUSR", DISTRIBUTOR, 0x0010, 4, _STATE, "error flags; KVM keeps none and ignores the write"),
-    GicRow("GICD_IGROUPR", DISTRIBUTOR, 0x0080, 4, _STATE, "the group decides how a pending interrupt is signalled", 32),
+    GicRow("GICD_IGROUPR", DISTRIBUTOR, 0x0080, 4, _STATE, "decides how a pending interrupt is signalled", 32),
     GicRow("GICD_ICFGR", DISTRIBUTOR, 0x0C00, 4, _STATE, "edge or level: before pending", 16),
     GicRow("GICD_IROUTER", DISTRIBUTOR, 0x6000, 8, _STATE, "targets before pending, which is queued on the target", 1),
     GicRow("GICD_IPRIORITYR", DISTRIBUTOR, 0x0400, 4, _STATE, "before pending and enabled, which compare it", 4),
-    GicRow("GICD_ISENABLER", DISTRIBUTOR, 0x0100, 4, _STATE, "set-only: cleared first, so that what is off goes off", 32,
+    GicRow("GICD_ISENABLER", DISTRIBUTOR, 0x0100, 4, _STATE, "set-only: cleared first, so that what is off is off", 32,
            clear=0x0180),
-    GicRow("GICD_LINE_LEVEL", LINE_LEVEL, 0, 4, _STATE, "input lines: before the latches, as in Linux's save order", 32),
-    GicRow("GICD_ISPENDR", DISTRIBUTOR, 0x0200, 4, _STATE, "the latch alone, exactly as written; late, as it queues", 32),
+    GicRow("GICD_LINE_LEVEL", LINE_LEVEL, 0, 4, _STATE, "input lines: before the latches", 32),
+    GicRow("GICD_ISPENDR", DISTRIBUTOR, 0x0200, 4, _STATE, "the latch alone, exactly as written; it queues", 32),
     GicRow("GICD_ISACTIVER", DISTRIBUTOR, 0x0300, 4, _STATE, "set-only: cleared first", 32, clear=0x0380),
 )
 
@@ -88,8 +89,8 @@ _SGI_FRAME = 0x1_0000
 
 _REDISTRIBUTOR: tuple[GicRow, ...] = (
     GicRow("GICR_PROPBASER", REDISTRIBUTOR, 0x0070, 8, _STATE, "fixed once GICR_CTLR enables LPIs: before it"),
-    GicRow("GICR_PENDBASER", REDISTRIBUTOR, 0x0078, 8, _STATE, "as PROPBASER: the pending table is read when LPIs go on"),
-    GicRow("GICR_CTLR", REDISTRIBUTOR, 0x0000, 4, _STATE, "enables LPIs, which reads the pending table out of guest RAM"),
+    GicRow("GICR_PENDBASER", REDISTRIBUTOR, 0x0078, 8, _STATE, "as PROPBASER: the table is read when LPIs go on"),
+    GicRow("GICR_CTLR", REDISTRIBUTOR, 0x0000, 4, _STATE, "enables LPIs, which reads the pending table in RAM"),
     GicRow("GICR_STATUSR", REDISTRIBUTOR, 0x0010, 4, _STATE, "error flags; KVM keeps none and ignores the write"),
     GicRow("GICR_WAKER", REDISTRIBUTOR, 0x0014, 4, _STATE, "sleep handshake; KVM keeps none and ignores the write"),
     GicRow("GICR_IGROUPR0", REDISTRIBUTOR, _SGI_FRAME + 0x080, 4, _STATE, "as GICD_IGROUPR"),
@@ -129,12 +130,12 @@ _ITS: tuple[GicRow, ...] = tuple(
         ("GITS_CBASER", 0x0080, _STATE, "resets the read pointer: before GITS_CREADR"),
         ("GITS_CREADR", 0x0090, _STATE, "after GITS_CBASER"),
         ("GITS_CWRITER", 0x0088, _STATE, "after the read pointer; commands between the two run when GITS_CTLR enables"),
-        *((f"GITS_BASER{n}", 0x0100 + 8 * n, _STATE, "where the tables are: before they are restored") for n in range(8)),
+        *((f"GITS_BASER{n}", 0x0100 + 8 * n, _STATE, "where the tables are: before they are read") for n in range(8)),
         ("GITS_CTLR", 0x0000, _STATE, "last: the tables are read out of guest RAM just before it, then it enables"),
     ))
 
 BEFORE_READ: dict[int, int] = {
-    ids.attribute_id(GICV3, DISTRIBUTOR, 0x0008): SAVE_PENDING_TABLES,  # LPI latches go to guest RAM, which is saved later
+    ids.attribute_id(GICV3, DISTRIBUTOR, 0x0008): SAVE_PENDING_TABLES,  # LPI latches go to guest RAM, saved later
     ids.attribute_id(ITS, ITS_REGISTERS, 0x0004): ITS_SAVE_TABLES,      # mappings go to guest RAM
 }
 """Attribute of group CONTROL to set on the register's device before it is read: registers are read before RAM."""
@@ -147,12 +148,17 @@ BEFORE_WRITE: dict[int, int] = {
 ICC_CTLR = ids.attribute_id(GICV3, CPU_INTERFACE, 3 << 14 | 12 << 7 | 12 << 3 | 4)
 """Bits 10:8 are the number of priority bits less one."""
 
-VTIMER_IRQ = Register(ids.attribute_id(ids.ARM64_VCPU_FD, 1, 0), "KVM_ARM_VCPU_TIMER_IRQ_VTIMER", 4, _VM, Phase.FEATURE, _FEATURE,
-                      "a PPI of all vCPUs, set through one of them; fixed after the first KVM_RUN")
-PTIMER_IRQ = Register(ids.attribute_id(ids.ARM64_VCPU_FD, 1, 1), "KVM_ARM_VCPU_TIMER_IRQ_PTIMER", 4, _VM, Phase.FEATURE, _FEATURE,
-                      "a PPI of all vCPUs, set through one of them; fixed after the first KVM_RUN")
-PMU_IRQ = Register(ids.attribute_id(ids.ARM64_VCPU_FD, 0, 0), "KVM_ARM_VCPU_PMU_V3_IRQ", 4, _VCPU, Phase.FEATURE, _FEATURE,
-                   "one PPI for all vCPUs or an SPI for each; then KVM_ARM_VCPU_PMU_V3_INIT, without which the vCPU won't run")
+
+def _line(group: int, attribute: int, name: str, scope: Scope, why: str) -> Register:
+    id = ids.attribute_id(ids.ARM64_VCPU_FD, group, attribute)
+    return Register(id, f"KVM_ARM_VCPU_{name}", 4, scope, Phase.FEATURE, _FEATURE, why)
+
+
+_TIMER_IRQ = "a PPI of all vCPUs, set through one of them; fixed after the first KVM_RUN"
+VTIMER_IRQ = _line(1, 0, "TIMER_IRQ_VTIMER", _VM, _TIMER_IRQ)
+PTIMER_IRQ = _line(1, 1, "TIMER_IRQ_PTIMER", _VM, _TIMER_IRQ)
+PMU_IRQ = _line(0, 0, "PMU_V3_IRQ", _VCPU, "one PPI for all vCPUs or an SPI for each; then KVM_ARM_VCPU_PMU_V3_INIT, "
+                                           "without which the vCPU does not run")
 
 LINES = {row.id: row for row in (VTIMER_IRQ, PTIMER_IRQ, PMU_IRQ)}
 """Interrupt lines of a vCPU's own devices; attributes of the vCPU's file descriptor."""
@@ -215,9 +221,9 @@ def layouts(irqs: int, priorities: int, its: bool) -> tuple[Layout, ...]:
     """
     unused = {f"ICC_AP{group}R{n}_EL1" for group in (0, 1) for n in range(priorities, 4)}
     vcpu = [row for row in (*_REDISTRIBUTOR, *_CPU_INTERFACE) if row.name not in unused]
-    parts: list[tuple[Scope, list[GicRow]]] = [(_VM, list(_DISTRIBUTOR)), (_VCPU, vcpu), (_VM, list(_ITS) if its else [])]
+    parts: tuple[tuple[Scope, Sequence[GicRow]], ...] = ((_VM, _DISTRIBUTOR), (_VCPU, vcpu), (_VM, _ITS if its else ()))
     return tuple(Layout(scope, Phase.INTERRUPTS, _slots(rows, irqs)) for scope, rows in parts if rows)
 
 
-def _slots(rows: list[GicRow], irqs: int) -> tuple[Slot, ...]:
+def _slots(rows: Sequence[GicRow], irqs: int) -> tuple[Slot, ...]:
     return tuple(Slot(register.id, row.size) for row in rows for register, _ in _registers(row, irqs))

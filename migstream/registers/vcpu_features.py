@@ -16,8 +16,6 @@ class Feature:
     bit: int
     name: str
     capability: str
-    listed_alone: bool = False
-    """Excludes others, so that it is left out where the registers of all features are asked for."""
 
     @property
     def mask(self) -> int:
@@ -26,19 +24,22 @@ class Feature:
 
 
 FEATURES: tuple[Feature, ...] = (
-    Feature(1, "EL1_32BIT", "ARM_EL1_32BIT", listed_alone=True),
+    Feature(1, "EL1_32BIT", "ARM_EL1_32BIT"),
     Feature(2, "PSCI_0_2", "ARM_PSCI_0_2"),
     Feature(3, "PMU_V3", "ARM_PMU_V3"),
     Feature(4, "SVE", "ARM_SVE"),
     Feature(5, "PTRAUTH_ADDRESS", "ARM_PTRAUTH_ADDRESS"),
     Feature(6, "PTRAUTH_GENERIC", "ARM_PTRAUTH_GENERIC"),
-    Feature(7, "HAS_EL2", "ARM_EL2", listed_alone=True),
-    Feature(8, "HAS_EL2_E2H0", "ARM_EL2_E2H0", listed_alone=True),
+    Feature(7, "HAS_EL2", "ARM_EL2"),
+    Feature(8, "HAS_EL2_E2H0", "ARM_EL2_E2H0"),
 )
 
 PSCI_0_2, PMU_V3, SVE = 1 << 2, 1 << 3, 1 << 4
 PTRAUTH = 1 << 5 | 1 << 6
 """Address and generic: KVM wants both or neither."""
+
+GROUPS = (PMU_V3, SVE, PTRAUTH)
+"""Features that change what a kernel lists, as they can be asked for."""
 
 DEFAULT = PSCI_0_2
 """What a machine has that doesn't say."""
@@ -53,11 +54,6 @@ def names(mask: int) -> list[str]:
 def offered(capabilities: dict[str, int]) -> int:
     """The mask of features that a kernel with these capabilities takes."""
     return sum(feature.mask for feature in FEATURES if capabilities.get(feature.capability))
-
-
-def together(mask: int) -> int:
-    """A mask without the features that exclude others: one vCPU can have all of these."""
-    return mask & ~sum(feature.mask for feature in FEATURES if feature.listed_alone)
 
 
 WORDS: dict[str, int] = {**{feature.name.lower(): feature.mask for feature in FEATURES}, "ptrauth": PTRAUTH}

@@ -12,6 +12,7 @@ import fcntl
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from migstream.backends.base import Refusal
@@ -19,11 +20,12 @@ from migstream.backends.kvm import uapi
 from migstream.backends.kvm.arch import ArchHost, ArchVm
 from migstream.backends.kvm.operations import ATTRIBUTE, ByAddress, EnabledCap, Operation, Row, Struct, register_list
 from migstream.backends.kvm.uapi import Request
-from migstream.errors import BackendError
+from migstream.errors import BackendError, UsageError, errno_name
 from migstream.host.profile import FIXED
 from migstream.model import Arch, Layout, Machine, Phase, Scope
 from migstream.registers import arm64 as rows
 from migstream.registers import arm64_ids, gic, ids, vcpu_features
+from migstream.registers.catalogue import lookup
 
 if TYPE_CHECKING:
     from migstream.backends.kvm.backend import KvmBackend, KvmVm
@@ -65,11 +67,18 @@ class Affinity(Operation):
         self.packed = 0
         self.argument = struct.pack("<QQ", _MPIDR_EL1, ctypes.addressof(self.value))
 
-    def read(self, row: Row) -> list[Refusal]:
-        """KVM_GET_ONE_REG of MPIDR_EL1: Aff3 in bits 63:56 of an attribute, Aff2 to Aff0 in 55:32."""
-        uapi.call(row.fd, uapi.GET_ONE_REG, bytearray(self.argument), register="MPIDR_EL1", vcpu=row.vcpu)
+    def ask(self, fd: int, vcpu: int | None) -> None:
+        """KVM_GET_ONE_REG of MPIDR_EL1: Aff3 goes to bits 63:56 of an attribute, Aff2 to Aff0 to 55:32.
+
+        Raises: BackendError.
+        """
+        uapi.call(fd, uapi.GET_ONE_REG, bytearray(self.argument), register="MPIDR_EL1", vcpu=vcpu)
         value = self.value.value
         self.packed = (value & 0xFF_FFFF) << 32 | (value >> 32 & 0xFF) << 56
+
+    def read(self, row: Row) -> list[Refusal]:
+        """Ask, whoever comes after."""
+        self.ask(row.fd, row.vcpu)
         return []
 
     def write(self, row: Row) -> list[Refusal]:
@@ -123,7 +132,8 @@ class GicRegister(Operation):
         try:
             set_attribute(self.device, group, attribute, value)
         except BackendError as error:
-            return [Refusal(self.id, row.vcpu, f"{error.operation} group {group} attribute {attribute:#x}", error.errno)]
+            what = f"{error.operation} group {group} attribute {attribute & 0xFFFF_FFFF:#x}"
+            return [Refusal(self.id, row.vcpu, what, error.errno)]
         return []
 
 
@@ -212,12 +222,14 @@ class Arm64Host(ArchHost):
     def complete(self, backend: KvmBackend, profile: HostProfile) -> HostProfile:
         """Register list, vCPU features, devices, writable masks. Raises: BackendError."""
         offered = vcpu_features.offered(profile.capabilities)
-        masks = {vcpu_features.DEFAULT, vcpu_features.together(offered)}
-        listed = {id for mask in masks for id in _listed(backend, mask)}
+        listed = _listed(backend, vcpu_features.DEFAULT)
+        changed = {mask: listed ^ _listed(backend, vcpu_features.DEFAULT | mask)
+                   for mask in vcpu_features.GROUPS if mask & ~offered == 0}
         with backend.create(_scratch(0)) as vm:
             devices = tuple(name for name, number in _DEVICE_TYPES.items() if _can_make(vm.fd, number))
             writable = _writable_masks(vm.fd) if profile.capabilities["ARM_SUPPORTED_REG_MASK_RANGES"] & 1 else {}
         return replace(profile, registers=tuple(sorted(listed)), vcpu_features=offered, devices=devices,
+                       feature_registers={mask: tuple(sorted(ids)) for mask, ids in changed.items()},
                        writable_masks=writable)
 
     def vm_type(self, kvm_fd: int) -> int:
@@ -234,13 +246,13 @@ def _scratch(features: int) -> Machine:
     return Machine(Arch.ARM64, 1, (), {"vcpu_features": features})
 
 
-def _listed(backend: KvmBackend, features: int) -> tuple[int, ...]:
+def _listed(backend: KvmBackend, features: int) -> frozenset[int]:
     """The registers of a vCPU that was made with these features."""
     with backend.create(_scratch(features)) as vm:
         vm.create_vcpus()
         part = vm.arch
         assert isinstance(part, Arm64Vm)
-        return part.registers()
+        return frozenset(part.registers())
 
 
 def _can_make(vm_fd: int, device_type: int) -> bool:
@@ -264,7 +276,6 @@ class Arm64Vm(ArchVm):
 
     def __init__(self, vm: KvmVm) -> None:
         super().__init__(vm)
-        self._init = bytes(_INIT_SIZE)
         self._made_here = False
         self.counter_offset: bytes | None = None
 
@@ -282,17 +293,27 @@ class Arm64Vm(ArchVm):
         Raises: BackendError naming the features that the kernel refuses.
         """
         self._made_here = True
-        self._init = self._preferred()
         for k, fd in enumerate(self.vm.vcpu_fds):
-            uapi.call(fd, uapi.ARM_VCPU_INIT, bytearray(self._init), vcpu=k,
-                      register=f"with {', '.join(vcpu_features.names(self.features))}")
+            self._initialize(k, fd)
         devices = self.vm.machine.devices
         if "gic_distributor" in devices:
             self._make_gic(devices["gic_distributor"], devices["gic_redistributors"], devices.get("gic_irqs", 64))
         if "its" in devices:
             self._make_its(devices["its"])
 
-    def _preferred(self) -> bytes:
+    def _initialize(self, vcpu: int, fd: int) -> None:
+        try:
+            uapi.call(fd, uapi.ARM_VCPU_INIT, bytearray(self.init), vcpu=vcpu)
+        except BackendError as error:
+            capabilities = {name: uapi.check_extension(self.vm.backend.fd, name) for name in uapi.ARM64_CAPABILITIES}
+            missing = vcpu_features.names(self.features & ~vcpu_features.offered(capabilities))
+            what = f"{errno_name(error.errno)} for vCPU features {', '.join(vcpu_features.names(self.features))}"
+            raise BackendError(error.operation, errno=error.errno, vcpu=vcpu,
+                               what=what + (f"; this host has no {', '.join(missing)}" if missing else "")) from error
+
+    @cached_property
+    def init(self) -> bytes:
+        """struct kvm_vcpu_init of all vCPUs: what this host prefers, with the machine's features."""
         init = bytearray(_INIT_SIZE)
         uapi.call(self.vm.fd, uapi.ARM_PREFERRED_TARGET, init)
         struct.pack_into("<I", init, 4, struct.unpack_from("<I", init, 4)[0] | self.features)
@@ -340,7 +361,7 @@ class Arm64Vm(ArchVm):
         return tuple(sorted(found, key=lambda layout: layout.phase))
 
     def _extra(self) -> list[int]:
-        """What the kernel doesn't list. Interrupt lines end in the interrupt controller, so there are none without it."""
+        """What the kernel doesn't list; interrupt lines where there is an interrupt controller at their end."""
         extra = [ids.capability_id(Arch.ARM64, capability) for capability in self.vm.enabled_caps]
         extra += [rows.VCPU_EVENTS.id, rows.MP_STATE.id]
         extra += [rows.COUNTER_OFFSET.id] if self.counter_offset is not None else []
@@ -362,16 +383,20 @@ class Arm64Vm(ArchVm):
     def _icc_ctlr(self) -> int:
         """ICC_CTLR_EL1 of the first vCPU."""
         affinity, value = Affinity(), ctypes.c_uint64()
-        uapi.call(self.vm.vcpu_fds[0], uapi.GET_ONE_REG, bytearray(affinity.argument), register="MPIDR_EL1", vcpu=0)
-        mpidr = affinity.value.value
+        affinity.ask(self.vm.vcpu_fds[0], 0)
         group, attribute = gic.attribute(gic.ICC_CTLR)
-        place = (mpidr & 0xFF_FFFF) << 32 | (mpidr >> 32 & 0xFF) << 56
-        argument = ATTRIBUTE.pack(0, group, place | attribute, ctypes.addressof(value))
-        uapi.call(self.vm.device_fds["gic"], uapi.GET_DEVICE_ATTR, bytearray(argument), register="ICC_CTLR_EL1", vcpu=0)
+        argument = bytearray(ATTRIBUTE.pack(0, group, affinity.packed | attribute, ctypes.addressof(value)))
+        uapi.call(self.vm.device_fds["gic"], uapi.GET_DEVICE_ATTR, argument, register="ICC_CTLR_EL1", vcpu=0)
         return value.value
 
     def operations(self, layout: Layout) -> list[Operation]:
-        """One a column; with interrupt controller registers, the row's affinity before them."""
+        """One a column; with interrupt controller registers, the row's affinity before them.
+
+        Raises: UsageError for a column of another size than its register: KVM would go past its memory.
+        """
+        for slot in layout.slots:
+            if slot.size != (size := lookup(slot.id).size):
+                raise UsageError(f"{lookup(slot.id).name}: a column of {slot.size} bytes for {size}")
         affinity = Affinity()
         out: list[Operation] = [affinity] if any(gic.access(slot.id) for slot in layout.slots) else []
         for column, slot in enumerate(layout.slots):
@@ -385,7 +410,7 @@ class Arm64Vm(ArchVm):
         if id in _STRUCTS:
             return Struct(id, start, size, *_STRUCTS[id])
         if id == rows.VCPU_INIT.id:
-            return ToldInit(id, start, self._init)
+            return ToldInit(id, start, self.init)
         if id == rows.COUNTER_OFFSET.id:
             return CounterOffset(id, start, self)
         if ids.capability_number(id) is not None:
@@ -396,9 +421,10 @@ class Arm64Vm(ArchVm):
     def _by_address(self, id: int) -> tuple[Callable[..., ByAddress], Request, Request, bytes]:
         if id in gic.LINES:
             group, attribute = gic.attribute(id)
-            make = PmuIrq if id == gic.PMU_IRQ.id else ByAddress
-            return make, uapi.GET_DEVICE_ATTR, uapi.SET_DEVICE_ATTR, ATTRIBUTE.pack(0, group, attribute, 0)[:16]
-        return (VectorLengths if id == arm64_ids.SVE_VLS else ByAddress), uapi.GET_ONE_REG, uapi.SET_ONE_REG, struct.pack("<Q", id)
+            line = PmuIrq if id == gic.PMU_IRQ.id else ByAddress
+            return line, uapi.GET_DEVICE_ATTR, uapi.SET_DEVICE_ATTR, ATTRIBUTE.pack(0, group, attribute, 0)[:16]
+        make = VectorLengths if id == arm64_ids.SVE_VLS else ByAddress
+        return make, uapi.GET_ONE_REG, uapi.SET_ONE_REG, struct.pack("<Q", id)
 
     def read_order(self, layout: Layout, program: list[Operation]) -> list[Operation]:
         """As they are written: nothing on arm64 changes by being read."""
