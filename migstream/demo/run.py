@@ -69,7 +69,7 @@ def machine(arch: Arch, vcpus: int, memory: int, vcpu_features: int = 0) -> Mach
     """
     board, smallest = BOARDS[arch], guest_for(arch).min_memory(vcpus)
     if memory % PAGE or not smallest <= memory <= sum(most for _, most in board.ram):
-        raise UsageError(f"--memory: whole pages of {PAGE} bytes, and {smallest} bytes or more for {vcpus} vCPUs")
+        raise UsageError(f"--memory: whole pages of {PAGE} bytes, at least {smallest} bytes for {vcpus} vCPUs")
     regions, left = [], memory
     for start, most in board.ram:
         if left:

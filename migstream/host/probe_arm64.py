@@ -43,11 +43,10 @@ def probe(host: Host, experiments: bool) -> HostProfile:
     """Return the profile of an arm64 host. Raises: BackendError."""
     base = host.profile()
     plain = _room(host, vcpu_features.DEFAULT)
-    full = _room(host, vcpu_features.DEFAULT | vcpu_features.together(base.vcpu_features))
+    full = _room(host, vcpu_features.DEFAULT | base.vcpu_features & sum(vcpu_features.GROUPS))
     defaults = dict(plain.values)
     profile = dataclasses.replace(
         base, defaults=defaults, registers_base=plain.listed, registers_all=full.listed,
-        registers=tuple(sorted({*base.registers, *plain.listed, *full.listed})),
         feature_defaults={id: value for id, value in full.values.items() if defaults.get(id) != value},
         refused={id: (no, 0) for id, no in {**full.refused, **plain.refused}.items()},
         features_refused=_features_refused(host))

@@ -72,6 +72,14 @@ def write_errno(vm: Vm, id: int, value: bytes, vcpu: int = 0) -> int:
     return refused[0].errno if refused else 0
 
 
+def still(id: int, value: bytes) -> bytes:
+    """The value with the bits that run by themselves cleared."""
+    number = int.from_bytes(value, "little")
+    for low, width in x86_64.RUNNING[id].spans if id in x86_64.RUNNING else ():
+        number &= ~((1 << width) - 1 << low)
+    return number.to_bytes(len(value), "little")
+
+
 def run_a_little(vm: Vm, steps: int = 20) -> None:
     """Run the demo guest, which is installed, until every vCPU has counted so many steps more; then pause it."""
     before = guest.counts(vm)

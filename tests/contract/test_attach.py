@@ -33,9 +33,10 @@ class Owner:
     vcpus: list[int]
     memory: mmap.mmap
 
-    def attach(self, vcpus: int = 2, **options: dict[int, tuple[int, ...]]) -> Vm:
+    def attach(self, vcpus: int = 2, enabled_caps: dict[int, tuple[int, ...]] | None = None) -> Vm:
         made = Machine(Arch.X86_64, vcpus, (MemoryRegion(0, SIZE),), {"irqchip": True})
-        return KvmBackend.attach(self.kvm, self.vm, self.vcpus, made, [memoryview(self.memory)], **options)
+        return KvmBackend.attach(self.kvm, self.vm, self.vcpus, made, [memoryview(self.memory)],
+                                 enabled_caps=enabled_caps)
 
 
 @pytest.fixture
@@ -80,8 +81,19 @@ def test_letting_go_closes_nothing(owner: Owner) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
     for fd in (owner.kvm, owner.vm, *owner.vcpus):
         os.fstat(fd)
-    assert read(owner.attach(), x86_64.MP_STATE.id) == [struct.pack("<I", 0), struct.pack("<I", 1)]
-    owner.memory[:4] = b"mine"
+    with owner.attach() as again:
+        assert read(again, x86_64.MP_STATE.id) == [struct.pack("<I", 0), struct.pack("<I", 1)]
+
+
+def test_letting_go_gives_the_memory_back(owner: Owner) -> None:
+    """An mmap that somebody still looks into can't be closed: BufferError."""
+    vm = owner.attach()
+    vm.memory.view(0, 4)[:] = b"mine"
+    vm.close()
+    assert owner.memory[:4] == b"mine"
+    owner.memory.close()
+    with pytest.raises(UsageError, match="no guest RAM"):
+        vm.memory.view(0, 4)
 
 
 def test_running_is_the_owners_business(owner: Owner) -> None:

@@ -17,7 +17,7 @@ from migstream.backends.kvm import uapi
 from migstream.backends.kvm.arch import arch_host, host_arch
 from migstream.backends.kvm.operations import Operation, Row
 from migstream.backends.kvm.run import Runner
-from migstream.errors import BackendUnavailable, UsageError, errno_name
+from migstream.errors import BackendError, BackendUnavailable, UsageError, errno_name
 from migstream.host.profile import HostProfile
 from migstream.model import Layout, Machine, MemoryRegion, Scope
 from migstream.plan import DEVICES
