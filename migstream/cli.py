@@ -105,7 +105,8 @@ def _vcpu_features(text: str) -> int:
     try:
         return vcpu_features.parse(text)
     except KeyError as error:
-        raise argparse.ArgumentTypeError(f"no vCPU feature {error}; there are {', '.join(vcpu_features.WORDS)}") from error
+        words = ", ".join(vcpu_features.WORDS)
+        raise argparse.ArgumentTypeError(f"no vCPU feature {error}; there are {words}") from error
 
 
 _BACKENDS = "auto (real KVM where it works, else the simulator), kvm, sim, or sim:NAME"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import re
 import struct
 
 import numpy as np
@@ -36,7 +35,7 @@ def test_the_default_kernel_and_its_names() -> None:
 
 @pytest.mark.parametrize("name", ["x86_64-6.18", "x86-6.18-pvm", "sim:x86_64-6.19-pvm", "arm64-6.12", "nonsense"])
 def test_an_unknown_name_lists_the_near_ones(name: str) -> None:
-    with pytest.raises(BackendUnavailable, match=rf"near: .*sim:{re.escape(DEFAULT)}") as caught:
+    with pytest.raises(BackendUnavailable, match=r"near: .*sim:x86_64-6\.18-pvm") as caught:
         SimBackend(name)
     assert caught.value.exit_status == 69
     assert "\n" not in str(caught.value)
