@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from migstream import __version__
-from migstream.errors import EXIT_STATUS, MigstreamError, UsageError
+from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
 
 if TYPE_CHECKING:
+    from migstream.model import Arch, Machine
     from migstream.report import Report
     from migstream.survey import Survey
 
@@ -29,18 +31,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status (`errors.EXIT_STATUS`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if argv is None:
+        _clean_up_when_told_to_stop()
     try:
+        if sys.stdout is None:
+            raise OutputError("standard output is closed")
         options = _parser().parse_args(arguments)
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 74
     except MigstreamError as error:
         if debug:
             raise
         return _say(error, "--json" in arguments)
+    except OSError as error:
+        if debug:
+            raise
+        return _no_output(error)
     except Exception as error:
         if debug:
             raise
@@ -49,9 +58,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 70
 
 
+def _clean_up_when_told_to_stop() -> None:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: temporary files go, VMs are closed."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def _no_output(error: OSError) -> int:
+    """Standard output went away or is full. What it still holds is dropped, so that the interpreter's exit is quiet."""
+    if not isinstance(error, BrokenPipeError):
+        print(f"migstream: standard output: {error.strerror or error}", file=sys.stderr)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return OutputError.exit_status
+
+
 def _say(error: MigstreamError, as_json: bool) -> int:
-    print(f"migstream: {error}", file=sys.stderr)
-    if as_json:
+    print(f"migstream: {printable(error, 2000)}", file=sys.stderr)
+    if isinstance(error.__cause__, BrokenPipeError):
+        return _no_output(error.__cause__)
+    if as_json and sys.stdout is not None:
         from migstream.show import error_json, print_json
 
         print_json("error", error_json(error))
@@ -74,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _memory(text: str) -> int:
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
     number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
     if not number.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a size: 64M, 2G, 1048576")
@@ -128,21 +153,23 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    import tempfile
-
-    from migstream.demo import screen
+    from migstream.demo import run, screen
     from migstream.progress import progress
 
-    with tempfile.TemporaryDirectory(prefix="migstream-") as folder, progress() as tell:
-        path = options.output or os.path.join(folder, "demo.mig")
-        result = screen.demo(options.backend, options.vcpus, options.memory, path, options.seconds, options.level, tell,
-                             options.vcpu_features)
+    if options.output == "-":
+        raise UsageError("-o -: the demo's own result goes to standard output; name a file")
+
+    def machine(arch: Arch) -> Machine:
+        return run.machine(arch, options.vcpus, options.memory, options.vcpu_features)
+
+    with progress() as tell:
+        result = screen.demo(options.backend, machine, options.output, options.seconds, options.level, tell)
     if options.json:
         from migstream.show import print_json
 
         print_json("demo", result.document())
     else:
-        result.print(kept=bool(options.output))
+        result.print()
     return 0
 
 
@@ -168,9 +195,10 @@ def _inspect(options: argparse.Namespace) -> int:
     if seen.reader.preamble is None and seen.error:
         raise seen.error.in_file(options.file)
     document = show.survey_json(seen)
+    _check_inspect(options)
     if options.section is not None:
         document["section"] = _section(options, seen)
-    elif options.vm or options.vcpu or options.reg:
+    elif options.vm or options.vcpu or options.reg is not None:
         document["registers"] = _registers(options, seen)
     elif not options.json:
         show.print_pairs(show.survey_pairs(options.file, seen))
@@ -183,13 +211,22 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_inspect(options: argparse.Namespace) -> None:
+    if options.hex and options.section is None:
+        raise UsageError("--hex goes with --section")
+    if options.reg == "":
+        raise UsageError("--reg: an empty pattern matches nothing")
+    if options.section is not None and (options.vm or options.vcpu or options.reg is not None):
+        raise UsageError("--section shows a section, --vm, --vcpu and --reg show registers: one or the other")
+
+
 def _registers(options: argparse.Namespace, seen: Survey) -> list[dict[str, Any]]:
     from migstream import show
     from migstream.model import Scope
 
     vcpus = _vcpu_range(options.vcpu, seen.reader.machine.vcpus if seen.reader.machine else 0)
     scopes = [(Scope.VM, options.vm or not options.vcpu), (Scope.VCPU, bool(options.vcpu) or not options.vm)]
-    pattern = options.reg or "*"
+    pattern = "*" if options.reg is None else options.reg
     groups = [group for scope, wanted in scopes if wanted
               for group in show.register_groups(seen.banks, scope, vcpus, pattern)]
     if not groups:
@@ -285,7 +322,7 @@ def _replay(options: argparse.Namespace) -> int:
         if options.seconds is not None:
             from migstream.demo.run import continue_guest
 
-            ran = continue_guest(vm, restorer.opaque, options.seconds)
+            ran = continue_guest(vm, report.opaque, options.seconds)
     if options.json:
         show.print_json("replay", {"backend": backend.name, **show.report_json(report), "run": ran})
     else:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from migstream.backends.base import Refusal
-from migstream.model import Scope
+from migstream.model import OpaqueState, Scope
 from migstream.plan import Verdict
 from migstream.registers.catalogue import lookup
 
@@ -42,7 +42,8 @@ class Report:
         refused: what the host refused, and why that lost nothing.
         verdicts: the plan's answers other than a plain fit.
         differs: what read back different. readback: registers compared, 0 where none were.
-        bytes: of the stream. raw_bytes: of register values before filter and codec, and of RAM.
+        bytes: of the stream. raw_bytes: of `registers` and `ram` before filter and codec; stored_bytes: after them.
+        opaque: device state of the VMM's own that the stream carried, in its order (restore).
         notes: other things worth knowing, a line each.
     """
 
@@ -54,6 +55,8 @@ class Report:
     readback: int = 0
     bytes: int = 0
     raw_bytes: dict[str, int] = field(default_factory=dict)
+    stored_bytes: dict[str, int] = field(default_factory=dict)
+    opaque: list[OpaqueState] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @contextmanager

@@ -37,6 +37,11 @@ def size(count: int | float) -> str:
     return ""
 
 
+def count(number: int, what: str) -> str:
+    """`1 vCPU`, `4 vCPUs`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def milliseconds(ns: int) -> str:
     """A time for people."""
     return f"{ns / 1e6:.2f} ms"
@@ -50,12 +55,12 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def _print(table: Any, indent: int = 0) -> None:
-    """Write a rich table as wide as it is: a terminal wraps, a pipe gets whole lines. NO_COLOR is heeded by rich."""
+def _print(table: Any, indent: int = 0, width: int | None = 10_000) -> None:
+    """Write a rich table `width` columns wide at most (None: the terminal's). NO_COLOR is heeded by rich."""
     from rich.console import Console
     from rich.padding import Padding
 
-    wide = Console(width=10_000, file=sys.stdout, highlight=False, soft_wrap=True)
+    wide = Console(width=width, file=sys.stdout, highlight=False)
     with wide.capture() as capture:
         wide.print(Padding(table, (0, 0, 0, indent), expand=False))
     sys.stdout.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
@@ -75,14 +80,14 @@ def print_table(table: Table, indent: int = 2) -> None:
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    """Write `name  value` lines, names padded to one width; a list's later lines have no name."""
+    """Write `name  value` lines; a list's later lines have no name. Long values wrap on a terminal, and only there."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
     out = RichTable.grid(padding=(0, 2, 0, 0))
     for name, value in pairs:
-        out.add_row(Text(name, style="bold"), Text(printable(value, 600)))
-    _print(out)
+        out.add_row(Text(name, style="bold", no_wrap=True), Text(printable(value, 600)))
+    _print(out, width=None if sys.stdout.isatty() else 10_000)
 
 
 # inspect
@@ -100,7 +105,8 @@ def survey_pairs(name: str, seen: Survey) -> list[tuple[str, str]]:
     if machine:
         ram = sum(region.size for region in machine.memory)
         devices = ", ".join(f"{k}={v:#x}" if type(v) is int else k for k, v in sorted(machine.devices.items()) if v)
-        pairs.append(("machine", f"{machine.vcpus} vCPUs, {size(ram)} RAM in {len(machine.memory)} regions; {devices}"))
+        pairs.append(("machine", f"{count(machine.vcpus, 'vCPU')}, {size(ram)} RAM in "
+                      f"{count(len(machine.memory), 'region')}; {devices or 'no devices'}"))
     stored, records = seen.bank_bytes()
     if stored:
         ratio = f"{records / stored:.1f}:1"
@@ -280,6 +286,7 @@ def report_json(report: Report) -> dict[str, Any]:
     """A save's or restore's report for machines. Times in ns, sizes in bytes."""
     return {
         "times_ns": times_json(report), "bytes": report.bytes, "raw_bytes": report.raw_bytes,
+        "stored_bytes": report.stored_bytes,
         "writes": {phase: {str(scope): n for scope, n in row.items()} for phase, row in report.writes.items()},
         "verdicts": [{"register": v.name, "id": f"{v.slot.id:#018x}", "answer": str(v.answer), "reason": v.reason}
                      for v in report.verdicts],

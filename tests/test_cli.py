@@ -281,6 +281,72 @@ def test_a_file_keeps_its_old_content_until_the_new_one_is_whole(stream: Path, t
     assert os.listdir(tmp_path) == ["v.mig"]
 
 
+def test_a_device_or_pipe_is_written_and_never_replaced(stream: Path, tmp_path: Path) -> None:
+    from migstream.transport import open_output
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen([sys.executable, "-m", "migstream", "verify", "-q", str(pipe)])
+    with open_output(str(pipe)) as file:
+        file.write(stream.read_bytes())
+    assert reader.wait(20) == 0
+    assert pipe.is_fifo()
+
+
+def test_a_link_is_followed_and_a_mode_is_kept(tmp_path: Path) -> None:
+    from migstream.transport import open_output
+
+    target, link = tmp_path / "real.mig", tmp_path / "link.mig"
+    target.write_bytes(b"old")
+    target.chmod(0o644)
+    link.symlink_to(target)
+    with open_output(str(link)) as file:
+        file.write(b"new")
+    assert (link.is_symlink(), target.read_bytes(), target.stat().st_mode & 0o777) == (True, b"new", 0o644)
+
+
+@pytest.mark.parametrize(("redirect", "text"), [(">/dev/full", "No space left"), (">&-", "standard output is closed")])
+@pytest.mark.parametrize("command", ["inspect", "verify", "inspect --json"])
+def test_output_that_can_not_be_written_is_io(stream: Path, redirect: str, text: str, command: str) -> None:
+    result = subprocess.run(["bash", "-c", f"{sys.executable} -m migstream {command} {stream} {redirect}"],
+                            capture_output=True, text=True, check=False)
+    assert (result.returncode, len(result.stderr.splitlines())) == (74, 1)
+    assert text in result.stderr
+
+
+def test_a_closed_standard_input_is_io() -> None:
+    result = subprocess.run(["bash", "-c", f"{sys.executable} -m migstream verify - <&-"], capture_output=True,
+                            text=True, check=False)
+    assert (result.returncode, result.stderr) == (74, "migstream: standard input is closed\n")
+
+
+@pytest.mark.parametrize("argv", [
+    ["inspect", "V", "--hex"], ["inspect", "V", "--section", "1", "--vm"], ["inspect", "V", "--reg", ""],
+    ["demo", "--backend", "sim", "-o", ""], ["demo", "--backend", "sim", "-o", "-"],
+    ["demo", "--backend", "sim", "--vcpus", "4000"],
+])
+def test_what_makes_no_sense_is_usage(capsys: Capture, stream: Path, argv: list[str]) -> None:
+    status, out, err = run(capsys, *(stream if word == "V" else word for word in argv))
+    assert (status, out, len(err.splitlines())) == (64, "", 1)
+
+
+def test_a_name_with_escapes_is_shown_escaped(capsys: Capture) -> None:
+    _, _, err = run(capsys, "verify", "a\x1b[31mb\nc")
+    assert err == "migstream: a\\x1b[31mb\\nc: No such file or directory\n"
+
+
+def test_sigterm_leaves_no_temporary_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "migstream", "demo", "--backend", "sim", "--vcpus", "64", "--run", "30", "-o",
+               str(tmp_path / "v.mig")]
+    child = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)})
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "v.mig").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(20) == 128 + signal.SIGTERM
+    assert [p.name for p in tmp_path.iterdir()] == ["v.mig"]
+
+
 def test_output_to_a_closed_pipe_is_no_traceback(stream: Path) -> None:
     command = f"{sys.executable} -m migstream inspect {stream} --vcpu all | head -n 1; exit ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

@@ -42,7 +42,7 @@ def test_an_unknown_name_lists_the_near_ones(name: str) -> None:
 
 
 def test_an_unknown_capability_lists_those_that_there_are() -> None:
-    with pytest.raises(UsageError, match="'SREGS3'.*SREGS2"):
+    with pytest.raises(UsageError, match="SREGS3"):
         SimBackend(without=("SREGS3",))
 
 

@@ -18,7 +18,7 @@ import migstream
 from migstream import ram
 from migstream.backends.base import Backend, GuestMemory, Refusal, Vm
 from migstream.demo import run
-from migstream.errors import DoesNotFit, RestoreFailed, Truncated
+from migstream.errors import DoesNotFit, OutputError, RestoreFailed, Truncated
 from migstream.model import PAGE, Arch, Bank, Klass, Layout, Machine, MemoryRegion, OpaqueState, Phase, Scope, Slot
 from migstream.reader import StreamReader
 from migstream.registers import ids, x86_64
@@ -94,15 +94,38 @@ def test_the_clock_is_the_last_register_written(vm: Vm) -> None:
     assert sorted(titles, key=lambda t: Phase[t.split("/")[1].upper()]) == titles
 
 
-def test_opaque_state_comes_back(vm: Vm) -> None:
-    from migstream.transport import Restorer
+class Sip:
+    """A raw sink that takes seven bytes at a time, as a socket may."""
 
+    def __init__(self) -> None:
+        self.data = b""
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.data += bytes(data[:7])
+        return len(data[:7])
+
+
+def test_a_sink_that_takes_less_gets_everything(vm: Vm) -> None:
+    sip = Sip()
+    report = save(vm, sip, host=migstream.open_backend("sim").summary(), pause=vm.pause)
+    assert len(sip.data) == report.bytes
+    assert items(sip.data)
+
+
+def test_a_sink_that_takes_nothing_is_an_error(vm: Vm) -> None:
+    class Full:
+        def write(self, data: bytes | memoryview) -> int:
+            return 0
+
+    with pytest.raises(OutputError, match="took 0 of"):
+        save(vm, Full(), host=migstream.open_backend("sim").summary(), pause=vm.pause)
+
+
+def test_opaque_state_comes_back(vm: Vm) -> None:
     source = io.BytesIO(saved(vm, opaque=[OpaqueState("virtio-net", b"\0\1\2")]))
-    with Restorer(migstream.open_backend("sim")) as restorer:
-        for section, item in read_items(source, restorer.reader):
-            restorer.take(section, item)
-        restorer.finish()[0].close()
-    assert restorer.opaque == [OpaqueState("virtio-net", b"\0\1\2")]
+    target, report = restore(source, migstream.open_backend("sim"))
+    target.close()
+    assert report.opaque == [OpaqueState("virtio-net", b"\0\1\2")]
 
 
 def test_a_stream_goes_through_a_pipe_in_one_pass(vm: Vm) -> None:

@@ -93,7 +93,9 @@ def run_and_save(backend: Backend, wanted: Machine, out: Sink, *, steps: int = 5
 
     Raises: DemoFailed, BackendError, OutputError.
     """
-    guest = guest_for(wanted.arch)
+    guest, most = guest_for(wanted.arch), backend.profile().max_vcpus
+    if wanted.vcpus > most:
+        raise UsageError(f"--vcpus {wanted.vcpus}: {backend.name} allows {most}")
     progress(f"making a VM of {wanted.vcpus} vCPUs on {backend.name}")
     with backend.create(wanted, BOARDS[wanted.arch].caps) as vm:
         vm.create_vcpus()

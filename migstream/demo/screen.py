@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +14,7 @@ from migstream.backends import open_backend
 from migstream.backends.base import Backend
 from migstream.demo import run
 from migstream.errors import BackendUnavailable
-from migstream.model import Phase
+from migstream.model import Arch, Machine, Phase
 from migstream.transport import open_output, verify
 from migstream.transport.streams import Source
 
@@ -27,16 +30,21 @@ class DemoResult:
 
     backend: str
     fallback: str
-    path: str
-    vcpus: int
-    memory: int
+    output: str | None
+    machine: Machine
     saved: run.Saved
     replayed: dict[str, Any]
 
+    @property
+    def memory(self) -> int:
+        """Bytes of guest RAM."""
+        return sum(region.size for region in self.machine.memory)
+
     def document(self) -> dict[str, Any]:
         """The result for machines."""
-        return {"backend": self.backend, "fallback": self.fallback, "file": self.path, "vcpus": self.vcpus,
-                "memory": self.memory, "save": show.report_json(self.saved.report), "replay": self.replayed,
+        return {"backend": self.backend, "fallback": self.fallback, "file": self.output,
+                "vcpus": self.machine.vcpus, "memory": self.memory,
+                "save": show.report_json(self.saved.report), "replay": self.replayed,
                 "blackout_ns": self.blackout_ns(),
                 "steps_at_save": self.saved.steps, "steps_after": self.replayed["run"]["steps_after"]}
 
@@ -52,18 +60,18 @@ class DemoResult:
         restored = (ns for name, ns in times.items() if name.split(" ")[0] in late)
         return sum(ns for name, ns in self.saved.report.times.items() if name != "prologue") + sum(restored)
 
-    def print(self, *, kept: bool) -> None:
+    def print(self) -> None:
         """The result for people, on one screen."""
         save, counters = self.saved.report, self.replayed["run"]
-        raw = save.raw_bytes["registers"]
-        banks = f"registers {show.size(raw)}, RAM {show.size(save.raw_bytes['ram'])}"
-        pairs = [("demo", f"{self.vcpus} vCPUs, {show.size(self.memory)} RAM on {self.backend}: saved mid-run, "
-                          "restored in another process, every counter went on without a gap")]
+        machine = f"{show.count(self.machine.vcpus, 'vCPU')}, {show.size(self.memory)} RAM on {self.backend}"
+        pairs = [("demo", f"{machine}: saved mid-run, restored in another process, "
+                          "every counter went on without a gap")]
         if self.fallback:
             pairs.append(("", f"not on real KVM: {self.fallback}"))
-        total = raw + save.raw_bytes["ram"]
-        pairs.append(("stream", f"{show.size(save.bytes)} for {banks} ({total / save.bytes:.0f}:1)"
-                                f"{', in ' + self.path if kept else ''}"))
+        parts = (f"{what} {show.size(raw)} as {show.size(save.stored_bytes[what])} "
+                 f"({raw / save.stored_bytes[what]:.1f}:1)" for what, raw in save.raw_bytes.items())
+        place = f", in {self.output}" if self.output else ""
+        pairs.append(("stream", f"{show.size(save.bytes)}: {', '.join(parts)}{place}"))
         pairs += [("save", _times(save.times)), ("restore", _times(self.replayed["times_ns"]))]
         pairs.append(("blackout", f"{show.milliseconds(self.blackout_ns())}: all of the save after its prologue, and "
                                   "the restore's RAM, state, interrupts and clock"))
@@ -93,17 +101,25 @@ def _times(times: dict[str, int]) -> str:
     return ", ".join(f"{name} {show.milliseconds(ns)}" for name, ns in times.items())
 
 
-def demo(backend_name: str, vcpus: int, memory: int, path: str, seconds: float, level: int,
-         tell: Callable[[str], None], vcpu_features: int = 0) -> DemoResult:
-    """Run the demo; see `migstream demo --help`. Raises: MigstreamError and below; DemoFailed for a counter."""
+def demo(backend_name: str, wanted: Callable[[Arch], Machine], output: str | None, seconds: float, level: int,
+         tell: Callable[[str], None]) -> DemoResult:
+    """Run the demo; see `migstream demo --help`. Raises: MigstreamError and below; DemoFailed for a counter.
+
+    The restoring process is given a file of this demo's own: another may be writing to the same `output`.
+    """
     backend, fallback = _open(backend_name)
-    wanted = run.machine(backend.arch, vcpus, memory, vcpu_features)
-    with open_output(path, _check) as out:
-        saved = run.run_and_save(backend, wanted, out, level=level, progress=tell)
-    tell("restoring in another process")
-    replayed = run.replay_elsewhere(path, backend.name, seconds)
+    machine = wanted(backend.arch)
+    with tempfile.TemporaryDirectory(prefix="migstream-") as folder:
+        path = os.path.join(folder, "demo.mig")
+        with open_output(path, _check) as out:
+            saved = run.run_and_save(backend, machine, out, level=level, progress=tell)
+        if output is not None:
+            with open(path, "rb") as source, open_output(output) as kept:
+                shutil.copyfileobj(source, kept)
+        tell("restoring in another process")
+        replayed = run.replay_elsewhere(path, backend.name, seconds)
     run.compare(saved.steps, replayed)
-    return DemoResult(backend.name, fallback, path, vcpus, memory, saved, replayed)
+    return DemoResult(backend.name, fallback, output, machine, saved, replayed)
 
 
 def _open(name: str) -> tuple[Backend, str]:

@@ -27,7 +27,6 @@ class Restorer:
     def __init__(self, backend: Backend, *, readback: bool = False) -> None:
         self.reader = StreamReader()
         self.report = Report()
-        self.opaque: list[OpaqueState] = []
         self._backend, self._readback = backend, readback
         self._plan: Plan | None = None
         self._vm: Vm | None = None
@@ -49,7 +48,7 @@ class Restorer:
             with self.report.phase("ram"):
                 ram.load(self._with_vcpus(self._ready()).memory, item.runs)
         elif isinstance(item, OpaqueState):
-            self.opaque.append(item)
+            self.report.opaque.append(item)
 
     def finish(self) -> tuple[Vm, Report]:
         """Settle refusals, read back when asked, and hand over the VM: complete, paused, the caller's to close.

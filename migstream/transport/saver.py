@@ -115,27 +115,41 @@ class Saver:
         assert self._prologue is not None
         self.report.count(bank.layout.phase.name.lower(), bank.layout.scope, bank.rows * len(bank.layout.slots))
         self._raw("registers", bank.values.nbytes)
-        self._send(sections.encode_bank(bank, self._prologue.layouts.index(bank.layout), self._level))
+        self._send(sections.encode_bank(bank, self._prologue.layouts.index(bank.layout), self._level), "registers")
 
     def _ram(self) -> None:
         regions = self.vm.memory.regions
         self._send(sections.encode(RamLayout(regions)))
         self._raw("ram", sum(region.size for region in regions))
         for group in ram.pack(ram.runs(self.vm.memory, regions)):
-            self._send(sections.encode_ram(group, self._level))
+            self._send(sections.encode_ram(group, self._level), "ram")
 
     def _raw(self, what: str, size: int) -> None:
         self.report.raw_bytes[what] = self.report.raw_bytes.get(what, 0) + size
 
-    def _send(self, section: Section) -> None:
+    def _send(self, section: Section, what: str = "other") -> None:
+        stored = self.report.stored_bytes
+        stored[what] = stored.get(what, 0) + len(section.stored)
         self._write(self._frames.send(section))
 
     def _write(self, buffers: Sequence[bytes | memoryview]) -> None:
         try:
             for buffer in buffers:
-                self._out.write(buffer)
+                _write_all(self._out, buffer)
         except OSError as error:
             raise OutputError(f"writing the stream: {error.strerror or error}") from error
+
+
+def _write_all(out: Sink, buffer: bytes | memoryview) -> None:
+    """Write all of a buffer: a raw pipe or socket may take less at once, and says how much."""
+    rest = memoryview(buffer).cast("B")
+    while rest:
+        taken = out.write(rest)
+        if taken is None:
+            return
+        if not isinstance(taken, int) or not 0 < taken <= len(rest):
+            raise OutputError(f"the sink took {taken!r} of {len(rest)} bytes")
+        rest = rest[taken:]
 
 
 def save(vm: Vm, out: Sink, *, host: HostSummary, pause: Callable[[], None], prologue: Prologue | None = None,

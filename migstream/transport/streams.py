@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TextIO, cast
 
-from migstream.errors import OutputError
+from migstream.errors import OutputError, UsageError, printable
 from migstream.frames import MAX_FEED, Section
 from migstream.reader import StreamReader
 from migstream.sections import EncodedBank, Item
@@ -20,7 +20,7 @@ class Sink(Protocol):
     """Anything with a `write`: a file, a pipe, a socket's makefile."""
 
     def write(self, data: bytes | memoryview, /) -> object:
-        """Take all of `data`."""
+        """Take bytes of `data` from its start and return how many; None means all."""
 
 
 class Source(Protocol):
@@ -62,35 +62,43 @@ def verify(source: Source, reader: StreamReader) -> int:
 def open_source(name: str) -> Iterator[BinaryIO]:
     """Open a stream file, or standard input for `-`. Raises: OutputError."""
     if name == "-":
-        yield sys.stdin.buffer
+        yield _standard(sys.stdin, "standard input")
         return
-    with _opened(name) as file:
+    with _opened(name, "rb") as file:
         yield file
 
 
-def _opened(name: str) -> BinaryIO:
+def _standard(stream: TextIO | None, name: str) -> BinaryIO:
+    if stream is None:
+        raise OutputError(f"{name} is closed")
+    return stream.buffer
+
+
+def _opened(name: str, mode: str) -> BinaryIO:
     try:
-        return open(name, "rb")
-    except OSError as error:
-        raise OutputError(f"{name}: {error.strerror}") from error
+        return cast(BinaryIO, open(name, mode))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{printable(name)}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager
 def open_output(name: str, check: Callable[[BinaryIO], object] | None = None) -> Iterator[BinaryIO]:
     """Give a file to write; it gets its final name only when the body has ended well and `check` has read it back.
 
-    A writer that is killed leaves at most a hidden `.NAME.*.partial` beside it. `-` is standard output, which is
-    written as it comes. Raises: OutputError, and what `check` raises.
+    A writer that is killed leaves at most a hidden `.NAME.*.partial` beside it. A symbolic link is followed; a new file
+    may be read by its owner alone, one that was there keeps its mode. Standard output (`-`), devices, pipes and sockets
+    are written as the bytes come. Raises: OutputError, and what `check` raises.
     """
-    if name == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
+    if not name:
+        raise UsageError("an empty name is no file")
+    if name == "-" or _is_special(name):
+        yield from _straight(name)
         return
-    target = Path(name)
+    target = Path(os.path.realpath(name))
     try:
         fd, temporary = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
-    except OSError as error:
-        raise OutputError(f"{name}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{printable(name)}: {getattr(error, 'strerror', None) or error}") from error
     try:
         with open(fd, "w+b") as file:
             yield file
@@ -98,16 +106,35 @@ def open_output(name: str, check: Callable[[BinaryIO], object] | None = None) ->
         os.replace(temporary, target)
     except OSError as error:
         os.unlink(temporary)
-        raise OutputError(f"{name}: {error.strerror}") from error
+        raise OutputError(f"{printable(name)}: {error.strerror}") from error
     except BaseException:
         os.unlink(temporary)
         raise
 
 
+def _is_special(name: str) -> bool:
+    """True for what must not be replaced by a file: a device, a pipe, a socket."""
+    path = Path(name)
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _straight(name: str) -> Iterator[BinaryIO]:
+    file = _standard(sys.stdout, "standard output") if name == "-" else _opened(name, "wb")
+    try:
+        yield file
+        file.flush()
+    except OSError as error:
+        raise OutputError(f"{printable(name)}: {error.strerror}") from error
+    finally:
+        if name != "-":
+            file.close()
+
+
 def _finish(file: BinaryIO, target: Path, check: Callable[[BinaryIO], object] | None) -> None:
+    if target.exists():
+        os.fchmod(file.fileno(), target.stat().st_mode & 0o7777)
     file.flush()
     os.fsync(file.fileno())
-    os.fchmod(file.fileno(), 0o600)
     if check:
         file.seek(0)
         check(file)

@@ -4,7 +4,8 @@ A seed that fails is printed with the steps that led there, so that it can becom
 is the recorded one or the test says so and is skipped.
 
 Left out, with the reason: CPUID2 (a leaf 0xd of its own appears where a table has none), the clocks and the PIT's load
-times (they run), a latched INIT (the simulator resets no vCPU), the APIC timer's count.
+times (they run), a latched INIT (the simulator resets no vCPU), interrupts pending in the IOAPIC (nor delivers any),
+the APIC timer's count.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ class Pair:
             out[27] = 0
         if id == x86_64.LAPIC.id:
             out[0x380:0x3A0] = bytes(0x20)
+        if id == x86_64.IOAPIC.id:
+            out[24:28] = bytes(4)
         if id == x86_64.TSC_KHZ.id:
             out[3] &= 0x7F
         return bytes(out)

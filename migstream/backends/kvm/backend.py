@@ -42,9 +42,16 @@ class KvmBackend(Backend):
             name = errno_name(error.errno or 0)
             raise BackendUnavailable(f"{path}: {name}: no real KVM here; {hint.get(name, 'check the device')}, "
                                      "or use --backend sim") from error
-        if (version := uapi.call(self.fd, uapi.GET_API_VERSION)) != uapi.API_VERSION:
-            raise BackendUnavailable(f"{path}: KVM API version {version}; expected {uapi.API_VERSION}")
+        self._check_version(path)
         self._profile: HostProfile | None = None
+
+    def _check_version(self, path: str) -> None:
+        try:
+            version = uapi.call(self.fd, uapi.GET_API_VERSION)
+        except BackendError as error:
+            raise BackendUnavailable(f"{path}: {errno_name(error.errno)}: not a KVM; use --backend sim") from error
+        if version != uapi.API_VERSION:
+            raise BackendUnavailable(f"{path}: KVM API version {version}; expected {uapi.API_VERSION}")
 
     def close(self) -> None:
         """Close the system fd; VMs made from it live on."""
@@ -96,6 +103,10 @@ class KvmBackend(Backend):
         vm.enabled_caps = dict(enabled_caps or {})
         vm.vcpu_fds, vm.device_fds = list(vcpu_fds), dict(device_fds or {})
         buffers = [buffer.cast("B") for buffer in memory]
+        for region, buffer in zip(machine.memory, buffers, strict=True):
+            if buffer.readonly or len(buffer) != region.size:
+                where = f"RAM at {region.guest_address:#x}"
+                raise UsageError(f"attach: {where} needs a writable buffer of {region.size} bytes")
         vm.memory = GuestMemory(list(zip(machine.memory, buffers, strict=True)))
         return vm
 

@@ -36,9 +36,11 @@ class Runner:
         gate = threading.Event()
         self._threads = [threading.Thread(target=self._loop, args=(k, gate), daemon=True)
                          for k in range(len(self._fds))]
-        for thread in self._threads:
-            thread.start()
-        gate.set()
+        try:
+            for thread in self._threads:
+                thread.start()
+        finally:
+            gate.set()
 
     def pause(self) -> None:
         """Stop all vCPUs and join their threads."""
@@ -48,7 +50,8 @@ class Runner:
             if thread.is_alive() and thread.ident is not None:
                 signal.pthread_kill(thread.ident, KICK)
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         self._threads = []
         for page in self._pages:
             page[uapi.RUN_IMMEDIATE_EXIT] = 0

@@ -318,13 +318,13 @@ def _keep_events(rows: Rows, values: Words) -> Words:
     event, now, flags = _bytes(values).copy(), _bytes(rows.get(EVENTS)), _flags(values)
     event[:, _BOOLEANS] = event[:, _BOOLEANS] != 0
     event[event[:, 10] != 0, 8] = event[:, 10] = 0
-    event[:, 13] = np.minimum(event[:, 13], np.where((event[:, 12] | event[:, 14]) != 0, 1, 2))
     event[:, 15] = event[:, 24:27] = event[:, 29:55] = 0
     _payload(event, bits(flags, _PAYLOAD))
     reached = ~_no_smm(rows, values)
     for flag, last, places in _PARTS:
         said = (bits(flags, flag) & (reached | (not last)))[:, np.newaxis]
         event[:, places] = np.where(said, event[:, places], now[:, places])
+    event[:, 13] = np.minimum(event[:, 13], np.where((event[:, 12] | event[:, 14]) != 0, 1, 2))
     event[:, 20:24] = 0
     event[:, 27] *= rows.guest.has("irqchip")
     return event.view(np.uint64)

@@ -209,11 +209,11 @@ def _base_changed(rows: Rows, values: Words, before: Words) -> None:
 
 
 def _set_ids(rows: Rows, page: Words, now: NDArray[np.uint64], before: NDArray[np.uint64]) -> None:
-    """An APIC that is switched on has the short id, one that comes to x2APIC mode the long one and a logical id."""
+    """An APIC that comes to xAPIC mode has the short id, one that comes to x2APIC mode the long and a logical one."""
     number, changed = _numbers(rows), now ^ before
-    on = bits(changed, _APIC_ENABLE) & bits(now, _APIC_ENABLE)
-    x2apic = bits(changed, _APIC_ENABLE | _X2APIC) & bits(now, _X2APIC)
-    id = np.where(on, number << np.uint64(24), page[:, _ID])
+    switched = bits(changed, _APIC_ENABLE | _X2APIC)
+    x2apic = switched & bits(now, _X2APIC)
+    id = np.where(switched & bits(now, _APIC_ENABLE), number << np.uint64(24), page[:, _ID])
     _set_low(page, _ID, np.where(x2apic, number, id))
     _set_low(page, _LDR, np.where(x2apic, _logical(rows), page[:, _LDR]))
 
@@ -242,11 +242,12 @@ AFTERS = (
 
 
 def _show_lapic(rows: Rows, values: Words) -> Words:
-    """x2APIC: the id is the vCPU's, in the short or the long form, and the logical id follows from it."""
+    """x2APIC: the id in the short or the long form, the logical id that follows from it, and an ICR of 64 bits."""
     out, on = values.copy(), _x2apic(rows)
     shift = np.uint64(0 if _long_ids(rows) else 24)
     _set_low(out, _ID, np.where(on, values[:, _ID] << shift, values[:, _ID]))
     _set_low(out, _LDR, np.where(on, _logical(rows), values[:, _LDR]))
+    _set_low(out, _ICR2, np.where(on, values[:, _ICR] >> np.uint64(32), values[:, _ICR2]))
     return out
 
 
