@@ -1,6 +1,7 @@
 """What only an arm64 host is asked: its register list with and without vCPU features, and the features it refuses.
 
-A room is a VM whose vCPUs have one set of features. Registers that are listed in both are tried in the first.
+A room is a VM whose vCPUs have one set of features. What is listed in both is tried in the first, and in the second,
+too, where its default is another there: a feature's ID register is fixed at 0 on a vCPU without the feature.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from migstream.errors import BackendError
 from migstream.host import experiment
 from migstream.host.profile import HostProfile
 from migstream.host.scratch import Host, Scratch, scratch_vm
+from migstream.model import Klass
 from migstream.registers import gic, ids, vcpu_features
+from migstream.registers.catalogue import lookup
 
 _GIC = {"gic_distributor": 0x800_0000, "gic_redistributors": 0x80A_0000}
 _PMU_IRQ = (23).to_bytes(4, "little")
@@ -53,8 +56,21 @@ def probe(host: Host, experiments: bool) -> HostProfile:
         features_refused=_features_refused(host))
     if not experiments:
         return profile
-    added = {id: value for id, value in full.values.items() if id not in plain.values}
-    return _experiments(host, _experiments(host, profile, plain, plain.values), full, added)
+    return _with_features(host, _experiments(host, profile, plain, plain.values), full)
+
+
+def _with_features(host: Host, profile: HostProfile, full: Room) -> HostProfile:
+    """What is only there with all features is recorded like the rest; what is another then, beside it."""
+    added = {id: value for id, value in full.values.items() if id not in profile.defaults}
+    profile = _experiments(host, profile, full, added)
+    changed = {id: value for id, value in full.values.items()
+               if id in profile.defaults and profile.defaults[id] != value and lookup(id).klass != Klass.CLOCK}
+    with _vm(host, full.features) as scratch:
+        trials = {id: experiment.try_bits(scratch, id, len(value)) for id, value in changed.items()}
+        found = experiment.scopes(scratch, trials)
+    return dataclasses.replace(
+        profile, feature_bits={id: experiment.bits_of(trial) for id, trial in trials.items()},
+        feature_scopes={id: one.scope for id, one in found.items() if one.scope != profile.scopes[id]})
 
 
 def _room(host: Host, features: int) -> Room:

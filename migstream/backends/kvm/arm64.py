@@ -335,7 +335,8 @@ class Arm64Vm(ArchVm):
     def layouts(self) -> tuple[Layout, ...]:
         """The kernel's list, structs, interrupt lines and the interrupt controller."""
         profile = self.vm.backend.profile()
-        scopes = {id: Scope(name) for id, name in profile.scopes.items() if name != FIXED}
+        known = {**profile.scopes, **profile.feature_scopes}
+        scopes = {id: Scope(name) for id, name in known.items() if name != FIXED}
         found = (*rows.layouts(self.registers(), scopes, self._extra()), *self._gic_layouts())
         return tuple(sorted(found, key=lambda layout: layout.phase))
 
