@@ -166,7 +166,7 @@ def _scope(scratch: Scratch, id: int, trial: Trial) -> Found:
         return Found("vcpu", "each vCPU has a value of its own")
     found = []
     for value in news:
-        found.append(_seen(scratch, id, (value, values[1]), values, trial.runs))
+        found.append(_seen(scratch, id, (value, values[1]), trial.runs))
         for vcpu, old in enumerate(values):
             scratch.write(id, old, vcpu)
     return found[0] if len(set(found)) == 1 else PARTLY
@@ -180,21 +180,26 @@ def _fixed(values: list[bytes], runs: bool) -> str:
     return f"no other value sticks; {'the same' if alike else 'a different one'} on each vCPU"
 
 
-def _seen(scratch: Scratch, id: int, news: tuple[bytes, bytes], before: list[bytes], runs: bool) -> Found:
-    """Write the first value through vCPU 0, then the second through vCPU 1, and see who reads what."""
+def _seen(scratch: Scratch, id: int, news: tuple[bytes, bytes], runs: bool) -> Found:
+    """Write the first value through vCPU 0, then the second through vCPU 1, and see who reads what.
+
+    What was there before is read anew: a register that only sets or clears bits can't be put back.
+    """
+    def reads(vcpu: int) -> bytes:
+        value = scratch.read(id, len(news[0]), vcpu)
+        return value if isinstance(value, bytes) else b""
+
+    before = [reads(vcpu) for vcpu in range(1, scratch.vcpus)]
     if scratch.write(id, news[0], 0):
         return Found("vcpu", "taken on vCPU 0 before and refused now: not shown to be shared")
-    there = {_read(scratch, id, vcpu, news[0], before[vcpu], runs) for vcpu in range(1, scratch.vcpus)}
-    refused = scratch.write(id, news[1], 1)
-    back = "old" if refused else _read(scratch, id, 0, news[1], news[0], runs)
+    there = {_which(reads(vcpu), news[0], before[vcpu - 1], runs) for vcpu in range(1, scratch.vcpus)}
+    own = reads(0)
+    back = "old" if scratch.write(id, news[1], 1) else _which(reads(0), news[1], own, runs)
     return _JUDGED.get((there.pop() if len(there) == 1 else "", back), PARTLY)
 
 
-def _read(scratch: Scratch, id: int, vcpu: int, new: bytes, old: bytes, runs: bool) -> str:
-    """Which of two values a vCPU reads; "" for neither."""
-    value = scratch.read(id, len(new), vcpu)
-    if not isinstance(value, bytes):
-        return ""
+def _which(value: bytes, new: bytes, old: bytes, runs: bool) -> str:
+    """`new` or `old`, or "" for neither."""
     return "new" if same(new, value, runs) else "old" if same(old, value, runs) else ""
 
 
