@@ -49,7 +49,7 @@ def probe(host: Host, experiments: bool) -> HostProfile:
     full = _room(host, vcpu_features.DEFAULT | vcpu_features.together(base.vcpu_features))
     defaults = dict(plain.values)
     profile = dataclasses.replace(
-        base, defaults=defaults, registers_base=plain.listed, registers_all=full.listed,
+        base, scopes={}, defaults=defaults, registers_base=plain.listed, registers_all=full.listed,
         registers=tuple(sorted({*base.registers, *plain.listed, *full.listed})),
         feature_defaults={id: value for id, value in full.values.items() if defaults.get(id) != value},
         refused={id: (no, 0) for id, no in {**full.refused, **plain.refused}.items()},
@@ -119,9 +119,9 @@ _UNKNOWN_FEATURE = 1 << (vcpu_features.FEATURES[-1].bit + 1)
 
 def _features_refused(host: Host) -> dict[int, int]:
     """Features that a vCPU can't be made with, each alone (pointer authentication only comes in a pair)."""
-    masks = {feature.mask: feature.mask for feature in vcpu_features.FEATURES} | {_UNKNOWN_FEATURE: _UNKNOWN_FEATURE}
-    masks |= {mask: vcpu_features.PTRAUTH for mask in masks if mask & vcpu_features.PTRAUTH}
-    return {mask: no for mask, asked in masks.items() if (no := _refused(host, vcpu_features.DEFAULT | asked))}
+    masks = [*(feature.mask for feature in vcpu_features.FEATURES), _UNKNOWN_FEATURE]
+    return {mask: no for mask in masks
+            if (no := _refused(host, vcpu_features.DEFAULT | vcpu_features.whole(mask)))}
 
 
 def _refused(host: Host, features: int) -> int:

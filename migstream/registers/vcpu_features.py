@@ -60,6 +60,11 @@ def together(mask: int) -> int:
     return mask & ~sum(feature.mask for feature in FEATURES if feature.listed_alone)
 
 
+def whole(mask: int) -> int:
+    """A mask with the other half of pointer authentication, which only comes in a pair."""
+    return mask | PTRAUTH if mask & PTRAUTH else mask
+
+
 WORDS: dict[str, int] = {**{feature.name.lower(): feature.mask for feature in FEATURES}, "ptrauth": PTRAUTH}
 """What people write for a feature."""
 

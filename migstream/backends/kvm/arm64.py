@@ -20,6 +20,7 @@ from migstream.backends.kvm.arch import ArchHost, ArchVm
 from migstream.backends.kvm.operations import ATTRIBUTE, ByAddress, EnabledCap, Operation, Row, Struct, register_list
 from migstream.backends.kvm.uapi import Request
 from migstream.errors import BackendError
+from migstream.host import profiles
 from migstream.host.profile import FIXED
 from migstream.model import Arch, Layout, Machine, Phase, Scope
 from migstream.registers import arm64 as rows
@@ -211,14 +212,15 @@ class Arm64Host(ArchHost):
 
     def complete(self, backend: KvmBackend, profile: HostProfile) -> HostProfile:
         """Register list, vCPU features, devices, writable masks. Raises: BackendError."""
-        offered = vcpu_features.offered(profile.capabilities)
+        offered = _taken(backend, vcpu_features.offered(profile.capabilities))
         masks = {vcpu_features.DEFAULT, vcpu_features.together(offered)}
         listed = {id for mask in masks for id in _listed(backend, mask)}
         with backend.create(_scratch(0)) as vm:
             devices = tuple(name for name, number in _DEVICE_TYPES.items() if _can_make(vm.fd, number))
             writable = _writable_masks(vm.fd) if profile.capabilities["ARM_SUPPORTED_REG_MASK_RANGES"] & 1 else {}
         return replace(profile, registers=tuple(sorted(listed)), vcpu_features=offered, devices=devices,
-                       writable_masks=writable)
+                       writable_masks=writable,
+                       scopes=profiles.scopes_of(self.arch.label, profile.kernel, profile.cpu))
 
     def vm_type(self, kvm_fd: int) -> int:
         """0 is 40 address bits; a host that has fewer wants to be told its own number."""
@@ -232,6 +234,24 @@ class Arm64Host(ArchHost):
 
 def _scratch(features: int) -> Machine:
     return Machine(Arch.ARM64, 1, (), {"vcpu_features": features})
+
+
+def _taken(backend: KvmBackend, offered: int) -> int:
+    """Of the features that capabilities promise, those that vCPUs can be made with; mostly all."""
+    if _makes(backend, vcpu_features.DEFAULT | vcpu_features.together(offered)):
+        return offered
+    refused = {mask for mask in (1 << bit for bit in range(offered.bit_length())) if mask & offered
+               and not _makes(backend, vcpu_features.DEFAULT | vcpu_features.whole(mask))}
+    return offered & ~sum(refused)
+
+
+def _makes(backend: KvmBackend, features: int) -> bool:
+    try:
+        with backend.create(_scratch(features)) as vm:
+            vm.create_vcpus()
+    except BackendError:
+        return False
+    return True
 
 
 def _listed(backend: KvmBackend, features: int) -> tuple[int, ...]:
