@@ -11,20 +11,16 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from migstream import __version__
+from migstream import __version__, cli_host
+from migstream.cli_host import BACKENDS, Parser
 from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
 
 if TYPE_CHECKING:
     from migstream.model import Arch, Machine
     from migstream.report import Report
     from migstream.survey import Survey
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,10 +81,10 @@ def _say(error: MigstreamError, as_json: bool) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     epilog = "exit status: " + " · ".join(f"{number} {what}" for number, what in EXIT_STATUS.items())
-    parser = _Parser(prog="migstream", description="Save and restore the register state of KVM guests.", epilog=epilog)
+    parser = Parser(prog="migstream", description="Save and restore the register state of KVM guests.", epilog=epilog)
     parser.add_argument("--version", action="version", version=f"migstream {__version__}")
     parser.add_argument("--debug", action="store_true", help="show a traceback instead of the one-line error")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for name, (run, build, text, examples) in _COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text, epilog="examples: " + " · ".join(examples))
         sub.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -134,16 +130,13 @@ def _vcpu_features(text: str) -> int:
         raise argparse.ArgumentTypeError(f"no vCPU feature {error}; there are {words}") from error
 
 
-_BACKENDS = "auto (real KVM where it works, else the simulator), kvm, sim, or sim:NAME"
-
-
 # demo
 
 
 def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--vcpus", type=_vcpus, default=4, metavar="N", help="number of vCPUs (4)")
     sub.add_argument("--memory", type=_memory, default=64 << 20, metavar="SIZE", help="guest RAM (64M)")
-    sub.add_argument("--backend", default="auto", metavar="NAME", help=_BACKENDS)
+    sub.add_argument("--backend", default="auto", metavar="NAME", help=BACKENDS)
     sub.add_argument("--vcpu-features", type=_vcpu_features, default=0, metavar="LIST",
                      help="arm64: vCPU features by name, such as sve,pmu_v3,ptrauth")
     sub.add_argument("-o", dest="output", metavar="FILE", help="keep the stream in FILE")
@@ -297,7 +290,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _replay_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", metavar="FILE|-")
-    sub.add_argument("--backend", default="auto", metavar="NAME", help=_BACKENDS)
+    sub.add_argument("--backend", default="auto", metavar="NAME", help=BACKENDS)
     sub.add_argument("--readback", action="store_true", help="read every register back and compare")
     sub.add_argument("--run", dest="seconds", type=_seconds, metavar="SECONDS",
                      help="let the guest run on, then stop it")
@@ -347,54 +340,6 @@ def _print_replay(options: argparse.Namespace, backend: str, report: Report, ran
     show.print_pairs(pairs)
 
 
-# host
-
-
-def _host_arguments(sub: argparse.ArgumentParser) -> None:
-    verbs = sub.add_subparsers(metavar="VERB", required=True, dest="verb", parser_class=_Parser)
-    capture = verbs.add_parser("capture", help="ask a backend what it offers, on a scratch VM; JSON")
-    capture.add_argument("--backend", default="kvm", metavar="NAME", help=_BACKENDS)
-    capture.add_argument("-o", dest="output", default="-", metavar="FILE")
-    capture.add_argument("--made-by", metavar="TEXT", help="the command that the profile says it was made by")
-    capture.add_argument("--no-experiment", action="store_true", help="only what the host tells and reads")
-    verbs.add_parser("list", help="name the profiles that the simulator knows")
-
-
-def _host(options: argparse.Namespace) -> int:
-    return _host_capture(options) if options.verb == "capture" else _host_list(options)
-
-
-def _host_capture(options: argparse.Namespace) -> int:
-    from migstream.backends import open_backend
-    from migstream.host.probe import capture
-    from migstream.host.profile import to_json
-    from migstream.transport import open_output
-
-    backend = open_backend(options.backend)
-    text = to_json(capture(backend, options.made_by or _made_by(options), not options.no_experiment))
-    with open_output(options.output) as file:
-        file.write(text.encode())
-    return 0
-
-
-def _made_by(options: argparse.Namespace) -> str:
-    more = " --no-experiment" if options.no_experiment else ""
-    return f"migstream host capture --backend {options.backend}{more}"
-
-
-def _host_list(options: argparse.Namespace) -> int:
-    from migstream import show
-    from migstream.host import profiles
-
-    known = [(f"sim:{name}", profiles.load(name)) for name in profiles.names()]
-    if options.json:
-        rows = [{"name": n, "arch": p.arch.label, "kernel": p.kernel, "cpu": p.cpu} for n, p in known]
-        show.print_json("host list", {"profiles": rows})
-    else:
-        show.print_table(show.Table(("name", "kernel", "cpu"), [(n, p.kernel, p.cpu) for n, p in known]), 0)
-    return 0
-
-
 _COMMANDS: dict[str, tuple[Any, Any, str, tuple[str, str]]] = {
     "demo": (_demo, _demo_arguments, "save a running guest, restore it in another process, check that it counts on",
              ("migstream demo", "migstream demo --vcpus 240 --backend kvm -o v.mig")),
@@ -404,6 +349,6 @@ _COMMANDS: dict[str, tuple[Any, Any, str, tuple[str, str]]] = {
                ("migstream verify v.mig", "cat v.mig | migstream verify -q -")),
     "replay": (_replay, _replay_arguments, "restore a stream into a fresh VM and report what was written",
                ("migstream replay v.mig --backend kvm --readback", "migstream replay v.mig --backend sim --run 1")),
-    "host": (_host, _host_arguments, "capture and list host profiles",
-             ("migstream host capture -o here.json", "migstream host list")),
+    "host": (cli_host.run, cli_host.arguments, "capture, list, show and compare host profiles",
+             ("migstream host capture -o here.json", "migstream host diff here.json arm64-6.12")),
 }

@@ -33,10 +33,14 @@ def test_the_default_kernel_and_its_names() -> None:
     assert migstream.open_backend("sim").name == f"sim:{DEFAULT}"
 
 
-@pytest.mark.parametrize("name", ["x86_64-6.18", "x86-6.18-pvm", "sim:x86_64-6.19-pvm", "arm64-6.12", "nonsense"])
-def test_an_unknown_name_lists_the_near_ones(name: str) -> None:
-    with pytest.raises(BackendUnavailable, match=r"near: .*sim:x86_64-6\.18-pvm") as caught:
+@pytest.mark.parametrize(("name", "near"), [
+    ("x86_64-6.18", DEFAULT), ("x86-6.18-pvm", DEFAULT), ("sim:x86_64-6.19-pvm", DEFAULT), ("nonsense", "")])
+def test_an_unknown_name_lists_the_near_ones(name: str, near: str) -> None:
+    with pytest.raises(BackendUnavailable, match=r"near: sim:") as caught:
         SimBackend(name)
+    listed = str(caught.value).partition("near: ")[2].split(", ")
+    assert {one.removeprefix("sim:") for one in listed} <= set(profiles.names())
+    assert not near or f"sim:{near}" in listed
     assert caught.value.exit_status == 69
     assert "\n" not in str(caught.value)
 
@@ -141,6 +145,35 @@ def test_a_feature_msr_that_reads_as_write_only_is_that() -> None:
         assert write_errno(vm, msr(index), u64(1)) == 0
         assert write_errno(vm, msr(LSTAR), u64(0)) == SHORT_COUNT
         assert read(vm, msr(LSTAR))[0] == u64(0)
+
+
+ONE_BY_ONE = 0x0505_0505_0505_0505
+"""Bits of PAT that a kernel takes one at a time when it looks at memory types."""
+
+
+@pytest.mark.parametrize(("index", "bits", "value", "taken", "why"), [
+    (0x277, (ONE_BY_ONE, ONE_BY_ONE), 0x0407_0506_0007_0106, True, "PAT as Linux sets it"),
+    (0x277, (ONE_BY_ONE, ONE_BY_ONE), 0x0002, False, "PAT: memory type 2 does not exist"),
+    (0x277, (ONE_BY_ONE, ONE_BY_ONE), 0x0003, False, "PAT: nor does 3"),
+    (0x277, (ONE_BY_ONE, ONE_BY_ONE), 0x0800, False, "PAT: nor 8"),
+    (LSTAR, ((1 << 56) - 1,) * 2, (1 << 56) - 1, True, "57-bit addresses on a host with 5-level paging"),
+    (LSTAR, ((1 << 56) - 1,) * 2, 1 << 56, False, "not canonical in 57 bits"),
+    (LSTAR, ((1 << 47) - 1,) * 2, (1 << 56) - 1, False, "not canonical in 48 bits"),
+])
+def test_msrs_of_other_kernels(index: int, bits: tuple[int, int], value: int, taken: bool, why: str) -> None:
+    profile = SimBackend().profile()
+    backend = SimBackend(dataclasses.replace(profile, msr_bits={**profile.msr_bits, index: bits}))
+    with create(backend, 1) as vm:
+        assert write_errno(vm, msr(index), u64(value)) == (0 if taken else SHORT_COUNT), why
+        assert (read(vm, msr(index)) == [u64(value)]) == taken
+
+
+def test_amd_keeps_half_of_an_entry_point() -> None:
+    profile = SimBackend().profile()
+    backend = SimBackend(dataclasses.replace(profile, msr_bits={**profile.msr_bits, 0x176: (2**64 - 1, 2**32 - 1)}))
+    with create(backend, 1) as vm:
+        assert write(vm, msr(0x176), [u64(0xFFFF_8000_1234_5678)]) == []
+        assert read(vm, msr(0x176)) == [u64(0x1234_5678)]
 
 
 def test_registers_are_not_touched_while_the_vcpus_run() -> None:

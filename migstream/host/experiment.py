@@ -24,8 +24,17 @@ VCPUS = 3
 _WIDE = 16
 """Bytes: of a longer register no single bits are tried; no kernel treats the bits of vectors differently."""
 
-_DRIFT = 1 << 40
-"""Ticks that a running clock may have gone on between a write and a read; at 1 GHz, 18 minutes."""
+_DRIFT_BITS = 40
+"""A running clock may have gone on by less than that many bits say between a write and a read; at 1 GHz, 18 minutes.
+Flips of lower bits could not be told from that, so they are not tried one at a time."""
+
+_ALL = (1 << 8 * 2048) - 1
+_CLOCK_PATTERNS = (0x5555_5555_5555_5555, 0xAAAA_AAAA_AAAA_AAAA)
+"""All bits in two writes, far from the old value both; all bits at once are -1 - value, near it for a small one."""
+
+_TICK_S = 0.001
+_ENOUGH = VCPUS + 1
+"""Values that work: one more than vCPUs, so that one is no vCPU's own."""
 
 _RUN_S = 0.02
 
@@ -35,17 +44,19 @@ class Trial:
     """What a register does with values other than its own.
 
     Attributes:
-        before: the value that it had. works: another value that reads back as written, None where none was found.
+        before: the value that it had. works: other values that read back as written, a few; none where none was found.
         taken: bits that a write may flip. kept: of these, the ones that read back flipped.
         errnos: of the refused writes. odd: a value that was taken and what it read back as, where that differs.
+        runs: whether it is a clock that goes on by itself.
     """
 
     before: bytes
-    works: bytes | None = None
+    works: tuple[bytes, ...] = ()
     taken: int = 0
     kept: int = 0
     errnos: frozenset[int] = frozenset()
     odd: tuple[bytes, bytes] | None = None
+    runs: bool = False
 
 
 OTHER_VALUES: tuple[tuple[Callable[[int], int], str], ...] = (
@@ -61,15 +72,23 @@ def try_bits(scratch: Scratch, id: int, size: int, vcpu: int = 0) -> Trial:
     """Flip the bits of a register and see what sticks: all at once, then one at a time where that didn't."""
     before = scratch.read(id, size, vcpu)
     assert isinstance(before, bytes)
-    one = _Bits(scratch, id, vcpu, before, lookup(id).klass == Klass.CLOCK)
-    one.flip((1 << 8 * size) - 1)
-    if one.works is None and size <= _WIDE:
+    one = _Bits(scratch, id, vcpu, before, _runs(scratch, id, before, vcpu))
+    for pattern in _CLOCK_PATTERNS if one.runs else (_ALL,):
+        one.flip(pattern & (1 << 8 * size) - 1)
+    if not one.works and size <= _WIDE:
         one.forget()
-        for bit in range(8 * size):
+        for bit in range(_DRIFT_BITS + 1 if one.runs else 0, 8 * size):
             one.flip(1 << bit)
-    if one.works is None:
+    if not one.works and not one.runs:
         one.other_values()
-    return Trial(before, one.works, one.taken, one.kept, frozenset(one.errnos), one.odd)
+    return Trial(before, tuple(one.works), one.taken, one.kept, frozenset(one.errnos), one.odd, one.runs)
+
+
+def _runs(scratch: Scratch, id: int, before: bytes, vcpu: int) -> bool:
+    """Whether the register changes by itself; only of a clock that is waited for."""
+    if lookup(id).klass == Klass.CLOCK:
+        time.sleep(_TICK_S)
+    return scratch.read(id, len(before), vcpu) != before
 
 
 class _Bits:
@@ -82,7 +101,7 @@ class _Bits:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.works: bytes | None = None
+        self.works: list[bytes] = []
         self.odd: tuple[bytes, bytes] | None = None
         self.taken = self.kept = 0
         self.errnos: set[int] = set()
@@ -98,7 +117,7 @@ class _Bits:
         """Try values that are no bit flip."""
         for make, _ in OTHER_VALUES:
             value = make(self.number) & (1 << 8 * len(self.before)) - 1
-            if self.works is None and value != self.number:
+            if value != self.number:
                 self._through(value)
 
     def _through(self, number: int) -> bytes | None:
@@ -111,7 +130,7 @@ class _Bits:
         back = back if isinstance(back, bytes) else self.before
         self.scratch.write(self.id, self.before, self.vcpu)
         if same(value, back, self.runs):
-            self.works = value
+            self.works[_ENOUGH - 1:] = [value]  # the first few and the last: high bits may be another field
             return value
         self.odd = self.odd or (value, back)
         return back
@@ -121,7 +140,7 @@ def same(written: bytes, read: bytes, runs: bool = False) -> bool:
     """Whether a value reads back as written; a running clock may have gone on a little."""
     if not runs:
         return written == read
-    return (int.from_bytes(read, "little") - int.from_bytes(written, "little")) % (1 << 64) < _DRIFT
+    return (int.from_bytes(read, "little") - int.from_bytes(written, "little")) % (1 << 64) >> _DRIFT_BITS == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +157,22 @@ def scopes(scratch: Scratch, trials: Mapping[int, Trial]) -> dict[int, Found]:
 
 
 def _scope(scratch: Scratch, id: int, trial: Trial) -> Found:
-    size, runs = len(trial.before), lookup(id).klass == Klass.CLOCK
-    before = [scratch.read(id, size, vcpu) for vcpu in range(scratch.vcpus)]
+    before = [scratch.read(id, len(trial.before), vcpu) for vcpu in range(scratch.vcpus)]
     values = [value if isinstance(value, bytes) else trial.before for value in before]
-    if trial.works is None:
-        return Found("fixed", _fixed(values, runs))
-    seen = _seen(scratch, id, (trial.works, values[1]), runs)
-    for vcpu, value in enumerate(values):
-        scratch.write(id, value, vcpu)
-    return seen
+    if not trial.works:
+        return Found("fixed", _fixed(values, trial.runs))
+    news = [value for value in trial.works if value not in values]
+    if not news:
+        return Found("vcpu", "each vCPU has a value of its own")
+    found = []
+    for value in news:
+        found.append(_seen(scratch, id, (value, values[1]), trial.runs))
+        for vcpu, old in enumerate(values):
+            scratch.write(id, old, vcpu)
+    return found[0] if len(set(found)) == 1 else PARTLY
+
+
+PARTLY = Found("vcpu", "some bits are read through other vCPUs, too, and some are not: each vCPU has to be written")
 
 
 def _fixed(values: list[bytes], runs: bool) -> str:
@@ -154,28 +180,34 @@ def _fixed(values: list[bytes], runs: bool) -> str:
     return f"no other value sticks; {'the same' if alike else 'a different one'} on each vCPU"
 
 
-def _seen(scratch: Scratch, id: int, values: tuple[bytes, bytes], runs: bool) -> Found:
-    """Write the first value through vCPU 0, then the second through vCPU 1, and see who reads what."""
-    size = len(values[0])
+def _seen(scratch: Scratch, id: int, news: tuple[bytes, bytes], runs: bool) -> Found:
+    """Write the first value through vCPU 0, then the second through vCPU 1, and see who reads what.
 
-    def reads(vcpu: int, value: bytes) -> bool:
-        back = scratch.read(id, size, vcpu)
-        return isinstance(back, bytes) and same(value, back, runs)
+    What was there before is read anew: a register that only sets or clears bits can't be put back.
+    """
+    def reads(vcpu: int) -> bytes:
+        value = scratch.read(id, len(news[0]), vcpu)
+        return value if isinstance(value, bytes) else b""
 
-    if scratch.write(id, values[0], 0):
+    before = [reads(vcpu) for vcpu in range(1, scratch.vcpus)]
+    if scratch.write(id, news[0], 0):
         return Found("vcpu", "taken on vCPU 0 before and refused now: not shown to be shared")
-    there = [reads(vcpu, values[0]) for vcpu in range(1, scratch.vcpus)]
-    refused = scratch.write(id, values[1], 1)
-    back = not refused and reads(0, values[1])
-    return _JUDGED.get((all(there), any(there), back)) or Found("vm", "seen through some vCPUs and not through others")
+    there = {_which(reads(vcpu), news[0], before[vcpu - 1], runs) for vcpu in range(1, scratch.vcpus)}
+    own = reads(0)
+    back = "old" if scratch.write(id, news[1], 1) else _which(reads(0), news[1], own, runs)
+    return _JUDGED.get((there.pop() if len(there) == 1 else "", back), PARTLY)
+
+
+def _which(value: bytes, new: bytes, old: bytes, runs: bool) -> str:
+    """`new` or `old`, or "" for neither."""
+    return "new" if same(new, value, runs) else "old" if same(old, value, runs) else ""
 
 
 _JUDGED = {
-    (True, True, True): Found("vm", "written through vCPU 0, read through all others; then the other way round"),
-    (False, False, False): Found("vcpu", "written through vCPU 0, not read through any other; nor the other way round"),
-    (True, True, False): Found("vm", "written through vCPU 0, read through all others; another vCPU's write was not"),
+    ("new", "new"): Found("vm", "written through vCPU 0, read through all others; then the other way round"),
+    ("old", "old"): Found("vcpu", "written through vCPU 0, not read through any other; nor the other way round"),
 }
-"""By (all others read it, any other reads it, a write through vCPU 1 is read through vCPU 0)."""
+"""By what the other vCPUs read after a write through vCPU 0, and what that reads after one through vCPU 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +226,7 @@ class AfterRun:
 
 def after_run(scratch: Scratch, trials: Mapping[int, Trial], enter: bool = False) -> AfterRun:
     """Run the vCPUs, and write again what could be written before; through the last vCPU, `enter` through another."""
-    wanted = {id: trial for id, trial in trials.items() if trial.works is not None}
+    wanted = {id: trial for id, trial in trials.items() if trial.works}
     entered = {}
     if enter:
         scratch.vm.enter(0)
@@ -213,10 +245,10 @@ def _writes(scratch: Scratch, trials: Mapping[int, Trial]) -> dict[int, tuple[in
 
 def _write(scratch: Scratch, id: int, trial: Trial, vcpu: int) -> tuple[int, int] | None:
     now = scratch.read(id, len(trial.before), vcpu)
-    if not isinstance(now, bytes) or trial.works is None:
+    if not isinstance(now, bytes):
         return None
     same_value = scratch.write(id, now, vcpu)
-    other = scratch.write(id, trial.works if now != trial.works else trial.before, vcpu)
+    other = scratch.write(id, next(value for value in (*trial.works, trial.before) if value != now), vcpu)
     scratch.write(id, now, vcpu)
     return other, same_value
 
@@ -224,14 +256,16 @@ def _write(scratch: Scratch, id: int, trial: Trial, vcpu: int) -> tuple[int, int
 def recorded(profile: HostProfile, trials: Mapping[int, Trial], found: Mapping[int, Found],
              after: Mapping[int, tuple[int, int]]) -> HostProfile:
     """The profile with what the experiments found added to it."""
-    def whole(bits: int, trial: Trial) -> bytes:
-        return bits.to_bytes(len(trial.before), "little")
-
     return dataclasses.replace(
         profile, after_run={**profile.after_run, **after},
-        register_bits={**profile.register_bits,
-                       **{id: (whole(t.taken, t), whole(t.kept, t)) for id, t in trials.items()}},
+        register_bits={**profile.register_bits, **{id: bits_of(trial) for id, trial in trials.items()}},
         bit_errnos={**profile.bit_errnos, **{id: tuple(sorted(t.errnos)) for id, t in trials.items() if t.errnos}},
         readback={**profile.readback, **{id: t.odd for id, t in trials.items() if t.odd}},
         scopes={**profile.scopes, **{id: one.scope for id, one in found.items()}},
         scope_found={**profile.scope_found, **{id: one.how for id, one in found.items()}})
+
+
+def bits_of(trial: Trial) -> tuple[bytes, bytes]:
+    """Bits that are taken and bits that are kept, as long as the register."""
+    size = len(trial.before)
+    return trial.taken.to_bytes(size, "little"), trial.kept.to_bytes(size, "little")

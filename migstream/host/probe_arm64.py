@@ -1,6 +1,7 @@
 """What only an arm64 host is asked: its register list with and without vCPU features, and the features it refuses.
 
-A room is a VM whose vCPUs have one set of features. Registers that are listed in both are tried in the first.
+A room is a VM whose vCPUs have one set of features. What is listed in both is tried in the first, and in the second,
+too, where its default is another there: a feature's ID register is fixed at 0 on a vCPU without the feature.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from migstream.errors import BackendError
 from migstream.host import experiment
 from migstream.host.profile import HostProfile
 from migstream.host.scratch import Host, Scratch, scratch_vm
+from migstream.model import Klass
 from migstream.registers import gic, ids, vcpu_features
+from migstream.registers.catalogue import lookup
 
 _GIC = {"gic_distributor": 0x800_0000, "gic_redistributors": 0x80A_0000}
 _PMU_IRQ = (23).to_bytes(4, "little")
@@ -43,17 +46,30 @@ def probe(host: Host, experiments: bool) -> HostProfile:
     """Return the profile of an arm64 host. Raises: BackendError."""
     base = host.profile()
     plain = _room(host, vcpu_features.DEFAULT)
-    full = _room(host, vcpu_features.DEFAULT | base.vcpu_features & sum(vcpu_features.GROUPS))
+    full = _room(host, vcpu_features.DEFAULT | vcpu_features.together(base.vcpu_features))
     defaults = dict(plain.values)
     profile = dataclasses.replace(
-        base, defaults=defaults, registers_base=plain.listed, registers_all=full.listed,
+        base, scopes={}, defaults=defaults, registers_base=plain.listed, registers_all=full.listed,
         feature_defaults={id: value for id, value in full.values.items() if defaults.get(id) != value},
         refused={id: (no, 0) for id, no in {**full.refused, **plain.refused}.items()},
         features_refused=_features_refused(host))
     if not experiments:
         return profile
-    added = {id: value for id, value in full.values.items() if id not in plain.values}
-    return _experiments(host, _experiments(host, profile, plain, plain.values), full, added)
+    return _with_features(host, _experiments(host, profile, plain, plain.values), full)
+
+
+def _with_features(host: Host, profile: HostProfile, full: Room) -> HostProfile:
+    """What is only there with all features is recorded like the rest; what is another then, beside it."""
+    added = {id: value for id, value in full.values.items() if id not in profile.defaults}
+    profile = _experiments(host, profile, full, added)
+    changed = {id: value for id, value in full.values.items()
+               if id in profile.defaults and profile.defaults[id] != value and lookup(id).klass != Klass.CLOCK}
+    with _vm(host, full.features) as scratch:
+        trials = {id: experiment.try_bits(scratch, id, len(value)) for id, value in changed.items()}
+        found = experiment.scopes(scratch, trials)
+    return dataclasses.replace(
+        profile, feature_bits={id: experiment.bits_of(trial) for id, trial in trials.items()},
+        feature_scopes={id: one.scope for id, one in found.items() if one.scope != profile.scopes[id]})
 
 
 def _room(host: Host, features: int) -> Room:
@@ -102,9 +118,9 @@ _UNKNOWN_FEATURE = 1 << (vcpu_features.FEATURES[-1].bit + 1)
 
 def _features_refused(host: Host) -> dict[int, int]:
     """Features that a vCPU can't be made with, each alone (pointer authentication only comes in a pair)."""
-    masks = {feature.mask: feature.mask for feature in vcpu_features.FEATURES} | {_UNKNOWN_FEATURE: _UNKNOWN_FEATURE}
-    masks |= {mask: vcpu_features.PTRAUTH for mask in masks if mask & vcpu_features.PTRAUTH}
-    return {mask: no for mask, asked in masks.items() if (no := _refused(host, vcpu_features.DEFAULT | asked))}
+    masks = [*(feature.mask for feature in vcpu_features.FEATURES), _UNKNOWN_FEATURE]
+    return {mask: no for mask in masks
+            if (no := _refused(host, vcpu_features.DEFAULT | vcpu_features.whole(mask)))}
 
 
 def _refused(host: Host, features: int) -> int:

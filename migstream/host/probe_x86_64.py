@@ -56,25 +56,14 @@ def _scopes(host: Host, base: HostProfile) -> HostProfile:
     """Scope of every MSR, and what may still change after the first run."""
     listed = [ids.msr_id(index) for index in dict.fromkeys((*base.msrs, *base.feature_msrs))]
     with _ready(host, base, experiment.VCPUS) as scratch:
-        sizes = {id: 8 for id in listed if isinstance(scratch.read(id, 8, 0), bytes)}
+        readable = [id for id in listed if isinstance(scratch.read(id, 8, 0), bytes)]
         for index, value, _ in PREPARE:
             scratch.write(ids.msr_id(index), value.to_bytes(8, "little"), 0)
-        trials = {id: _trial(scratch, base, id) for id in sizes}
+        trials = {id: experiment.try_bits(scratch, id, 8) for id in readable}
         scopes = experiment.scopes(scratch, trials)
     with _ready(host, base, experiment.VCPUS) as scratch:
         after = experiment.after_run(scratch, trials).errnos
-    features = {ids.msr_id(index) for index in base.feature_msrs if index not in base.msrs}
-    return experiment.recorded(base, {id: trials[id] for id in trials if id in features}, scopes, after)
-
-
-def _trial(scratch: Scratch, base: HostProfile, id: int) -> experiment.Trial:
-    """From the bits that are known to be kept where there are any, else by trying anew."""
-    before = scratch.read(id, 8, 0)
-    _, kept = base.msr_bits.get(ids.msr_index(id) or 0, (0, 0))
-    assert isinstance(before, bytes)
-    values = [(1 << bit).to_bytes(8, "little") for bit in range(64) if kept >> bit & 1]
-    works = next((value for value in values if value != before), None)
-    return experiment.Trial(before, works=works) if works else experiment.try_bits(scratch, id, 8)
+    return experiment.recorded(base, trials, scopes, after)
 
 
 def _defaults(scratch: Scratch, base: HostProfile) -> tuple[dict[int, bytes], list[Refused]]:

@@ -51,9 +51,11 @@ class HostProfile:
         registers_base: arm64: what KVM_GET_REG_LIST names for a vCPU with PSCI_0_2 alone, ascending.
             registers_all: with all features together.
         feature_defaults: arm64: as `defaults` with all features, where that differs or is only there then.
+        feature_bits: arm64: as `register_bits` with all features, of what is in both and has another default then.
+            feature_scopes: as `scopes`, of these, where it differs.
         features_refused: arm64: by mask of one vCPU feature: errno of KVM_ARM_VCPU_INIT.
         register_bits: by register id, found by flipping bits of the default: bits that the kernel takes, and of these
-            the ones that read back flipped, as bytes. x86-64: of feature MSRs that are not in `msrs`.
+            the ones that read back flipped, as bytes. x86-64: of all MSRs, feature MSRs too.
         bit_errnos: by register id: errnos of the flips that were refused, ascending.
         readback: by register id: a value that was taken and what it read back as, where that differs.
         after_run: by register id, of those that can be written: errno of writing another value after the first
@@ -86,6 +88,8 @@ class HostProfile:
     registers_base: tuple[int, ...] = ()
     registers_all: tuple[int, ...] = ()
     feature_defaults: dict[int, bytes] = field(default_factory=dict)
+    feature_bits: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    feature_scopes: dict[int, str] = field(default_factory=dict)
     features_refused: dict[int, int] = field(default_factory=dict)
     register_bits: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
     bit_errnos: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -199,7 +203,8 @@ _READERS: dict[str, Any] = {
     "registers_base": _ids, "registers_all": _ids,
     "feature_defaults": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
     "features_refused": lambda v: {int(k, 16): int(n) for k, n in v.items()},
-    "register_bits": _byte_pairs, "readback": _byte_pairs, "after_run": _pairs,
+    "register_bits": _byte_pairs, "feature_bits": _byte_pairs, "feature_scopes": _scope_names,
+    "readback": _byte_pairs, "after_run": _pairs,
     "bit_errnos": lambda v: {int(k, 16): tuple(int(n) for n in errnos) for k, errnos in v.items()},
 }
 

@@ -56,6 +56,16 @@ def offered(capabilities: dict[str, int]) -> int:
     return sum(feature.mask for feature in FEATURES if capabilities.get(feature.capability))
 
 
+def together(mask: int) -> int:
+    """A mask of the features that one vCPU can have all at once."""
+    return mask & sum(GROUPS)
+
+
+def whole(mask: int) -> int:
+    """A mask with the other half of pointer authentication, which only comes in a pair."""
+    return mask | PTRAUTH if mask & PTRAUTH else mask
+
+
 WORDS: dict[str, int] = {**{feature.name.lower(): feature.mask for feature in FEATURES}, "ptrauth": PTRAUTH}
 """What people write for a feature."""
 

@@ -7,7 +7,7 @@ from migstream.backends.base import Backend, Refusal, Vm
 from migstream.errors import RestoreFailed, UsageError
 from migstream.frames import Section
 from migstream.model import Klass, Layout, OpaqueState, Phase, Scope
-from migstream.plan import Plan, make_plan
+from migstream.plan import Plan, make_plan, scope_notes
 from migstream.reader import StreamReader
 from migstream.registers.catalogue import lookup
 from migstream.report import Report
@@ -76,6 +76,7 @@ class Restorer:
             with self.report.phase("plan"):
                 self._plan = make_plan(machine, self.reader.layouts, self._backend.profile()).require()
                 self.report.verdicts = [v for v in self._plan.verdicts if v.reason]
+                self.report.notes += scope_notes(self.reader.layouts, self._backend.profile())
             with self.report.phase("create"):
                 self._vm = self._backend.create(machine)
         return self._vm

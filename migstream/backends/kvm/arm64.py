@@ -21,6 +21,7 @@ from migstream.backends.kvm.arch import ArchHost, ArchVm
 from migstream.backends.kvm.operations import ATTRIBUTE, ByAddress, EnabledCap, Operation, Row, Struct, register_list
 from migstream.backends.kvm.uapi import Request
 from migstream.errors import BackendError, UsageError, errno_name
+from migstream.host import profiles
 from migstream.host.profile import FIXED
 from migstream.model import Arch, Layout, Machine, Phase, Scope
 from migstream.registers import arm64 as rows
@@ -221,7 +222,7 @@ class Arm64Host(ArchHost):
 
     def complete(self, backend: KvmBackend, profile: HostProfile) -> HostProfile:
         """Register list, vCPU features, devices, writable masks. Raises: BackendError."""
-        offered = vcpu_features.offered(profile.capabilities)
+        offered = _taken(backend, vcpu_features.offered(profile.capabilities))
         listed = _listed(backend, vcpu_features.DEFAULT)
         changed = {mask: listed ^ _listed(backend, vcpu_features.DEFAULT | mask)
                    for mask in vcpu_features.GROUPS if mask & ~offered == 0}
@@ -230,7 +231,8 @@ class Arm64Host(ArchHost):
             writable = _writable_masks(vm.fd) if profile.capabilities["ARM_SUPPORTED_REG_MASK_RANGES"] & 1 else {}
         return replace(profile, registers=tuple(sorted(listed)), vcpu_features=offered, devices=devices,
                        feature_registers={mask: tuple(sorted(ids)) for mask, ids in changed.items()},
-                       writable_masks=writable)
+                       writable_masks=writable,
+                       scopes=profiles.scopes_of(self.arch.label, profile.kernel, profile.cpu))
 
     def vm_type(self, kvm_fd: int) -> int:
         """0 is 40 address bits; a host that has fewer wants to be told its own number."""
@@ -244,6 +246,24 @@ class Arm64Host(ArchHost):
 
 def _scratch(features: int) -> Machine:
     return Machine(Arch.ARM64, 1, (), {"vcpu_features": features})
+
+
+def _taken(backend: KvmBackend, offered: int) -> int:
+    """Of the features that capabilities promise, those that vCPUs can be made with; mostly all."""
+    if _makes(backend, vcpu_features.DEFAULT | vcpu_features.together(offered)):
+        return offered
+    refused = {mask for mask in (1 << bit for bit in range(offered.bit_length())) if mask & offered
+               and not _makes(backend, vcpu_features.DEFAULT | vcpu_features.whole(mask))}
+    return offered & ~sum(refused)
+
+
+def _makes(backend: KvmBackend, features: int) -> bool:
+    try:
+        with backend.create(_scratch(features)) as vm:
+            vm.create_vcpus()
+    except (BackendError, UsageError):
+        return False
+    return True
 
 
 def _listed(backend: KvmBackend, features: int) -> frozenset[int]:
@@ -356,7 +376,8 @@ class Arm64Vm(ArchVm):
     def layouts(self) -> tuple[Layout, ...]:
         """The kernel's list, structs, interrupt lines and the interrupt controller."""
         profile = self.vm.backend.profile()
-        scopes = {id: Scope(name) for id, name in profile.scopes.items() if name != FIXED}
+        known = {**profile.scopes, **profile.feature_scopes}
+        scopes = {id: Scope(name) for id, name in known.items() if name != FIXED}
         found = (*rows.layouts(self.registers(), scopes, self._extra()), *self._gic_layouts())
         return tuple(sorted(found, key=lambda layout: layout.phase))
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     Column = NDArray[np.uint64]
 
 TSC, TSC_ADJUST, TSC_DEADLINE, UCODE_REV = 0x10, 0x3B, 0x6E0, 0x8B
+LSTAR, SYSENTER_EIP, PAT = 0xC000_0082, 0x176, 0x277
 ASYNC_PF_EN, PV_EOI_EN, ASYNC_PF_INT = 0x4B56_4D02, 0x4B56_4D04, 0x4B56_4D06
 _BY_INTERRUPT = 0b1001
 """KVM_ASYNC_PF_ENABLED and KVM_ASYNC_PF_DELIVERY_AS_INT."""
@@ -51,18 +52,36 @@ class MsrRule:
     show: Callable[[Rows, Column], Column] | None = None
 
 
-def _canonical(values: Column) -> Column:
-    """The value with bit 47 copied into the bits above it."""
-    high = np.uint64(U64 << 48 & U64)
-    return np.where(bits(values, 1 << 47), values | high, values & ~high)
+def _canonical(values: Column, width: int = 48) -> Column:
+    """The value with the highest bit of a linear address copied into the bits above it."""
+    high = np.uint64(U64 << width & U64)
+    return np.where(bits(values, 1 << width - 1), values | high, values & ~high)
 
 
 def _whole(rows: Rows, values: Column) -> Column:
     return values
 
 
+def _taken(rows: Rows, index: int) -> int:
+    return rows.guest.profile.msr_bits.get(index, (U64, U64))[0]
+
+
 def _not_canonical(rows: Rows, values: Column) -> Mask:
-    return mask(_canonical(values) != values)
+    """48 bits, or 57 on a host with 5-level paging: LSTAR took one bit less."""
+    width = 57 if _taken(rows, LSTAR) >> 48 & 1 else 48
+    return mask(_canonical(values, width) != values)
+
+
+def _entry_point(rows: Rows, values: Column) -> Column:
+    """Made canonical; on AMD only the low 32 bits are kept (svm_set_msr)."""
+    _, kept = rows.guest.profile.msr_bits.get(SYSENTER_EIP, (U64, U64))
+    return _canonical(values) if kept >> 47 & 1 else values & np.uint64(kept)
+
+
+def _no_memory_type(rows: Rows, values: Column) -> Mask:
+    """Memory types are 0, 1 and 4 to 7, on a kernel that looks (2 alone was refused)."""
+    unknown = bits(values, 0xF8F8_F8F8_F8F8_F8F8) | bits(values & ~(values >> np.uint64(1)), 0x0202_0202_0202_0202)
+    return mask(unknown & (not _taken(rows, PAT) >> 1 & 1))
 
 
 def _tsc(rows: Rows, values: Column) -> Column:
@@ -126,10 +145,11 @@ RULES = (
             "kvm_pv_enable_async_pf", refuse=_no_page_faults, late=_no_page_fault_area),
     MsrRule("needs an APIC", (ASYNC_PF_INT,), "kvm_pv_enable_async_pf_int", refuse=_no_page_fault_vector),
     MsrRule("needs guest memory", (PV_EOI_EN,), "kvm_lapic_set_pv_eoi", refuse=_no_eoi_flag),
-    MsrRule("addresses must be canonical", (0xC000_0082, 0xC000_0083, 0xC000_0102), "__kvm_set_msr",
+    MsrRule("addresses must be canonical", (LSTAR, 0xC000_0083, 0xC000_0102), "__kvm_set_msr",
             refuse=_not_canonical, keep=_whole),
-    MsrRule("addresses are made canonical", (0x175, 0x176), "__kvm_set_msr: __canonical_address",
-            refuse=_nothing, keep=lambda rows, values: _canonical(values)),
+    MsrRule("addresses are made canonical", (0x175, SYSENTER_EIP), "__kvm_set_msr: __canonical_address",
+            refuse=_nothing, keep=_entry_point),
+    MsrRule("eight memory types", (PAT,), "kvm_pat_valid", refuse=_no_memory_type, keep=_whole),
     MsrRule("a running clock", (TSC,), "kvm_synchronize_tsc; `tsc_follows`", refuse=_nothing, keep=_write_tsc,
             show=_tsc),
     MsrRule("kept in the timer's deadline mode alone", (TSC_DEADLINE,), "kvm_set_lapic_tscdeadline_msr",

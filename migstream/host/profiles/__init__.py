@@ -32,3 +32,16 @@ def load(name: str) -> HostProfile:
         raise UsageError(f"no host profile {name!r}; there are {', '.join(names())}")
     text = resources.files(__name__).joinpath(name + _SUFFIX).read_text(encoding="utf-8")
     return from_json(text, name)
+
+
+def scopes_of(arch: str, kernel: str, cpu: str) -> dict[int, str]:
+    """Scopes that an experiment found on this very kernel and CPU, by register id; empty where none was recorded.
+
+    Scope is the kernel's doing: another version's profile is no answer.
+    """
+    for name in names():
+        if name.startswith(f"{arch}-"):
+            known = load(name)
+            if (known.kernel, known.cpu) == (kernel, cpu):
+                return {**known.scopes, **known.feature_scopes}
+    return {}

@@ -1,0 +1,132 @@
+"""The commands of `migstream host`, and what all commands' arguments share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from migstream.errors import UsageError
+
+if TYPE_CHECKING:
+    from migstream.host.profile import HostProfile
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports misuse as our one-line error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises: UsageError."""
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+BACKENDS = "auto (real KVM where it works, else the simulator), kvm, sim, or sim:NAME"
+"""Help text of `--backend`."""
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the verbs."""
+    verbs = sub.add_subparsers(metavar="VERB", required=True, dest="verb", parser_class=Parser)
+    capture = verbs.add_parser("capture", help="ask a backend what it offers, on scratch VMs; JSON")
+    capture.add_argument("--backend", default="kvm", metavar="NAME", help=BACKENDS)
+    capture.add_argument("-o", dest="output", default="-", metavar="FILE")
+    capture.add_argument("--made-by", metavar="TEXT", help="the command that the profile says it was made by")
+    capture.add_argument("--no-experiment", action="store_true", help="only what the host tells and reads")
+    verbs.add_parser("list", help="name the recorded profiles")
+    show = verbs.add_parser("show", help="one screen of a profile, or its registers")
+    show.add_argument("profile", metavar="FILE|NAME", help="a captured file, or a name from `host list`")
+    show.add_argument("--reg", metavar="GLOB", help="registers whose name or id matches")
+    diff = verbs.add_parser("diff", help="what differs between two profiles, by register name and bit")
+    diff.add_argument("left", metavar="A")
+    diff.add_argument("right", metavar="B")
+    for verb in (show, diff):  # the word may stand before the verb or behind it
+        verb.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run one verb."""
+    return _VERBS[options.verb](options)
+
+
+def open_profile(name: str) -> HostProfile:
+    """Return a captured file's profile, or a recorded one by name. Raises: UsageError."""
+    from migstream.host import profiles
+    from migstream.host.profile import from_json
+
+    path = Path(name)
+    if not path.is_file():
+        return profiles.load(name.removeprefix("sim:"))
+    try:
+        return from_json(path.read_text(encoding="utf-8"), name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name}: not a host profile: {error}") from error
+
+
+def _capture(options: argparse.Namespace) -> int:
+    from migstream.backends import open_backend
+    from migstream.host.probe import capture
+    from migstream.host.profile import to_json
+    from migstream.transport import open_output
+
+    backend = open_backend(options.backend)
+    text = to_json(capture(backend, options.made_by or _made_by(options), not options.no_experiment))
+    with open_output(options.output) as file:
+        file.write(text.encode())
+    return 0
+
+
+def _made_by(options: argparse.Namespace) -> str:
+    more = " --no-experiment" if options.no_experiment else ""
+    return f"migstream host capture --backend {options.backend}{more}"
+
+
+def _list(options: argparse.Namespace) -> int:
+    from migstream import show
+    from migstream.host import profiles
+
+    known = [(f"sim:{name}", profiles.load(name)) for name in profiles.names()]
+    if options.json:
+        rows = [{"name": n, "arch": p.arch.label, "kernel": p.kernel, "cpu": p.cpu} for n, p in known]
+        show.print_json("host list", {"profiles": rows})
+    else:
+        show.print_table(show.Table(("name", "kernel", "cpu"), [(n, p.kernel, p.cpu) for n, p in known]), 0)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from migstream import show, show_host
+    from migstream.host.compare import matching
+
+    profile = open_profile(options.profile)
+    found = matching(profile, options.reg) if options.reg else []
+    if options.reg and not found:
+        raise UsageError(f"{options.profile}: no register here matches {options.reg!r}")
+    if options.json:
+        registers = [show_host.entry_json(entry) for entry in found]
+        show.print_json("host show", {**show_host.profile_json(profile), "registers": registers})
+    elif found:
+        print("\n".join(line for entry in found for line in show_host.entry_lines(entry)))
+    else:
+        show.print_pairs(show_host.host_pairs(profile))
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from migstream import show, show_host
+    from migstream.host.compare import differences
+
+    left, right = open_profile(options.left), open_profile(options.right)
+    if left.arch != right.arch:
+        raise UsageError(f"{options.left} is {left.arch.label}, {options.right} is {right.arch.label}: "
+                         "they have no register in common")
+    changes = differences(left, right)
+    if options.json:
+        show.print_json("host diff", {"changes": [show_host.change_json(change) for change in changes]})
+    elif changes:
+        show.print_table(show_host.changes_table(changes, options.left, options.right), 0)
+    else:
+        print("no difference")
+    return 0
+
+
+_VERBS = {"capture": _capture, "list": _list, "show": _show, "diff": _diff}

@@ -1,0 +1,118 @@
+"""Recorded arm64 profiles against what was found independently, and the experiments against fakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from migstream.host import experiment, profiles
+from migstream.host.profile import HostProfile
+from migstream.host.scratch import Scratch
+from migstream.plan import scope_notes
+from migstream.registers.catalogue import lookup
+
+DATA = Path(__file__).parent / "data" / "arm64"
+KERNELS = ("6.1", "6.12")
+COUNTS = {"5.10": (3, 243, 66), "6.1": (6, 170, 66), "6.12": (35, 190, 34), "7.2": (36, 187, 34)}
+"""VM-scoped, vCPU-scoped, fixed registers of a vCPU with PSCI_0_2 alone. On 5.10 PSCI_VERSION is among the first: no
+bit of 1.0 can be flipped, but 0.2 is taken, which an experiment with single bits alone does not see."""
+
+DIFFERENCES: tuple[tuple[str, str, str], ...] = (
+    ("value", "*TIMER_CNT", "a running counter"),
+    ("bits", "V*", "the file has the low 64 bits of 128"),
+    ("bits", "CCSIDR*", "tried at once: the complement is taken, where bit 1 alone is not (no cache has such a line)"),
+    ("errnos", "CCSIDR*", "tried at once, so nothing was refused"),
+)
+"""(what, registers, reason) of every difference between the files and the profiles."""
+
+
+def rows(kernel: str) -> dict[int, list[str]]:
+    lines = (DATA / f"linux-{kernel}.tsv").read_text().splitlines()
+    return {int(line.split("\t")[0], 16): line.split("\t") for line in lines if line[0] != "#"}
+
+
+def explained(what: str, name: str) -> bool:
+    from fnmatch import fnmatchcase
+
+    return any(what == row[0] and fnmatchcase(name, row[1]) for row in DIFFERENCES)
+
+
+def found(profile: HostProfile, id: int, row: list[str]) -> dict[str, bool]:
+    """Whether each property of a row agrees."""
+    errnos = profile.bit_errnos.get(id, ())
+    return {"size": len(profile.defaults[id]) == int(row[1]), "value": profile.defaults[id].hex() == row[2],
+            "bits": int.from_bytes(profile.register_bits[id][1], "little") == int(row[3], 16),
+            "scope": profile.scopes[id] == row[4], "errnos": (-int(row[5]) in errnos) if row[5] != "0" else not errnos}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_profile_agrees_with_an_independent_experiment(kernel: str) -> None:
+    profile, real = profiles.load(f"arm64-{kernel}"), rows(kernel)
+    assert set(profile.registers_base) == real.keys()
+    wrong = [(what, lookup(id).name) for id, row in real.items() for what, good in found(profile, id, row).items()
+             if not good and not explained(what, lookup(id).name)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("kernel", COUNTS)
+def test_counts_of_scopes(kernel: str) -> None:
+    profile = profiles.load(f"arm64-{kernel}")
+    counted = [sum(profile.scopes[id] == scope for id in profile.registers_base) for scope in ("vm", "vcpu", "fixed")]
+    assert tuple(counted) == COUNTS[kernel]
+    assert "python -m tests.lab run" in profile.made_by
+    assert profile.scope_found.keys() == profile.scopes.keys()
+
+
+@pytest.mark.parametrize("kernel", ("6.1", "6.12", "7.2"))
+def test_a_run_ends_the_bitmaps_and_not_psci_version(kernel: str) -> None:
+    profile = profiles.load(f"arm64-{kernel}")
+    by_name = {lookup(id).name: pair for id, pair in profile.after_run.items()}
+    assert by_name["STD_BMAP"] == (16, 0) and by_name["PSCI_VERSION"] == (0, 0)
+    assert profile.behaviour["entering_is_running"] == 1
+
+
+def test_scope_notes_name_what_differs() -> None:
+    from dataclasses import replace
+
+    from migstream.model import Layout, Phase, Scope, Slot
+
+    profile = profiles.load("arm64-6.12")
+    id = next(id for id, scope in profile.scopes.items() if scope == "vm")
+    layout = Layout(Scope.VCPU, Phase.STATE, (Slot(id, 8),))
+    (note,) = scope_notes([layout], profile)
+    assert note.startswith(lookup(id).name) and "once a VM" in note
+    assert scope_notes([layout], replace(profile, scopes={id: "fixed"})) == []
+
+
+class FakeVm:
+    """Registers of 8 bytes; some are shared, some take only some bits, one is shared in part."""
+
+    def __init__(self, shared: int, mask: int) -> None:
+        self.shared, self.mask, self.values = shared, mask, [0, 0, 0]
+
+    def read(self, layout, first_vcpu, values):  # type: ignore[no-untyped-def]
+        values[0, 0] = self.values[first_vcpu]
+        return []
+
+    def write(self, layout, first_vcpu, values):  # type: ignore[no-untyped-def]
+        new = int(values[0, 0]) & self.mask
+        for vcpu in range(3):
+            part = (1 << 64) - 1 if vcpu == first_vcpu else self.shared
+            self.values[vcpu] = self.values[vcpu] & ~part | new & part
+        return []
+
+
+ALL, ID = (1 << 64) - 1, 0x6030_0000_0013_C080
+
+
+@pytest.mark.parametrize(("shared", "mask", "scope", "kept"), [
+    (0, ALL, "vcpu", ALL), (ALL, ALL, "vm", ALL), (ALL, 0xF0, "vm", 0xF0), (0, 0, "fixed", 0),
+    (0x80, 0xFF, "vcpu", 0xFF), (0xFF, ALL, "vcpu", ALL),
+])
+def test_bits_and_scope_of_a_fake(shared: int, mask: int, scope: str, kept: int) -> None:
+    scratch = Scratch(FakeVm(shared, mask), 3)  # type: ignore[arg-type]
+    trial = experiment.try_bits(scratch, ID, 8)
+    (result,) = experiment.scopes(scratch, {ID: trial}).values()
+    assert (trial.kept, result.scope) == (kept, scope)
+    assert (result == experiment.PARTLY) == (shared not in (0, ALL))
