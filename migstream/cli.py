@@ -163,7 +163,7 @@ def _demo(options: argparse.Namespace) -> int:
         print_json("demo", result.document())
     else:
         result.print()
-    return 0
+    return 10 if result.lossy else 0
 
 
 # inspect and verify

@@ -90,6 +90,8 @@ RUNNING: dict[int, Running] = {
     ids.msr_id(0x10): Running(((0, 64),), "a running clock (or one that this KVM can't set)"),
     LAPIC.id: Running(((0x390 * 8, 32),), "the LAPIC timer's current count runs"),
     PIT2.id: Running(((128, 64), (320, 64), (512, 64)), "count_load_time is the target's own time of loading"),
+    ids.msr_id(0x40000020): Running(((0, 64),), "a running clock: the partition's reference counter"),
+    ids.msr_id(0x40000010): Running(((0, 64),), "a running clock: the time that the vCPU has run"),
     TSC_OFFSET.id: Running(((0, 64),), "relative to the target's TSC"),
 }
 """What differs on read-back though nothing was lost."""
