@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -41,6 +42,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lab = sys.modules.get("tests.lab.tier")
+    for line in lab.in_guests if lab else ():
+        terminalreporter.write_line(line)
     terminalreporter.write_line("tiers: " + " · ".join(
         f"{name}: {_counts[name]} ran{f', {_skipped[name]} skipped' if _skipped[name] else ''}" for name in TIERS))
 

@@ -63,9 +63,9 @@ def lookup(id: int) -> Register:
 
 def running(id: int) -> Running | None:
     """What of a register may differ when it is read back, None where nothing may."""
-    from migstream.registers import arm64, x86_64
+    from migstream.registers import arm64, gic, x86_64
 
-    return x86_64.RUNNING.get(id) or arm64.RUNNING.get(id)
+    return x86_64.RUNNING.get(id) or arm64.RUNNING.get(id) or gic.RUNNING.get(id)
 
 
 def enabled_capability(id: int) -> Register | None:

@@ -39,10 +39,12 @@ from tests.contract.arm64 import (
 
 VCPUS = 3
 
-READ_ONLY_NOW = {
-    "SVE_VLS": ([errno.EPERM] * VCPUS, "the vCPUs are finalized"),
+EXCEPTIONS: dict[str, tuple[list[int], str]] = {
+    "SVE_VLS": ([errno.EPERM] * VCPUS, "chosen: the vCPUs are finalized"),
+    **{f"PM{what}CLR_EL{level}": ([], "ones that are written become zeroes; the SET register puts them back")
+       for what, level in (("OVS", 0), ("CNTEN", 0), ("INTEN", 1))},
 }
-"""Registers that can't be written with their own value any more once layouts were asked for, with the reason."""
+"""Registers that are not as before when they were given their own value: the errnos, and the reason."""
 
 
 def still(id: int, values: list[bytes]) -> list[int]:
@@ -76,9 +78,11 @@ def test_what_every_layout_reads_is_taken_back_and_read_again(backend: Backend, 
             for slot in at.slots:
                 before = read(vm, (at, slot))
                 errnos = write_errnos(vm, (at, slot), before)
-                again = read(vm, (at, slot))
-                if READ_ONLY_NOW.get(lookup(slot.id).name, ([], ""))[0] != errnos or (lookup(slot.id).klass != Klass.CLOCK and still(slot.id, again) != still(slot.id, before)):
-                    wrong.append((lookup(slot.id).name, errnos, [value.hex() for value in (*before, *again)]))
+                expected = EXCEPTIONS.get(lookup(slot.id).name)
+                moves = expected or lookup(slot.id).klass == Klass.CLOCK
+                after = before if moves else read(vm, (at, slot))
+                if errnos != (expected[0] if expected else []) or still(slot.id, after) != still(slot.id, before):
+                    wrong.append((lookup(slot.id).name, errnos, [value.hex() for value in (*before, *after)]))
         assert wrong == []
 
 

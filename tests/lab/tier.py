@@ -8,6 +8,18 @@ import pytest
 
 from tests.lab import cache, fetch, kernels, tools
 from tests.lab.kernels import Kernel
+from tests.lab.rows import Summary
+
+in_guests: list[str] = []
+"""Lines about test runs in guests, for the end of this run: counts, and what was skipped there and why."""
+
+
+def ran_in_guest(kernel: Kernel, found: Summary, seconds: float) -> None:
+    """Keep the summary of a test run in a guest."""
+    words = ", ".join(f"{number} {word}" for word, number in found.counts.items())
+    in_guests.append(f"in {kernel.name}: {words} in {seconds:.0f} s of the emulated clock")
+    in_guests.extend(f"  {skip}" for skip in found.skips)
+
 
 REQUIRED_ENV = "MIGSTREAM_LAB_REQUIRED"
 """Set to 1 where the tier has to run, as in CI: what would be skipped fails instead."""
