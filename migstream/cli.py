@@ -291,6 +291,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _replay_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", metavar="FILE|-")
     sub.add_argument("--backend", default="auto", metavar="NAME", help=BACKENDS)
+    sub.add_argument("--host", metavar="FILE", help="this host's profile from `host capture`: its measured scopes")
     sub.add_argument("--readback", action="store_true", help="read every register back and compare")
     sub.add_argument("--run", dest="seconds", type=_seconds, metavar="SECONDS",
                      help="let the guest run on, then stop it")
@@ -303,6 +304,8 @@ def _replay(options: argparse.Namespace) -> int:
     from migstream.transport import Restorer, open_source, read_items
 
     backend = open_backend(options.backend)
+    if options.host:
+        backend.know(open_profile(options.host))
     ran: dict[str, Any] = {}
     try:
         with open_source(options.file) as source, Restorer(backend, readback=options.readback) as restorer:

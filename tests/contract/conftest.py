@@ -33,6 +33,14 @@ def vm(backend: Backend) -> Iterator[Vm]:
 
 
 @pytest.fixture
+def newer_than_6_1(backend: Backend) -> None:
+    """Skip on Linux 6.1, which was seen to answer otherwise in the lab."""
+    if (kernel := backend.profile().kernel).startswith("Linux 6.1."):
+        pytest.skip(f"{kernel} answers otherwise: it makes a PIT without interrupt chips, and drops an x2APIC id of "
+                    "32 bits that nobody enabled")
+
+
+@pytest.fixture
 def recorded_kernel(backend: Backend) -> None:
     """Skip where real KVM is not the one whose answers were recorded: they would say nothing of this one."""
     here, recorded = backend.profile(), SimBackend().profile()

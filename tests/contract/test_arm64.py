@@ -222,7 +222,9 @@ def test_a_vm_that_is_closed_leaves_no_file_descriptor(backend: Backend) -> None
 
 def test_a_feature_that_the_kernel_refuses_is_named_and_leaves_nothing(backend: Backend) -> None:
     profile = backend.profile()
-    bit = next(f for f in reversed(vcpu_features.FEATURES) if not f.mask & profile.vcpu_features)
+    bit = next(f for f in vcpu_features.FEATURES if f.name == "HAS_EL2")
+    if profile.vcpu_features & bit.mask:
+        pytest.skip("this kernel's vCPUs may have EL2")
     before = sorted(os.listdir("/proc/self/fd"))
     with backend.create(machine(2, DEFAULT | bit.mask)) as vm, pytest.raises(BackendError, match=bit.name) as caught:
         vm.create_vcpus()

@@ -248,6 +248,7 @@ def test_a_refused_frequency_stays(backend: Backend, recorded_kernel: None) -> N
 
 
 @pytest.mark.parametrize("long_ids", [False, True])
+@pytest.mark.usefixtures("newer_than_6_1")
 def test_the_apic_id_in_x2apic_mode(backend: Backend, long_ids: bool) -> None:
     with create(backend, 2, enabled_caps={129: (3,)} if long_ids else None) as vm:
         sregs = read(vm, SREGS)[1]

@@ -51,6 +51,7 @@ def test_a_kernel_that_offers_less_saves_restores_and_runs(without: tuple[str, .
 
 
 @pytest.mark.parametrize("without", LESS)
+@pytest.mark.usefixtures("recorded_kernel")
 def test_a_stream_of_a_kernel_that_offers_less_is_restored_by_any(backend: Backend, without: tuple[str, ...]) -> None:
     vm, report = restore(io.BytesIO(stream(SimBackend(without=without))), backend, readback=True)
     with vm:
@@ -59,6 +60,7 @@ def test_a_stream_of_a_kernel_that_offers_less_is_restored_by_any(backend: Backe
     assert report.refused == []
 
 
+@pytest.mark.usefixtures("recorded_kernel")
 def test_sregs2_of_a_stream_is_written_as_sregs_where_the_kernel_has_only_that(backend: Backend) -> None:
     old = SimBackend(without=("SREGS2",))
     vm, report = restore(io.BytesIO(stream(backend)), old, readback=True)
@@ -113,6 +115,7 @@ NEEDED = ("VCPU_EVENTS", "DEBUGREGS", "XCRS", "MP_STATE")
 
 
 @pytest.mark.parametrize("without", NEEDED)
+@pytest.mark.usefixtures("recorded_kernel")
 def test_a_plan_that_says_no_has_made_no_vm(backend: Backend, without: str) -> None:
     target = Counting(SimBackend(without=(without,)))
     with pytest.raises(DoesNotFit, match=f"KVM_CAP_{without}"):
@@ -138,6 +141,7 @@ def test_a_stream_that_ends_half_way_leaves_no_vm(backend: Backend) -> None:
     assert (len(target.made), target.closed) == (1, 1)
 
 
+@pytest.mark.usefixtures("recorded_kernel")
 def test_a_capability_that_the_target_refuses_ends_the_restore(backend: Backend) -> None:
     """The kernel can't be asked what is enabled, so a refusal is never harmless; it used to end in a KeyError."""
     recorded = SimBackend().profile()

@@ -135,6 +135,9 @@ def migrated(source: Backend, target: Backend, vcpus: int) -> tuple[Vm, Report, 
 @pytest.mark.parametrize("target", BACKENDS)
 @pytest.mark.parametrize("vcpus", [1, 6])
 def test_a_guest_goes_on_counting_on_another_backend(backend: Backend, target: str, vcpus: int) -> None:
+    there, here = opened(target).profile(), backend.profile()
+    if (there.msrs, there.cpu) != (here.msrs, here.cpu):
+        pytest.skip(f"a stream of {here.kernel} on {here.cpu} need not fit {there.kernel} on {there.cpu}")
     vm, report, steps = migrated(backend, opened(target), vcpus)
     with vm:
         counters = guest.counters(vm)

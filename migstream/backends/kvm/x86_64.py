@@ -61,6 +61,22 @@ class Counted(Struct):
         return super().write(row)
 
 
+class Cpuid(Counted):
+    """KVM_CPUID2: kernels such as 6.1 leave the capacity that they were given where the number of entries belongs."""
+
+    def read(self, row: Row) -> list[Refusal]:
+        """As `Struct.read`; then the number of entries that are there."""
+        refused = super().read(row)
+        struct.pack_into("<I", row.memory, self.slice.start, cpuid_entries(row.memory[self.slice]))
+        return refused
+
+
+def cpuid_entries(table: bytes | bytearray | memoryview) -> int:
+    """Entries of a struct kvm_cpuid2 that was zero before: all up to the last that is not zero, as many as it says."""
+    (told,) = struct.unpack_from("<I", table)
+    return min(int(told), -(-len(bytes(table[8:]).rstrip(b"\0")) // CPUID_ENTRY))
+
+
 class Clock(Struct):
     """KVM_CLOCK: only the clock value is written, so that guest time goes on from the pause.
 
@@ -188,6 +204,8 @@ _COUNTED = {rows.CPUID2.id: (0, 8, CPUID_ENTRY, errno.E2BIG), rows.NESTED_STATE.
 """Registers with a length of their own: where it is (a u32), what it counts (bytes before, bytes of each), and the
 errno for one that is too long."""
 
+_OWN_LENGTH: dict[int, type[Struct]] = {rows.CPUID2.id: Cpuid, rows.NESTED_STATE.id: Counted}
+
 _CHIPS = {rows.PIC_MASTER.id: 0, rows.PIC_SLAVE.id: 1, rows.IOAPIC.id: 2}
 
 
@@ -203,7 +221,7 @@ def _prepare(id: int, size: int) -> bytes:
 def _operation(id: int, start: int, size: int, capabilities: Mapping[str, int],
                told: dict[int, tuple[int, ...]]) -> Operation:
     if id in _STRUCTS:
-        return (Counted if id in _COUNTED else Struct)(id, start, size, *_STRUCTS[id], _prepare(id, size))
+        return _OWN_LENGTH.get(id, Struct)(id, start, size, *_STRUCTS[id], _prepare(id, size))
     if id == rows.XSAVE.id:
         get = uapi.GET_XSAVE2 if capabilities.get("XSAVE2") else uapi.GET_XSAVE
         return Struct(id, start, size, get, uapi.SET_XSAVE)
@@ -313,7 +331,7 @@ class X86Vm(ArchVm):
             buffer = bytearray(8 + CPUID_ENTRY * _CPUID_CAPACITY)
             struct.pack_into("<I", buffer, 0, _CPUID_CAPACITY)
             uapi.call(fd, uapi.GET_CPUID2, buffer, vcpu=k)
-            longest = max(longest, struct.unpack_from("<I", buffer)[0])
+            longest = max(longest, cpuid_entries(buffer))
         return 8 + CPUID_ENTRY * longest
 
     def _kvm_registers(self) -> tuple[int, ...]:
