@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from migstream import __version__, cli_host
-from migstream.cli_host import BACKENDS, Parser
+from migstream.cli_host import BACKENDS, Parser, open_profile
 from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ What real kernels say to all this is in the lab's tier.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import struct
 from dataclasses import dataclass, field
@@ -411,3 +412,60 @@ def test_scope_is_the_profiles_where_it_has_one(kvm: FakeKvm) -> None:
     layouts, _ = attached(scopes={PSCI_VERSION: Scope.VCPU}).layouts()
     (place,) = [layout.title for layout in layouts if PSCI_VERSION in layout.index]
     assert place == "vcpu/feature"
+
+
+def test_the_kernels_own_word_on_scope_wins(kvm: FakeKvm) -> None:
+    """KVM_CAP_ARM_REG_SCOPE as it was proposed: the list flags what is the VM's; the ids in a stream have no flag."""
+    kvm.listed = (X0, PSCI_VERSION | ids.KVM_REG_ARM_SCOPE_VM, TPIDR)
+    vm = attached(scopes={PSCI_VERSION: "vcpu", TPIDR: "vm"}, registers=(X0, PSCI_VERSION, TPIDR),
+                  scope_flags=(PSCI_VERSION,))
+    assert {lookup(id).name: title for id, title in titles(vm).items()}["PSCI_VERSION"] == "vcpu/feature"
+    profile = vm.backend.profile()
+    vm.backend._profile = dataclasses.replace(profile, capabilities={**profile.capabilities, "ARM_REG_SCOPE": 1})
+    assert (titles(vm)[PSCI_VERSION], titles(vm)[TPIDR]) == ("vm/feature", "vcpu/state")
+
+
+TPIDR = arm64_ids.sysreg(3, 3, 13, 0, 2)
+
+
+def titles(vm: backend.KvmVm) -> dict[int, str]:
+    return {slot.id: at.title for at in vm.layouts()[0] for slot in at.slots}
+
+
+# features that capabilities promise and vCPUs do not get
+
+
+class Picky:
+    """A host whose vCPUs are refused with some features, or with two of them together."""
+
+    def __init__(self, refused: int, together: int = 0) -> None:
+        self.refused, self.together, self.open = refused, together, 0
+
+    def create(self, machine: Machine) -> Picky:
+        self.features = machine.devices["vcpu_features"]
+        return self
+
+    def __enter__(self) -> Picky:
+        self.open += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open -= 1
+
+    def create_vcpus(self) -> None:
+        if self.features & self.refused or (self.together and self.features & self.together == self.together):
+            raise BackendError("KVM_ARM_VCPU_INIT", errno=errno.EINVAL)
+
+
+ALL = vcpu_features.DEFAULT | vcpu_features.PMU_V3 | vcpu_features.SVE | vcpu_features.PTRAUTH
+
+
+@pytest.mark.parametrize(("refused", "together", "taken"), [
+    (0, 0, ALL), (vcpu_features.PMU_V3, 0, ALL & ~vcpu_features.PMU_V3),
+    (vcpu_features.PTRAUTH, 0, ALL & ~vcpu_features.PTRAUTH),
+    (0, vcpu_features.PMU_V3 | vcpu_features.SVE, ALL),
+])
+def test_features_are_those_that_a_vcpu_can_be_made_with(refused: int, together: int, taken: int) -> None:
+    host = Picky(refused, together)
+    assert arm64._taken(host, ALL) == taken  # type: ignore[arg-type]
+    assert host.open == 0

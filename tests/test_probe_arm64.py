@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from migstream.backends.base import Refusal
+from migstream.errors import UsageError
 from migstream.host import experiment, profiles
+from migstream.host.attributes_arm64 import name
 from migstream.host.profile import HostProfile
 from migstream.host.scratch import Scratch
+from migstream.model import Layout, Phase, Scope, Slot
 from migstream.plan import scope_notes
 from migstream.registers.catalogue import lookup
 
@@ -73,10 +79,6 @@ def test_a_run_ends_the_bitmaps_and_not_psci_version(kernel: str) -> None:
 
 
 def test_scope_notes_name_what_differs() -> None:
-    from dataclasses import replace
-
-    from migstream.model import Layout, Phase, Scope, Slot
-
     profile = profiles.load("arm64-6.12")
     id = next(id for id, scope in profile.scopes.items() if scope == "vm")
     layout = Layout(Scope.VCPU, Phase.STATE, (Slot(id, 8),))
@@ -116,3 +118,65 @@ def test_bits_and_scope_of_a_fake(shared: int, mask: int, scope: str, kept: int)
     (result,) = experiment.scopes(scratch, {ID: trial}).values()
     assert (trial.kept, result.scope) == (kept, scope)
     assert (result == experiment.PARTLY) == (shared not in (0, ALL))
+
+
+class Runs(FakeVm):
+    """Takes no other value once a vCPU has run; entering one is a run, or it isn't, or nothing is ever refused."""
+
+    def __init__(self, entering: bool | None) -> None:
+        super().__init__(0, ALL)
+        self.entering, self.fixed = entering, False
+
+    def write(self, layout, first_vcpu, values):  # type: ignore[no-untyped-def]
+        if self.fixed and int(values[0, 0]) != self.values[first_vcpu]:
+            return [Refusal(ID, first_vcpu, "KVM_SET_ONE_REG", errno.EBUSY)]
+        return super().write(layout, first_vcpu, values)  # type: ignore[no-untyped-call]
+
+    def enter(self, vcpu: int) -> None:
+        self.fixed = bool(self.entering)
+
+    def start(self) -> None:
+        self.fixed = self.entering is not None
+
+    def pause(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("entering", [True, False, None])
+def test_whether_entering_is_running_is_found_out(entering: bool | None) -> None:
+    scratch = Scratch(Runs(entering), 3)  # type: ignore[arg-type]
+    after = experiment.after_run(scratch, {ID: experiment.try_bits(scratch, ID, 8)}, enter=True)
+    assert after.entering_is_running is entering
+    assert after.errnos == {ID: (0 if entering is None else errno.EBUSY, 0)}
+
+
+def test_a_captured_profile_counts_on_its_own_host_alone() -> None:
+    here = replace(profiles.load("arm64-6.12"), scopes={}, feature_scopes={})
+    measured = here.measured_by(profiles.load("arm64-6.12"))
+    assert measured.known_scopes[PSCI_VERSION] == "vm" and not here.known_scopes
+    assert profiles.recorded(here) is profiles.load("arm64-6.12")
+    assert profiles.recorded(replace(here, kernel="Linux 0.1")) is None and here.measured_by(None) is here
+    with pytest.raises(UsageError, match=r"of kernel Linux 7\.2.*, this host is Linux 6\.12"):
+        here.measured_by(profiles.load("arm64-7.2"))
+
+
+PSCI_VERSION = 0x6030_0000_0014_0000
+
+
+def test_flags_of_the_kernel_win_over_an_experiment() -> None:
+    told = replace(profiles.load("arm64-6.12"), scope_flags=(ID,), scopes={PSCI_VERSION: "vm", ID: "vcpu"})
+    assert (told.known_scopes[PSCI_VERSION], told.known_scopes[ID]) == ("vm", "vcpu")
+    told = replace(told, capabilities={**told.capabilities, "ARM_REG_SCOPE": 1})
+    assert (told.known_scopes[PSCI_VERSION], told.known_scopes[ID]) == ("vcpu", "vm")
+    layout = Layout(Scope.VCPU, Phase.STATE, (Slot(ID, 8),))
+    assert "it says so" in scope_notes([layout], told)[0]
+
+
+def test_device_attributes_of_a_kernel_are_named() -> None:
+    """The maintenance interrupt and the number of PMU counters are newer than 6.12."""
+    known = {kernel: {name(id) for id in profiles.load(f"arm64-{kernel}").attributes} for kernel in COUNTS}
+    newer = {"KVM_DEV_ARM_VGIC_GRP_MAINT_IRQ", "KVM_ARM_VCPU_PMU_V3_SET_NR_COUNTERS"}
+    assert newer <= known["7.2"] and not newer & (known["6.12"] | known["6.1"] | known["5.10"])
+    for names in known.values():
+        assert {"GICD_IIDR", "GICR_WAKER", "ICC_PMR_EL1", "GITS_CTLR", "GICD_LINE_LEVEL1"} <= names
+        assert not [word for word in names if word.startswith("0x")]

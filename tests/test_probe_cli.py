@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from migstream.cli import main
+from migstream.host import profiles
+from migstream.host.profile import HostProfile, to_json
 
 
 def test_show_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,3 +49,48 @@ def test_a_bad_profile_is_one_line(text: str, tmp_path: Path, capsys: pytest.Cap
 def test_misuse(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["host", *words]) == 64
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(HostProfile)])
+def test_a_field_that_is_damaged_is_named(field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads(to_json(profiles.load("arm64-6.1")))
+    (tmp_path / "bad.json").write_text(json.dumps({**data, field: 5.5}))
+    assert main(["host", "diff", str(tmp_path / "bad.json"), "arm64-6.1"]) == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"field '{field}'" in line and "bad.json" in line
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"migstream_host_profile": 1}, "field 'migstream_host_profile': version 1; this migstream reads 2; capture it ag"),
+    ({"migstream_host_profile": 3}, "field 'migstream_host_profile': version 3; this migstream reads 2"),
+    ({"registers_base": []}, "unknown field 'registers_base'"), ({"kernel": None}, "field 'kernel': None is no text"),
+])
+def test_an_older_or_newer_profile_says_so(change: dict[str, object], words: str, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads(to_json(profiles.load("arm64-6.1")))
+    (tmp_path / "old.json").write_text(json.dumps({**data, **change}))
+    assert main(["host", "show", str(tmp_path / "old.json")]) == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_a_field_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bare.json").write_text('{"migstream_host_profile": 2, "arch": "arm64", "cpu": "", "backend": ""}')
+    assert main(["host", "show", str(tmp_path / "bare.json")]) == 64
+    assert "no field 'kernel'" in capsys.readouterr().err
+
+
+def test_a_profile_for_a_simulator_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "nothing.mig", "--backend", "sim", "--host", "x86_64-6.1"]) == 64
+    assert "for real KVM" in capsys.readouterr().err
+
+
+def test_diff_shows_what_features_change_and_attributes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["host", "diff", "arm64-6.12", "arm64-7.2", "--json"]) == 0
+    changes = {(c["name"], c["what"]): c for c in json.loads(capsys.readouterr().out)["changes"]}
+    assert changes["ID_AA64PFR0_EL1", "with all features"]["right"] == "writable: only RAS[1]"
+    assert changes["KVM_DEV_ARM_VGIC_GRP_MAINT_IRQ", "listed"]["left"] == "no"
+    assert main(["host", "diff", "x86_64-6.12", "x86_64-6.18-pvm"]) == 0
+    assert "XSAVE components" in capsys.readouterr().out
+    assert main(["host", "show", "arm64-6.12", "--reg", "ID_AA64PFR0_EL1"]) == 0
+    assert "with all vCPU features: 0x1101001121110222; writable: " in capsys.readouterr().out

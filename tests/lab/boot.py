@@ -256,7 +256,7 @@ def _too_late(guest: _Guest, booting: bool, limit_s: float) -> LabError:
 
 
 def _result(guest: _Guest, started: float) -> Result:
-    sent = guest.result.getvalue()
+    sent = guest.result.getvalue().rstrip(b"\n") + b"\n"  # without init.sh's filler
     status, _, rest = sent.removeprefix(_BEGIN).partition(b"\n")
     word, _, number = status.partition(b" ")
     if word != b"status" or not number.isdigit() or not rest.endswith(_END) or guest.begun_at is None:
