@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from migstream import ram
-from migstream.backends.base import Backend, Refusal, Vm
+from typing import TYPE_CHECKING
+
+from migstream import limits, ram
+from migstream.backends.base import Backend, Refusal, Vm, check_threads
 from migstream.errors import RestoreFailed, UsageError
 from migstream.frames import Section
 from migstream.model import Klass, Layout, OpaqueState, Phase, Scope
@@ -17,6 +19,9 @@ from migstream.transport.streams import Source, read_items
 from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written, columns
 
+if TYPE_CHECKING:
+    from migstream.model import Words
+
 
 class Restorer:
     """One restore, incremental: give it the sections as they arrive.
@@ -24,12 +29,16 @@ class Restorer:
     A context manager: the VM is closed unless `finish()` gave it to the caller.
     """
 
-    def __init__(self, backend: Backend, *, readback: bool = False) -> None:
+    def __init__(self, backend: Backend, *, readback: bool = False, threads: int = 0) -> None:
+        """See `restore`. Raises: UsageError."""
         self.reader = StreamReader()
+        self._threads = check_threads(threads)
         self.report = Report()
         self._backend, self._readback = backend, readback
         self._plan: Plan | None = None
         self._vm: Vm | None = None
+        self._complete = False
+        self._room: dict[int, Words] = {}
         self._written: list[Written] = []
         self._refused: list[tuple[Refusal, Written]] = []
 
@@ -79,18 +88,22 @@ class Restorer:
                 self.report.notes += scope_notes(self.reader.layouts, self._backend.profile())
             with self.report.phase("create"):
                 self._vm = self._backend.create(machine)
+                self._vm.threads = self._threads
         return self._vm
 
     def _with_vcpus(self, vm: Vm) -> Vm:
-        with self.report.phase("create"):
-            vm.create_vcpus()
+        if not self._complete:
+            with self.report.phase("create"):
+                vm.create_vcpus()
+                self._get_ready(vm)
+            self._complete = True
         return vm
 
     def _bank(self, vm: Vm, number: int, encoded: EncodedBank) -> None:
         assert self._plan is not None
         step = self._plan.steps[number]
-        with self.report.phase("decode"):
-            bank = encoded.decode()
+        with self.report.phase("prologue decode" if step.source.phase.prologue else "decode"):
+            bank = encoded.decode(self._place(number, encoded))
         if (step.source.scope, step.source.phase) != (Scope.VM, Phase.CREATE):
             self._with_vcpus(vm)
         if step.target is None:
@@ -99,6 +112,24 @@ class Restorer:
             self._update(vm, Written(step, step.target, bank, step.fit(bank.values)))
         else:
             self._write(vm, Written(step, step.target, bank, step.fit(bank.values)))
+
+    def _get_ready(self, vm: Vm) -> None:
+        """Before the pause: programs, and touched memory for what comes after it (a first touch is slow)."""
+        import numpy as np
+
+        assert self._plan is not None
+        late = {n: step for n, step in enumerate(self._plan.steps) if not step.source.phase.prologue}
+        vm.prepare([step.target for step in late.values() if step.target is not None])
+        for number, step in late.items():
+            shape = vm.machine.vcpus if step.source.scope == Scope.VCPU else 1, step.source.row_words
+            if shape[0] * shape[1] * 8 <= limits.MAX_MATRIX:
+                self._room[number] = np.empty(shape, np.uint64)
+                self._room[number].fill(0)
+
+    def _place(self, number: int, encoded: EncodedBank) -> Words | None:
+        """The rows of a bank in the memory that was made for its layout."""
+        room = self._room.get(number)
+        return None if room is None else room[encoded.first_vcpu:encoded.first_vcpu + encoded.rows]
 
     def _write(self, vm: Vm, done: Written) -> None:
         assert done.values is not None
@@ -152,16 +183,17 @@ def _harmless(vm: Vm, refusal: Refusal, done: Written) -> str:
     return "it runs by itself" if lookup(refusal.register).klass == Klass.CLOCK else ""
 
 
-def restore(source: Source, backend: Backend, *, readback: bool = False) -> tuple[Vm, Report]:
+def restore(source: Source, backend: Backend, *, readback: bool = False, threads: int = 0) -> tuple[Vm, Report]:
     """Restore a stream into a fresh VM, which is complete and paused; `vm.start()` lets it run.
 
     Args:
         source: read in order to the end of the stream. backend: where the VM is made.
         readback: read every register back and compare.
+        threads: that write registers; 0 leaves it to the backend. More than one needs the compiled batch.
 
     Raises: StreamError and below, DoesNotFit (nothing was made), RestoreFailed (the VM was closed), BackendError.
     """
-    with Restorer(backend, readback=readback) as restorer:
+    with Restorer(backend, readback=readback, threads=threads) as restorer:
         for section, item in read_items(source, restorer.reader):
             restorer.take(section, item)
         return restorer.finish()
