@@ -290,11 +290,11 @@ def _cleared(source: random.Random) -> list[list[int]]:
 
 
 _FEATURES = ((1, 0, 2, 21), (1, 0, 2, 26), (1, 0, 2, 17), (1, 0, 2, 24), (1, 0, 3, 14), (7, 0, 1, 1), (7, 0, 1, 0),
-             (7, 0, 2, 3), (7, 0, 1, 7), (7, 0, 3, 29), (7, 0, 1, 20), (0xD, 0, 0, 2), (0x8000_0001, 0, 2, 2), (0x8000_0001, 0, 3, 20),
-             (0x8000_0001, 0, 3, 29), (0x8000_0008, 0, 0, 5), (0x8000_000A, 0, 3, 4))
-"""(leaf, subleaf, register, bit) of features that something else is checked against: x2APIC, XSAVE, PCID, TSC deadline,
-PGE, TSC_ADJUST, FSGSBASE, PKU, SMEP, SMAP, AVX state, SVM, NX, long mode, ARCH_CAPABILITIES, a narrower physical address,
-TSC rate."""
+             (7, 0, 2, 3), (7, 0, 1, 7), (7, 0, 3, 29), (7, 0, 1, 20), (0xD, 0, 0, 2), (0x8000_0001, 0, 2, 2),
+             (0x8000_0001, 0, 3, 20), (0x8000_0001, 0, 3, 29), (0x8000_0008, 0, 0, 5), (0x8000_000A, 0, 3, 4))
+"""(leaf, subleaf, register, bit) of features that something else is checked against: x2APIC, XSAVE, PCID, TSC
+deadline, PGE, TSC_ADJUST, FSGSBASE, PKU, SMEP, SMAP, AVX state, SVM, NX, long mode, ARCH_CAPABILITIES, a narrower
+physical address, TSC rate."""
 
 
 def _struct(source: random.Random, profile: HostProfile, vcpu: int) -> Call:
