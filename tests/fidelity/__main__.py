@@ -51,7 +51,7 @@ def on_host(seed: int, sequences: int, calls: int) -> Outcome:
     real = KvmBackend()
     name, profile = _here(real)
     packed = guest.record(real, profile, seed, calls, range(sequences))
-    found = guest.compare(profile, seed, calls, range(sequences), guest.recorded(packed))
+    found = guest.compare(profile, seed, calls, range(sequences), packed)
     out = _outcome(name, profile, seed, sequences, calls, found)
     shrunk = (guest.shrunk(real, profile, seed, calls, index) for index in out.divergences[:MOST_SHRUNK])
     out.tests = "\n\n".join(driver.pasteable(one, name, seed) for one in shrunk if one)
@@ -74,7 +74,7 @@ def in_lab(name: str, seed: int, sequences: int, calls: int, time_limit_s: float
     """Compare with a lab kernel: one boot for all sequences, one more where some diverge. Raises: LabError."""
     profile, kernel = profiles.load(name), _lab_kernel(name)
     packed = _in_guest(kernel, ("record", name, seed, calls, _ANSWERS, 0, sequences), time_limit_s)
-    found = guest.compare(profile, seed, calls, range(sequences), guest.recorded(packed))
+    found = guest.compare(profile, seed, calls, range(sequences), packed)
     out = _outcome(name, profile, seed, sequences, calls, found)
     if out.divergences:
         shown = out.divergences[:MOST_SHRUNK]

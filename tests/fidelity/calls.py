@@ -87,3 +87,9 @@ class Vocabulary(Protocol):
 
     def stage(self, backend: Backend, profile: HostProfile) -> Stage:
         """A fresh stage."""
+
+    def facts(self, real: Backend) -> dict[str, int]:
+        """What the real host says of itself that is another number at each boot, such as a measured frequency."""
+
+    def told(self, profile: HostProfile, facts: dict[str, int]) -> HostProfile:
+        """The profile with these facts in place of the recorded ones."""

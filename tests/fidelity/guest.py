@@ -28,35 +28,41 @@ from tests.fidelity.vocabularies import vocabulary
 
 def record(real: Backend, profile: HostProfile, seed: int, calls: int, indices: Sequence[int]) -> bytes:
     """The answers of a real kernel to some sequences, packed."""
-    words, lines = vocabulary(profile.arch), []
+    words = vocabulary(profile.arch)
+    lines = [json.dumps(words.facts(real))]
     for index in indices:
         story = driver.story(words, profile, seed, index, calls)
         lines.append(json.dumps(list(driver.play(words, real, profile, story)), separators=(",", ":")))
     return zstandard.compress("\n".join(lines).encode())
 
 
-def recorded(packed: bytes) -> Iterator[list[Answer]]:
-    """What `record` packed: the answers of each sequence."""
+def recorded(packed: bytes) -> tuple[dict[str, int], Iterator[list[Answer]]]:
+    """What `record` packed: facts of that boot, and the answers of each sequence."""
     text = zstandard.ZstdDecompressor().decompressobj().decompress(packed).decode()
-    return (json.loads(line) for line in text.splitlines())
+    facts, *lines = text.splitlines()
+    return json.loads(facts), (json.loads(line) for line in lines)
 
 
 def compare(profile: HostProfile, seed: int, calls: int, indices: Sequence[int],
-            answers: Iterator[list[Answer]]) -> list[driver.Divergence]:
-    """The sequences in which the simulator of the profile answers otherwise."""
+            packed: bytes) -> list[driver.Divergence]:
+    """The sequences in which the simulator of the profile answers otherwise than `record` packed."""
     words, found = vocabulary(profile.arch), []
+    facts, answers = recorded(packed)
+    simulator = SimBackend(words.told(profile, facts))
     for index, real in zip(indices, answers, strict=True):
         story = driver.story(words, profile, seed, index, calls)
-        if parted := driver.diverges(words, SimBackend(profile), profile, story, iter(real), index):
+        if parted := driver.diverges(words, simulator, profile, story, iter(real), index):
             found.append(parted)
     return found
 
 
 def checker(words: Vocabulary, real: Backend, profile: HostProfile, index: int) -> driver.Check:
     """Plays a sequence on the real kernel and on the simulator."""
+    simulator = SimBackend(words.told(profile, words.facts(real)))
+
     def check(story: Story) -> driver.Divergence | None:
         answers = driver.play(words, real, profile, story)
-        return driver.diverges(words, SimBackend(profile), profile, story, answers, index)
+        return driver.diverges(words, simulator, profile, story, answers, index)
 
     return check
 

@@ -6,6 +6,7 @@ import random
 import struct
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ WORDS = (0, 1, 2, 3, 4, 7, 0xFF, 0x20, 0x500, 0x8001_0033, 0x11, 0xE7, 0xFEE0_09
          0x1001, 0x7_F001, 0xFFFF_F001, 0x0007_0406_0007_0406, (1 << 64) - 1)
 """64-bit words that mean something somewhere: modes, APIC bases, an area in RAM and one outside, memory types."""
 
-STRANGE_MSRS = (0x0123_4567, 0xC000_0104, 0x4000_0001, 0x1D9, 0x8B, 0x10A, 0x345, 0xCE, 0xC001_1029, 0x480)
+STRANGE_MSRS = (0x0123_4567, 0x5000_0000, 0xC000_0999)
+"""MSRs that no kernel has."""
 
 EXCLUDED = (
     Excluded("the values of KVM_CLOCK, IA32_TSC, HV_X64_MSR_TIME_REF_COUNT, HV_X64_MSR_VP_RUNTIME and of the "
@@ -51,6 +53,11 @@ EXCLUDED = (
     Excluded("bytes 24 to 27 of what is written to an interrupt chip are 0",
              "interrupts pending in the IOAPIC are delivered to vCPUs at a time of the kernel's choice"),
     Excluded("bit 31 of KVM_TSC_KHZ is 0 in what is written", "KVM_GET_TSC_KHZ would answer a negative number"),
+    Excluded("MSRs that a kernel knows and does not list", "a profile can't tell them from those that it has not"),
+    Excluded("HV_X64_MSR_RESET with bit 0", "the next KVM_RUN asks userspace to reset the machine"),
+    Excluded("the high half of MSR_IA32_SYSENTER_CS is 0 in what is written",
+             "how much of it a VMCB keeps is the CPU's choice; QEMU's emulation keeps 32 bits"),
+    Excluded("a valid VMCB in KVM_NESTED_STATE", "it would put the vCPU into a guest of the guest"),
     Excluded("MXCSR_MASK in KVM_XSAVE", "the CPU fills it in when it first saves the state; it can't be set"),
     Excluded("XSTATE_BV after the first KVM_RUN; what is written then says that all components are in use",
              "whether a component in its initial state counts as in use is the CPU's choice (XINUSE)"),
@@ -106,7 +113,9 @@ class X86Stage(Stage):
     def do_write(self, register: int, vcpu: int, value: int) -> Answer:
         """Write a whole 64-bit value, at the start of a longer register."""
         size = self._size(register)
-        return self._put(register, vcpu, value.to_bytes(8, "little")[:size].ljust(size, b"\0"))
+        whole = bytearray(value.to_bytes(8, "little")[:size].ljust(size, b"\0"))
+        _mend(register, whole)
+        return self._put(register, vcpu, bytes(whole))
 
     def do_read(self, register: int, vcpu: int) -> Answer:
         """Read a register."""
@@ -228,7 +237,7 @@ def _mend(id: int, value: bytearray) -> None:
 
 
 _NEVER = ((x86_64.VCPU_EVENTS.id, 27, 28, 0), (x86_64.LAPIC.id, 0x380, 0x3A0, 0), (x86_64.TSC_KHZ.id, 3, 4, 0x7F),
-          *((chip, 24, 28, 0) for chip in CHIPS))
+          (ids.msr_id(0x174), 4, 8, 0), *((chip, 24, 28, 0) for chip in CHIPS))
 """(register, first byte, byte after the last, bits that are kept)."""
 
 
@@ -265,6 +274,20 @@ class X86Vocabulary:
     def stage(self, backend: Backend, profile: HostProfile) -> X86Stage:
         """See `Vocabulary.stage`."""
         return X86Stage(backend, profile)
+
+    def facts(self, real: Backend) -> dict[str, int]:
+        """The TSC's frequency, which a kernel measures when it boots."""
+        stage = X86Stage(real, real.profile())
+        try:
+            stage.do_create(1, {}, {})
+            return {"tsc_khz": int(stage.do_read(x86_64.TSC_KHZ.id, 0)["value"].get("0", "0"), 16)}
+        finally:
+            stage.close()
+
+    def told(self, profile: HostProfile, facts: dict[str, int]) -> HostProfile:
+        """The profile with that frequency."""
+        khz = facts["tsc_khz"].to_bytes(4, "little")
+        return replace(profile, defaults={**profile.defaults, x86_64.TSC_KHZ.id: khz})
 
     def story(self, source: random.Random, profile: HostProfile, calls: int) -> list[Call]:
         """See `Vocabulary.story`."""
@@ -327,9 +350,14 @@ def _edit(source: random.Random, length: int) -> list[Any]:
 def _msr(source: random.Random, profile: HostProfile, vcpu: int) -> Call:
     index = source.choice((*profile.msrs, *profile.feature_msrs))
     register = ids.msr_id(index)
+    if index == _HV_RESET:
+        return call("write", register=register, vcpu=vcpu, value=_value(source) & ~1)
     if register in UNREADABLE or source.random() < 0.2:
         return call("write", register=register, vcpu=vcpu, value=_value(source))
     return call("change", register=register, vcpu=vcpu, edits=_edits(source, 8))
+
+
+_HV_RESET = 0x4000_0003
 
 
 def _value(source: random.Random) -> int:

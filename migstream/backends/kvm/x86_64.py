@@ -58,6 +58,31 @@ class Counted(Struct):
         return super().write(row)
 
 
+class Cpuid(Counted):
+    """KVM_CPUID2. Kernels before 6.6 leave the count as they were asked, however few entries they give."""
+
+    def read(self, row: Row) -> list[Refusal]:
+        """As `Struct.read`, with the count of the entries that were given."""
+        memory = row.memory[self.slice]
+        memory[8:] = b"\xff" * (len(memory) - 8)
+        refused = super().read(row)
+        entries = 0 if refused else _entries(memory)
+        struct.pack_into("<I", memory, 0, entries if not refused else struct.unpack_from("<I", memory)[0])
+        memory[8 + CPUID_ENTRY * entries:] = bytes(len(memory) - 8 - CPUID_ENTRY * entries)
+        return refused
+
+
+_UNTOUCHED = 0xFFFF_FFFF
+"""A leaf that no table has: what stands in an entry that the kernel did not write."""
+
+
+def _entries(table: bytearray | memoryview) -> int:
+    """How many entries of a struct kvm_cpuid2 full of 0xff the kernel has written."""
+    (count,) = struct.unpack_from("<I", table)
+    leaves = (struct.unpack_from("<I", table, 8 + CPUID_ENTRY * number)[0] for number in range(count))
+    return next((number for number, leaf in enumerate(leaves) if leaf == _UNTOUCHED), count)
+
+
 class Clock(Struct):
     """KVM_CLOCK: only the clock value is written, so that guest time goes on from the pause.
 
@@ -185,6 +210,7 @@ _COUNTED = {rows.CPUID2.id: (0, 8, CPUID_ENTRY, errno.E2BIG), rows.NESTED_STATE.
 """Registers with a length of their own: where it is (a u32), what it counts (bytes before, bytes of each), and the
 errno for one that is too long."""
 
+_CLASSES: dict[int, type[Struct]] = {rows.CPUID2.id: Cpuid, rows.NESTED_STATE.id: Counted}
 _CHIPS = {rows.PIC_MASTER.id: 0, rows.PIC_SLAVE.id: 1, rows.IOAPIC.id: 2}
 
 
@@ -200,7 +226,7 @@ def _prepare(id: int, size: int) -> bytes:
 def _operation(id: int, start: int, size: int, capabilities: Mapping[str, int],
                told: dict[int, tuple[int, ...]]) -> Operation:
     if id in _STRUCTS:
-        return (Counted if id in _COUNTED else Struct)(id, start, size, *_STRUCTS[id], _prepare(id, size))
+        return _CLASSES.get(id, Struct)(id, start, size, *_STRUCTS[id], _prepare(id, size))
     if id == rows.XSAVE.id:
         get = uapi.GET_XSAVE2 if capabilities.get("XSAVE2") else uapi.GET_XSAVE
         return Struct(id, start, size, get, uapi.SET_XSAVE)
@@ -305,10 +331,10 @@ class X86Vm(ArchVm):
         """Bytes of the longest CPUID2 table of this VM's vCPUs."""
         longest = 0
         for k, fd in enumerate(self.vm.vcpu_fds):
-            buffer = bytearray(8 + CPUID_ENTRY * _CPUID_CAPACITY)
-            struct.pack_into("<I", buffer, 0, _CPUID_CAPACITY)
+            buffer = bytearray(b"\xff") * (8 + CPUID_ENTRY * _CPUID_CAPACITY)
+            struct.pack_into("<II", buffer, 0, _CPUID_CAPACITY, 0)
             uapi.call(fd, uapi.GET_CPUID2, buffer, vcpu=k)
-            longest = max(longest, struct.unpack_from("<I", buffer)[0])
+            longest = max(longest, _entries(buffer))
         return 8 + CPUID_ENTRY * longest
 
     def _kvm_registers(self) -> tuple[int, ...]:

@@ -100,7 +100,8 @@ def _hide_msr(profile: HostProfile, argument: str) -> HostProfile:
         raise UsageError(f"the kernel has no {name(index)} to hide")
     id = ids.msr_id(index)
     by_id = ("defaults", "refused", "scopes", "scope_found", "register_bits", "bit_errnos", "readback", "after_run")
-    gone: dict[str, Any] = {field: {key: value for key, value in getattr(profile, field).items() if key != id} for field in by_id}
+    gone: dict[str, Any] = {field: {key: value for key, value in getattr(profile, field).items() if key != id}
+                            for field in by_id}
     return replace(profile, msrs=tuple(n for n in profile.msrs if n != index),
                    feature_msrs={n: v for n, v in profile.feature_msrs.items() if n != index},
                    msr_bits={n: pair for n, pair in profile.msr_bits.items() if n != index}, **gone)
