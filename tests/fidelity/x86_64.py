@@ -58,6 +58,8 @@ EXCLUDED = (
     Excluded("the high half of MSR_IA32_SYSENTER_CS is 0 in what is written",
              "how much of it a VMCB keeps is the CPU's choice; QEMU's emulation keeps 32 bits"),
     Excluded("a valid VMCB in KVM_NESTED_STATE", "it would put the vCPU into a guest of the guest"),
+    Excluded("in KVM_XSAVE, FCW is 0x37f and FSW, FOP, FIP, FDP and the padding of the x87 registers are 0 in what is "
+             "written", "what of them comes back from FXRSTOR and FXSAVE is the CPU's choice"),
     Excluded("MXCSR_MASK in KVM_XSAVE", "the CPU fills it in when it first saves the state; it can't be set"),
     Excluded("XSTATE_BV after the first KVM_RUN; what is written then says that all components are in use",
              "whether a component in its initial state counts as in use is the CPU's choice (XINUSE)"),
@@ -231,13 +233,17 @@ _EDITS: dict[str, Callable[[bytearray, int, int], None]] = {"flip": _flip, "byte
 
 def _mend(id: int, value: bytearray) -> None:
     """Take out what `EXCLUDED` says is never written."""
+    if id == x86_64.XSAVE.id:
+        struct.pack_into("<HH", value, 0, 0x37F, 0)
     for register, first, last, kept in _NEVER:
         if id == register:
             value[first:last] = bytes(byte & kept for byte in value[first:last])
 
 
 _NEVER = ((x86_64.VCPU_EVENTS.id, 27, 28, 0), (x86_64.LAPIC.id, 0x380, 0x3A0, 0), (x86_64.TSC_KHZ.id, 3, 4, 0x7F),
-          (ids.msr_id(0x174), 4, 8, 0), *((chip, 24, 28, 0) for chip in CHIPS))
+          (ids.msr_id(0x174), 4, 8, 0), (x86_64.XSAVE.id, 5, 24, 0),
+          *((x86_64.XSAVE.id, start + 10, start + 16, 0) for start in range(32, 160, 16)),
+          *((chip, 24, 28, 0) for chip in CHIPS))
 """(register, first byte, byte after the last, bits that are kept)."""
 
 
