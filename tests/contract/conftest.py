@@ -9,15 +9,19 @@ import pytest
 from migstream.backends.base import Backend, Vm
 from migstream.backends.kvm import KvmBackend
 from migstream.backends.sim import SimBackend
+from migstream.host import profiles
 from tests.contract.access import create
 
 KVM = pytest.param("kvm", marks=pytest.mark.kvm)
-BACKENDS = ("sim", KVM)
+SIMULATED = tuple(f"sim:{name}" for name in profiles.names() if name.startswith("x86_64-"))
+"""Every simulated kernel of the architecture whose registers the suite names."""
+
+BACKENDS = (*SIMULATED, KVM)
 
 
 def opened(name: str) -> Backend:
     """A backend by the name of its parameter."""
-    return KvmBackend() if name == "kvm" else SimBackend()
+    return KvmBackend() if name == "kvm" else SimBackend(name)
 
 
 @pytest.fixture(params=BACKENDS)

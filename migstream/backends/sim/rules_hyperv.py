@@ -36,7 +36,7 @@ def _never(rows: Rows, values: Column) -> Mask:
 
 def _no_hypercall_page(rows: Rows, values: Column) -> Mask:
     named = mask(rows.get(ids.msr_id(GUEST_OS_ID))[:, 0] != 0)
-    return named & bits(values, _ENABLE) & ~in_ram(rows, values & np.uint64(_PAGE), _CODE)
+    return named & _beyond_memory(rows, values)
 
 
 def _hypercall(rows: Rows, values: Column) -> Column:
@@ -62,7 +62,13 @@ def _vp(rows: Rows, values: Column) -> Column:
 
 
 def _no_assist_page(rows: Rows, values: Column) -> Mask:
-    return bits(values, _ENABLE) & ~in_ram(rows, values & np.uint64(_PAGE), _CODE)
+    return _beyond_memory(rows, values)
+
+
+def _beyond_memory(rows: Rows, values: Column) -> Mask:
+    """An enabled page outside of RAM. A vCPU in system management mode has another address space, which is empty."""
+    there = in_ram(rows, values & np.uint64(_PAGE), _CODE) & ~bits(rows.get(x86_64.VCPU_EVENTS.id)[:, 3], 0xFF)
+    return bits(values, _ENABLE) & ~there
 
 
 def _assist(rows: Rows, values: Column) -> Column:

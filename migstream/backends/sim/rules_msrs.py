@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from migstream.backends.sim.msr_rule import Column
 
 TSC, TSC_ADJUST, TSC_DEADLINE, UCODE_REV = 0x10, 0x3B, 0x6E0, 0x8B
-TSC_RATIO = 0xC000_0104
+TSC_RATIO, TSC_AUX = 0xC000_0104, 0xC000_0103
 LSTAR, SYSENTER_EIP, PAT = 0xC000_0082, 0x176, 0x277
 ASYNC_PF_EN, PV_EOI_EN, ASYNC_PF_INT = 0x4B56_4D02, 0x4B56_4D04, 0x4B56_4D06
 _CR4, _LA57 = 31, 1 << 12
@@ -58,14 +58,22 @@ def _not_canonical(rows: Rows, values: Column) -> Mask:
     return mask(_as_address(rows, values) != values)
 
 
+def _counts_as_intel(rows: Rows) -> Mask:
+    """A vCPU without CPUID, since 6.9 (guest_cpuid_is_intel_compatible)."""
+    nobody = cpuid.word(rows.get(cpuid.ID), 0, 0, cpuid.EBX) == 0
+    return mask(nobody & (version(rows.guest.profile) >= (6, 9)))
+
+
+def _beyond_aux(rows: Rows, values: Column) -> Mask:
+    return _not_taken(rows, TSC_AUX, values) | _counts_as_intel(rows) & mask(values >> np.uint64(32) != 0)
+
+
 def _entry_point(rows: Rows, values: Column) -> Column:
     """Made canonical; of a vCPU that is AMD's, kvm-amd keeps the low 32 bits (svm_set_msr)."""
     _, kept = rows.guest.profile.msr_bits.get(SYSENTER_EIP, (U64, U64))
     if kept >> 47 & 1:
         return _as_address(rows, values)
-    nobody = cpuid.word(rows.get(cpuid.ID), 0, 0, cpuid.EBX) == 0
-    wide = nobody & (version(rows.guest.profile) >= (6, 9))  # since then a vCPU without CPUID counts as Intel's
-    return np.where(wide, _as_address(rows, values), values & np.uint64(kept))
+    return np.where(_counts_as_intel(rows), _as_address(rows, values), values & np.uint64(kept))
 
 
 def _no_memory_type(rows: Rows, values: Column) -> Mask:
@@ -143,6 +151,8 @@ RULES = (
     MsrRule("eight memory types", (PAT,), "kvm_pat_valid", refuse=_no_memory_type, keep=_whole),
     MsrRule("a running clock", (TSC,), "kvm_synchronize_tsc; `tsc_follows`", refuse=_nothing, keep=_write_tsc,
             show=_tsc),
+    MsrRule("32 bits; of an Intel vCPU the others are refused", (TSC_AUX,), "kvm_set_msr: MSR_TSC_AUX",
+            refuse=_beyond_aux),
     MsrRule("nothing but the ratio that it has, or 0, which is ignored", (TSC_RATIO,), "svm_set_msr: no TSC scaling",
             refuse=_another_ratio, keep=_same_ratio),
     MsrRule("kept in the timer's deadline mode alone", (TSC_DEADLINE,), "kvm_set_lapic_tscdeadline_msr",

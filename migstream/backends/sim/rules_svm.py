@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migstream.backends.sim.rules import U64, Keep, Refuse, Show, bits, mask
+from migstream.backends.sim import rules_devices
+from migstream.backends.sim.rules import U64, After, Keep, Refuse, Show, bits, mask
 from migstream.registers import x86_64
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def _truth(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 _GIF = 0x100
-_FORMAT_SVM, _HEADER, _SVME = 1, 128, 1 << 12
-_EFER = 33
+_FORMAT_SVM, _HEADER = 1, 128
 
 
 def _no_svm(guest: Guest) -> bool:
@@ -85,9 +85,8 @@ def _bad_nested(rows: Rows, values: Words) -> Mask:
         return np.zeros(len(values), np.bool_)
     head = values[:, 0]
     flags, form, size = head & np.uint64(0xFFFF), head >> np.uint64(16) & np.uint64(0xFFFF), head >> np.uint64(32)
-    svme = bits(rows.get(SREGS2)[:, _EFER], _SVME)
     bad = mask((size < _HEADER) | (size > 8 * values.shape[1])) | mask(form != _FORMAT_SVM)
-    return bad | bits(flags, 0xFFFF & ~_GIF) | ~svme & mask(flags != _GIF)
+    return bad | bits(flags, 0xFFFF & ~_GIF)
 
 
 def _keep_nested(rows: Rows, values: Words) -> Words:
@@ -101,13 +100,32 @@ def _keep_nested(rows: Rows, values: Words) -> Words:
 
 
 REFUSALS = (
-    Refuse("nested state of another format or size, guest mode without a VMCB, GIF off without EFER.SVME",
-           (NESTED_STATE,), errno.EINVAL, _bad_nested, "kvm_vcpu_ioctl: KVM_SET_NESTED_STATE; svm_set_nested_state"),
+    Refuse("nested state of another format or size, guest mode without a VMCB", (NESTED_STATE,),
+           errno.EINVAL, _bad_nested, "kvm_vcpu_ioctl: KVM_SET_NESTED_STATE; svm_set_nested_state"),
 )
 
 KEEPS = (
     Keep("segments in a VMCB's form", (SREGS, SREGS2), _keep_segments, "svm_set_segment, svm_get_segment"),
     Keep("GIF alone, outside of guest mode", (NESTED_STATE,), _keep_nested, "svm_set_nested_state"),
+)
+
+
+_APIC_BASE, _APIC_ENABLE = 34, 1 << 11
+_NMI_PENDING, _SMI_PENDING = (1, 0xFF << 40), (3, 0xFF << 8)
+
+
+def _look_for_interrupts(rows: Rows, values: Words, before: Words) -> None:
+    """Setting GIF looks for an interrupt to inject, unless an SMI or NMI is pending anyway; that computes the PPR."""
+    events = rows.get(EVENTS)
+    pending = bits(events[:, 1], _NMI_PENDING[1]) | bits(events[:, 3], _SMI_PENDING[1])
+    looks = bits(values[:, 0], _GIF) & bits(rows.get(SREGS2)[:, _APIC_BASE], _APIC_ENABLE) & ~pending
+    if is_svm(rows.guest.profile) and rows.guest.has("irqchip") and looks.any():
+        rules_devices.update_priority(rows.where(looks))
+
+
+AFTERS = (
+    After("GIF on: the processor priority", (NESTED_STATE,), _look_for_interrupts,
+          "svm_set_gif: kvm_cpu_has_injectable_intr"),
 )
 
 
