@@ -9,17 +9,21 @@ import pytest
 from migstream.backends.base import Backend, Vm
 from migstream.backends.kvm import KvmBackend
 from migstream.backends.sim import SimBackend
+from migstream.host import profiles
 from tests.contract.access import create
 
 KVM = pytest.param("kvm", marks=pytest.mark.kvm)
 PURE = pytest.param("kvm-pure", marks=pytest.mark.kvm)
-BACKENDS = ("sim", KVM, PURE)
+SIMULATED = tuple(f"sim:{name}" for name in profiles.names() if name.startswith("x86_64-"))
+"""Every simulated kernel of the architecture whose registers the suite names."""
+
+BACKENDS = (*SIMULATED, KVM, PURE)
 
 
 def opened(name: str) -> Backend:
     """A backend by the name of its parameter."""
-    if name == "sim":
-        return SimBackend()
+    if name.startswith("sim"):
+        return SimBackend(name)
     backend = KvmBackend()
     backend.batched = name == "kvm"
     return backend

@@ -70,19 +70,32 @@ class Counted(Struct):
 
 
 class Cpuid(Counted):
-    """KVM_CPUID2: kernels such as 6.1 leave the capacity that they were given where the number of entries belongs."""
+    """KVM_CPUID2. Kernels before 6.6 leave the count as they were asked, however few entries they give."""
 
     def read(self, row: Row) -> list[Refusal]:
-        """As `Struct.read`; then the number of entries that are there."""
+        """As `Struct.read`, with the count of the entries that were given."""
+        memory = row.memory[self.slice]
+        memory[8:] = b"\xff" * (len(memory) - 8)
         refused = super().read(row)
-        struct.pack_into("<I", row.memory, self.slice.start, cpuid_entries(row.memory[self.slice]))
+        entries = 0 if refused else _entries(memory)
+        struct.pack_into("<I", memory, 0, entries if not refused else struct.unpack_from("<I", memory)[0])
+        memory[8 + CPUID_ENTRY * entries:] = bytes(len(memory) - 8 - CPUID_ENTRY * entries)
         return refused
 
+    def entry(self, writing: bool) -> Entry | None:
+        """Reading is more than an ioctl, so it is not for the batch."""
+        return super().entry(writing) if writing else None
 
-def cpuid_entries(table: bytes | bytearray | memoryview) -> int:
-    """Entries of a struct kvm_cpuid2 that was zero before: all up to the last that is not zero, as many as it says."""
-    (told,) = struct.unpack_from("<I", table)
-    return min(int(told), -(-len(bytes(table[8:]).rstrip(b"\0")) // CPUID_ENTRY))
+
+_UNTOUCHED = 0xFFFF_FFFF
+"""A leaf that no table has: what stands in an entry that the kernel did not write."""
+
+
+def _entries(table: bytearray | memoryview) -> int:
+    """How many entries of a struct kvm_cpuid2 full of 0xff the kernel has written."""
+    (count,) = struct.unpack_from("<I", table)
+    leaves = (struct.unpack_from("<I", table, 8 + CPUID_ENTRY * number)[0] for number in range(count))
+    return next((number for number, leaf in enumerate(leaves) if leaf == _UNTOUCHED), count)
 
 
 class Clock(Struct):
@@ -226,8 +239,7 @@ _COUNTED = {rows.CPUID2.id: (0, 8, CPUID_ENTRY, errno.E2BIG), rows.NESTED_STATE.
 """Registers with a length of their own: where it is (a u32), what it counts (bytes before, bytes of each), and the
 errno for one that is too long."""
 
-_OWN_LENGTH: dict[int, type[Struct]] = {rows.CPUID2.id: Cpuid, rows.NESTED_STATE.id: Counted}
-
+_CLASSES: dict[int, type[Struct]] = {rows.CPUID2.id: Cpuid, rows.NESTED_STATE.id: Counted}
 _CHIPS = {rows.PIC_MASTER.id: 0, rows.PIC_SLAVE.id: 1, rows.IOAPIC.id: 2}
 
 
@@ -243,7 +255,7 @@ def _prepare(id: int, size: int) -> bytes:
 def _operation(id: int, start: int, size: int, capabilities: Mapping[str, int],
                told: dict[int, tuple[int, ...]]) -> Operation:
     if id in _STRUCTS:
-        return _OWN_LENGTH.get(id, Struct)(id, start, size, *_STRUCTS[id], _prepare(id, size))
+        return _CLASSES.get(id, Struct)(id, start, size, *_STRUCTS[id], _prepare(id, size))
     if id == rows.XSAVE.id:
         get = uapi.GET_XSAVE2 if capabilities.get("XSAVE2") else uapi.GET_XSAVE
         return Struct(id, start, size, get, uapi.SET_XSAVE)
@@ -350,10 +362,10 @@ class X86Vm(ArchVm):
         """Bytes of the longest CPUID2 table of this VM's vCPUs."""
         longest = 0
         for k, fd in enumerate(self.vm.vcpu_fds):
-            buffer = bytearray(8 + CPUID_ENTRY * _CPUID_CAPACITY)
-            struct.pack_into("<I", buffer, 0, _CPUID_CAPACITY)
+            buffer = bytearray(b"\xff") * (8 + CPUID_ENTRY * _CPUID_CAPACITY)
+            struct.pack_into("<II", buffer, 0, _CPUID_CAPACITY, 0)
             uapi.call(fd, uapi.GET_CPUID2, buffer, vcpu=k)
-            longest = max(longest, cpuid_entries(buffer))
+            longest = max(longest, _entries(buffer))
         return 8 + CPUID_ENTRY * longest
 
     def _kvm_registers(self) -> tuple[int, ...]:

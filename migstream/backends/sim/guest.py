@@ -12,7 +12,7 @@ import numpy as np
 
 from migstream.backends.sim.clock import GuestClock, HostClock
 from migstream.model import Machine, Scope
-from migstream.registers import x86_64
+from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
 
 if TYPE_CHECKING:
@@ -82,10 +82,18 @@ class Guest:
         return rows
 
 
+_ARCH_CAPABILITIES = 0x10A
+"""A vCPU has the host's from the start, seen or not (kvm_arch_vcpu_create); the probe asked one without CPUID."""
+
+
 def _initial(profile: HostProfile, id: int) -> bytes:
     """The register on vCPU 0 before its first run; kvm_sregs2 from kvm_sregs on a kernel that has only that."""
     if id == x86_64.SREGS2.id and id not in profile.defaults:
         return profile.defaults[x86_64.SREGS.id][:280].ljust(320, b"\0")
+    if id == x86_64.CPUID2.id:  # a vCPU has no table before KVM_SET_CPUID2, whatever its count said when it was asked
+        return bytes(8)
+    if id == ids.msr_id(_ARCH_CAPABILITIES) and _ARCH_CAPABILITIES in profile.feature_msrs:
+        return profile.feature_msrs[_ARCH_CAPABILITIES].to_bytes(8, "little")
     return profile.defaults.get(id) or bytes(lookup(id).size or 8)
 
 

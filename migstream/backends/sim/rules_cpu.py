@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim import cpuid
+from migstream.backends.sim.msr_rule import version
 from migstream.backends.sim.rules import U64, After, Keep, Refuse, Show, bits, mask
 from migstream.registers import x86_64
 
@@ -43,12 +44,46 @@ def _cr0(rows: Rows, values: Words) -> Mask:
     return mask(bits(cr0, U64 << 32 & U64) | bits(cr0, _PG) & ~bits(cr0, _PE) | bits(cr0, _NW) & ~bits(cr0, _CD))
 
 
+_CR4_FEATURES = ((11, 7, 0, cpuid.ECX, 2), (12, 7, 0, cpuid.ECX, 16), (16, 7, 0, cpuid.EBX, 0),
+                 (17, 1, 0, cpuid.ECX, 17), (18, 1, 0, cpuid.ECX, 26), (20, 7, 0, cpuid.EBX, 7),
+                 (21, 7, 0, cpuid.EBX, 20), (22, 7, 0, cpuid.ECX, 3))
+"""(bit of CR4, leaf, subleaf, register, bit of CPUID that offers it): UMIP, LA57, FSGSBASE, PCID, XSAVE, SMEP, SMAP,
+PKU."""
+
+_EFER_FEATURES = ((8, 0x8000_0001, 0, cpuid.EDX, 29), (10, 0x8000_0001, 0, cpuid.EDX, 29),
+                  (11, 0x8000_0001, 0, cpuid.EDX, 20), (12, 0x8000_0001, 0, cpuid.ECX, 2),
+                  (14, 0x8000_0001, 0, cpuid.EDX, 25))
+"""The same of EFER: long mode for LME and LMA, NX, SVM, FXSR_OPT."""
+
+
+def _not_offered(rows: Rows, register: NDArray[np.uint64], features: tuple[tuple[int, ...], ...]) -> Mask:
+    """Rows where a bit is set whose feature the vCPU's CPUID has not, though the kernel's supported CPUID has it."""
+    bad = np.zeros(len(register), np.bool_)
+    if not bits(register, sum({1 << bit for bit, *_ in features})).any():
+        return bad
+    table = cpuid.Tables(rows.get(cpuid.ID))
+    known = cpuid.Tables(np.frombuffer(rows.guest.profile.cpuid, np.uint64)[np.newaxis])
+    for bit, leaf, subleaf, where, feature in features:
+        there, here = (bits(one.word(leaf, subleaf, where), 1 << feature) for one in (known, table))
+        bad |= bits(register, 1 << bit) & there & ~here
+    return bad
+
+
+def _looks_at_cpuid(rows: Rows) -> Mask:
+    """Before 6.14 nothing is checked against the CPUID of a vCPU that has none yet (kvm_arch_vcpu_create)."""
+    return mask(bits(rows.get(cpuid.ID)[:, 0], 0xFFFF_FFFF) | (version(rows.guest.profile) >= (6, 14)))
+
+
 def _cr4(rows: Rows, values: Words) -> Mask:
-    return bits(values[:, CR4], U64 & ~rows.guest.profile.behaviour.get("cr4_taken", U64))
+    beyond = bits(values[:, CR4], U64 & ~rows.guest.profile.behaviour.get("cr4_taken", U64))
+    return beyond | _looks_at_cpuid(rows) & _not_offered(rows, values[:, CR4], _CR4_FEATURES)
 
 
 def _efer(rows: Rows, values: Words) -> Mask:
-    return bits(values[:, EFER], U64 & ~rows.guest.profile.behaviour.get("efer_taken", U64))
+    taken = rows.guest.profile.behaviour.get("efer_taken", U64)
+    if taken == U64:
+        return np.zeros(len(values), np.bool_)
+    return bits(values[:, EFER], U64 & ~taken) | _not_offered(rows, values[:, EFER], _EFER_FEATURES)
 
 
 def _long(values: Words) -> Mask:
@@ -69,8 +104,9 @@ def _apic_base(rows: Rows, values: Words) -> Mask:
     base, tables = values[:, APIC_BASE], rows.get(cpuid.ID)
     x2apic = bits(cpuid.word(tables, 1, 0, cpuid.ECX), 1 << 21)
     beyond = mask((base >> cpuid.physical_bits(tables)) != 0)
-    return (beyond | bits(base, 0x2FF) | bits(base, _X2APIC) & ~x2apic
-            | bits(base, _X2APIC) & ~bits(base, _APIC_ENABLE))
+    bad = beyond | bits(base, 0x2FF) | bits(base, _X2APIC) & ~x2apic | bits(base, _X2APIC) & ~bits(base, _APIC_ENABLE)
+    unlooked = version(rows.guest.profile) >= (6, 13)  # since then an equal value is not looked at
+    return mask(bad & ~((base == rows.get(SREGS2)[:, APIC_BASE]) & unlooked))
 
 
 def _pdptrs(rows: Rows, values: Words) -> Mask:
@@ -178,12 +214,34 @@ def _bad_vector(rows: Rows, values: Words) -> Mask:
     return mask(raised & ((event[:, 1] > 31) | (event[:, 1] == 2)))
 
 
+def _init_in_smm(rows: Rows, values: Words) -> Mask:
+    in_smm = mask((_bytes(values)[:, 24:26] != 0).any(axis=1)) & bits(_flags(values), _SMM)
+    return in_smm & mask(np.isin(rows.get(MP_STATE)[:, 0], _WAITING))
+
+
 def _no_smm(rows: Rows, values: Words) -> Mask:
     in_smm = _bytes(values)[:, 24:27].any(axis=1) & bits(_flags(values), _SMM)
     return in_smm & (not rows.guest.profile.behaviour.get("smm", 1))
 
 
-_SIPI_RECEIVED = 4
+_INIT_RECEIVED, _SIPI_RECEIVED = 2, 4
+_WAITING = (_INIT_RECEIVED, _SIPI_RECEIVED)
+_SVM_FORMAT, _GIF = 1 << 16, 0x100
+
+
+def _init_blocked(rows: Rows) -> Mask:
+    """In system management mode, and on kvm-amd without the global interrupt flag (kvm_apic_init_sipi_allowed)."""
+    head = rows.get(x86_64.NESTED_STATE.id)[:, 0]
+    return bits(rows.get(EVENTS)[:, 3], 0xFF) | bits(head, _SVM_FORMAT) & ~bits(head, _GIF)
+
+
+def _blocked_state(rows: Rows, values: Words) -> Mask:
+    if version(rows.guest.profile) >= (7, 0):
+        return np.zeros(len(values), np.bool_)
+    pending = bits(rows.get(EVENTS)[:, 3], 0xFF << 8)
+    return mask(np.isin(values[:, 0] & np.uint64(0xFFFF_FFFF), _WAITING)) & (_init_blocked(rows) | pending)
+
+
 _MP_STATES = (0, 1, 2, 3, _SIPI_RECEIVED, 9)
 
 
@@ -219,12 +277,16 @@ REFUSALS = (
            "kvm_vcpu_ioctl_x86_set_vcpu_events; KVM_CAP_EXCEPTION_PAYLOAD"),
     Refuse("an exception with vector 2 or above 31", (EVENTS,), errno.EINVAL, _bad_vector,
            "kvm_vcpu_ioctl_x86_set_vcpu_events"),
+    Refuse("system management mode on a vCPU that waits for its SIPI", (EVENTS,), errno.EINVAL, _init_in_smm,
+           "kvm_vcpu_ioctl_x86_set_vcpu_events: INITs are latched while in SMM"),
     Refuse("system management mode where the kernel has none", (EVENTS,), errno.EINVAL, _no_smm,
            "kvm_vcpu_ioctl_x86_set_vcpu_events; `smm` of the profile; what stands before it is stored", stored=True),
     Refuse("a triple fault that is not enabled", (EVENTS,), errno.EINVAL, _untold_triple_fault,
            "kvm_vcpu_ioctl_x86_set_vcpu_events, at its end; KVM_CAP_X86_TRIPLE_FAULT_EVENT", stored=True),
     Refuse("a state that x86 has not, or any but RUNNABLE without an interrupt chip", (MP_STATE,), errno.EINVAL,
            _mp_state, "kvm_arch_vcpu_ioctl_set_mpstate"),
+    Refuse("INIT or SIPI where they are blocked, or an SMI is pending", (MP_STATE,), errno.EINVAL, _blocked_state,
+           "kvm_arch_vcpu_ioctl_set_mpstate; measured: no more in 7.2"),
 )
 
 
@@ -301,7 +363,7 @@ def _keep_mp_state(rows: Rows, values: Words) -> Words:
     return values & np.uint64(0xFFFF_FFFF)
 
 
-_BOOLEANS = (0, 2, 3, 8, 12, 14, 27, 28, 55)
+_BOOLEANS = (0, 2, 3, 8, 12, 14, 24, 25, 26, 27, 28, 55)
 """Bytes of struct kvm_vcpu_events that are true or false: injected, has_error_code, pending, …"""
 
 
@@ -318,12 +380,15 @@ def _keep_events(rows: Rows, values: Words) -> Words:
     event, now, flags = _bytes(values).copy(), _bytes(rows.get(EVENTS)), _flags(values)
     event[:, _BOOLEANS] = event[:, _BOOLEANS] != 0
     event[event[:, 10] != 0, 8] = event[:, 10] = 0
-    event[:, 15] = event[:, 24:27] = event[:, 29:55] = 0
+    event[:, 15] = event[:, 29:55] = 0
+    if not rows.guest.profile.behaviour.get("smm", 1):
+        event[:, 24:27] = 0
     _payload(event, bits(flags, _PAYLOAD))
     reached = ~_no_smm(rows, values)
     for flag, last, places in _PARTS:
         said = (bits(flags, flag) & (reached | (not last)))[:, np.newaxis]
         event[:, places] = np.where(said, event[:, places], now[:, places])
+    event[event[:, 24] == 0, 26] = 0
     event[:, 13] = np.minimum(event[:, 13], np.where((event[:, 12] | event[:, 14]) != 0, 1, 2))
     event[:, 20:24] = 0
     event[:, 27] *= rows.guest.has("irqchip")
@@ -384,6 +449,24 @@ AFTERS = (
 )
 
 
+def enter(rows: Rows) -> None:
+    """What KVM_RUN does before anything runs: without a local APIC in the kernel, CR8 is that of struct kvm_run, which
+    is 0 as long as the guest does not set it."""
+    if not rows.guest.has("irqchip"):
+        sregs = rows.get(SREGS2).copy()
+        sregs[:, CR8] = 0
+        rows.put(SREGS2, sregs)
+
+
+def take_triple_faults(rows: Rows) -> Mask:
+    """The vCPUs that a pending triple fault shuts down as soon as they are run; it is pending no more."""
+    events = rows.get(EVENTS).copy()
+    pending = bits(events[:, 3], 0xFF << 32)
+    events[:, 3] &= np.uint64(U64 & ~(0xFF << 32))
+    rows.put(EVENTS, events)
+    return pending
+
+
 def _show_sregs(rows: Rows, values: Words) -> Words:
     """kvm_sregs out of the stored kvm_sregs2, with the injected interrupt as a bitmap."""
     out = np.zeros((len(values), 39), np.uint64)
@@ -405,6 +488,8 @@ def _show_events(rows: Rows, values: Words) -> Words:
     soft = np.isin(event[:, 1], _SOFT)
     event[soft, 0] = event[soft, 3] = 0
     event[:, 28] *= _enabled(rows, _CAP_TRIPLE)
+    if version(rows.guest.profile) < (6, 4):  # since then it is a count
+        event[:, 13] = event[:, 13] != 0
     out = event.view(np.uint64)
     out[:, 2] = np.uint64(_event_flags(rows) << 32)
     return out
@@ -413,6 +498,10 @@ def _show_events(rows: Rows, values: Words) -> Words:
 def accept_sipi(rows: Rows, values: Words) -> Words:
     """Reading accepts a pending start-up interrupt: the vCPU then stands at its vector, in real mode."""
     waiting = mask(values[:, 0] == _SIPI_RECEIVED)
+    blocked = waiting & _init_blocked(rows)
+    if blocked.any():  # the SIPI is dropped
+        rows.where(blocked).put(MP_STATE, np.full((int(blocked.sum()), 1), _INIT_RECEIVED, np.uint64))
+        values, waiting = np.where(blocked[:, np.newaxis], np.uint64(_INIT_RECEIVED), values), waiting & ~blocked
     if waiting.any():
         chosen = rows.where(waiting)
         sregs, regs, events = (chosen.get(id).copy() for id in (SREGS2, REGS, EVENTS))

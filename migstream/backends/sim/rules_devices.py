@@ -114,6 +114,13 @@ def _priority(page: Words, counted: Words) -> NDArray[np.uint64]:
     return np.where(task & group >= highest & group, task, highest & group)
 
 
+def update_priority(rows: Rows) -> None:
+    """Compute the processor priority anew (__apic_update_ppr)."""
+    page = rows.get(LAPIC).copy()
+    _set_low(page, _PPR, _priority(page, page))
+    rows.put(LAPIC, page)
+
+
 def _keep_lapic(rows: Rows, values: Words) -> Words:
     """A change to or from deadline mode stops the timer; version and processor priority are not stored."""
     old, out = rows.get(LAPIC), values.copy()

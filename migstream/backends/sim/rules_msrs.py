@@ -6,53 +6,33 @@ shows: values that must be sign-extended, two names of one MSR, MSRs that follow
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migstream.backends.sim import cpuid
+from migstream.backends.sim import cpuid, rules_hyperv
+from migstream.backends.sim.msr_rule import MsrRule, in_ram, version
 from migstream.backends.sim.rules import U64, bits, mask
 from migstream.backends.sim.rules_devices import LAPIC
-from migstream.registers import ids
+from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS
+from migstream.registers import ids, x86_64
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from migstream.backends.sim.guest import Mask, Rows
-
-    Column = NDArray[np.uint64]
+    from migstream.backends.sim.msr_rule import Column
 
 TSC, TSC_ADJUST, TSC_DEADLINE, UCODE_REV = 0x10, 0x3B, 0x6E0, 0x8B
+TSC_RATIO, TSC_AUX = 0xC000_0104, 0xC000_0103
 LSTAR, SYSENTER_EIP, PAT = 0xC000_0082, 0x176, 0x277
 ASYNC_PF_EN, PV_EOI_EN, ASYNC_PF_INT = 0x4B56_4D02, 0x4B56_4D04, 0x4B56_4D06
+_CR4, _LA57 = 31, 1 << 12
 _BY_INTERRUPT = 0b1001
 """KVM_ASYNC_PF_ENABLED and KVM_ASYNC_PF_DELIVERY_AS_INT."""
 
 _DEADLINE_MODE, _TIMER_MODE, _LVTT = 0b10 << 17, 0b11 << 17, 0x320 // 8
 
 
-@dataclass(frozen=True, slots=True)
-class MsrRule:
-    """How an MSR differs from plain storage of the bits that the profile says.
-
-    Attributes:
-        indices: MSRs. refuse: rows that are refused, instead of what `msr_bits` says. keep: what is stored of a value,
-            likewise. late: rows that are refused after the value was stored. show: what a read gives for the stored
-        value. source: kernel function, or `measured`.
-    """
-
-    name: str
-    indices: tuple[int, ...]
-    source: str
-    refuse: Callable[[Rows, Column], Mask] | None = None
-    keep: Callable[[Rows, Column], Column] | None = None
-    late: Callable[[Rows, Column], Mask] | None = None
-    show: Callable[[Rows, Column], Column] | None = None
-
-
-def _canonical(values: Column, width: int = 48) -> Column:
+def _canonical(values: Column, width: int) -> Column:
     """The value with the highest bit of a linear address copied into the bits above it."""
     high = np.uint64(U64 << width & U64)
     return np.where(bits(values, 1 << width - 1), values | high, values & ~high)
@@ -66,16 +46,34 @@ def _taken(rows: Rows, index: int) -> int:
     return rows.guest.profile.msr_bits.get(index, (U64, U64))[0]
 
 
+def _as_address(rows: Rows, values: Column) -> Column:
+    """48 bits, or 57: on a host with 5-level paging (LSTAR took one bit less), or while the vCPU has it on."""
+    if _taken(rows, LSTAR) >> 48 & 1:
+        return _canonical(values, 57)
+    wide = bits(rows.get(x86_64.SREGS2.id)[:, _CR4], _LA57)
+    return np.where(wide, _canonical(values, 57), _canonical(values, 48))
+
+
 def _not_canonical(rows: Rows, values: Column) -> Mask:
-    """48 bits, or 57 on a host with 5-level paging: LSTAR took one bit less."""
-    width = 57 if _taken(rows, LSTAR) >> 48 & 1 else 48
-    return mask(_canonical(values, width) != values)
+    return mask(_as_address(rows, values) != values)
+
+
+def _counts_as_intel(rows: Rows) -> Mask:
+    """A vCPU without CPUID, since 6.9 (guest_cpuid_is_intel_compatible)."""
+    nobody = cpuid.word(rows.get(cpuid.ID), 0, 0, cpuid.EBX) == 0
+    return mask(nobody & (version(rows.guest.profile) >= (6, 9)))
+
+
+def _beyond_aux(rows: Rows, values: Column) -> Mask:
+    return _not_taken(rows, TSC_AUX, values) | _counts_as_intel(rows) & mask(values >> np.uint64(32) != 0)
 
 
 def _entry_point(rows: Rows, values: Column) -> Column:
-    """Made canonical; on AMD only the low 32 bits are kept (svm_set_msr)."""
+    """Made canonical; of a vCPU that is AMD's, kvm-amd keeps the low 32 bits (svm_set_msr)."""
     _, kept = rows.guest.profile.msr_bits.get(SYSENTER_EIP, (U64, U64))
-    return _canonical(values) if kept >> 47 & 1 else values & np.uint64(kept)
+    if kept >> 47 & 1:
+        return _as_address(rows, values)
+    return np.where(_counts_as_intel(rows), _as_address(rows, values), values & np.uint64(kept))
 
 
 def _no_memory_type(rows: Rows, values: Column) -> Mask:
@@ -114,21 +112,13 @@ def _nothing(rows: Rows, values: Column) -> Mask:
     return np.zeros(len(values), np.bool_)
 
 
-def _in_ram(rows: Rows, addresses: Column, size: int) -> Mask:
-    """Whether the kernel can find the guest memory that an MSR points to."""
-    found = np.zeros(len(addresses), np.bool_)
-    for region in rows.guest.machine.memory:
-        found |= (addresses >= region.guest_address) & (addresses + np.uint64(size) <= region.end)
-    return found
-
-
 def _no_page_faults(rows: Rows, values: Column) -> Mask:
     return mask(_not_taken(rows, ASYNC_PF_EN, values) | mask(values != 0) & (not rows.guest.has("irqchip")))
 
 
 def _no_page_fault_area(rows: Rows, values: Column) -> Mask:
     on = mask((values & np.uint64(_BY_INTERRUPT)) == _BY_INTERRUPT)
-    return mask(on & ~_in_ram(rows, values & np.uint64(U64 & ~0x3F), 8))
+    return mask(on & ~in_ram(rows, values & np.uint64(U64 & ~0x3F), 8))
 
 
 def _no_page_fault_vector(rows: Rows, values: Column) -> Mask:
@@ -136,8 +126,17 @@ def _no_page_fault_vector(rows: Rows, values: Column) -> Mask:
 
 
 def _no_eoi_flag(rows: Rows, values: Column) -> Mask:
-    lost = bits(values, 1) & ~_in_ram(rows, values & np.uint64(U64 & ~1), 1)
+    lost = bits(values, 1) & ~in_ram(rows, values & np.uint64(U64 & ~1), 1)
     return _not_taken(rows, PV_EOI_EN, values) | lost
+
+
+def _another_ratio(rows: Rows, values: Column) -> Mask:
+    return mask((values != 0) & (values != rows.get(ids.msr_id(TSC_RATIO))[:, 0]))
+
+
+def _same_ratio(rows: Rows, values: Column) -> Column:
+    stored: Column = rows.get(ids.msr_id(TSC_RATIO))[:, 0]
+    return stored
 
 
 RULES = (
@@ -152,13 +151,17 @@ RULES = (
     MsrRule("eight memory types", (PAT,), "kvm_pat_valid", refuse=_no_memory_type, keep=_whole),
     MsrRule("a running clock", (TSC,), "kvm_synchronize_tsc; `tsc_follows`", refuse=_nothing, keep=_write_tsc,
             show=_tsc),
+    MsrRule("32 bits; of an Intel vCPU the others are refused", (TSC_AUX,), "kvm_set_msr: MSR_TSC_AUX",
+            refuse=_beyond_aux),
+    MsrRule("nothing but the ratio that it has, or 0, which is ignored", (TSC_RATIO,), "svm_set_msr: no TSC scaling",
+            refuse=_another_ratio, keep=_same_ratio),
     MsrRule("kept in the timer's deadline mode alone", (TSC_DEADLINE,), "kvm_set_lapic_tscdeadline_msr",
             refuse=_nothing, keep=_deadline, show=_deadline),
     MsrRule("ignored unless CPUID has it", (TSC_ADJUST,), "kvm_set_msr_common: X86_FEATURE_TSC_ADJUST",
             refuse=_nothing, keep=_adjust),
 )
 
-_BY_INDEX = {index: rule for rule in RULES for index in rule.indices}
+_BY_INDEX = {index: rule for rule in (*RULES, *rules_hyperv.RULES) for index in rule.indices}
 _PLAIN = MsrRule("plain storage", (), "")
 
 ALIASES = {0x4B56_4D00: 0x11, 0x4B56_4D01: 0x12}
@@ -176,13 +179,27 @@ def listed(rows: Rows, index: int) -> bool:
     return index in profile.msrs or index in profile.feature_msrs
 
 
+GATES: dict[int, tuple[int, int, int, int]] = {
+    0x10A: (7, 0, cpuid.EDX, 29),
+}
+"""MSRs that only a vCPU with a CPUID bit has (leaf, subleaf, register, bit), since 6.13: without it they read 0, and
+nothing but 0 is taken (kvm_do_msr_access). IA32_ARCH_CAPABILITIES."""
+
+
+def _offered(rows: Rows, index: int) -> Mask:
+    gate = GATES.get(index)
+    if gate is None or version(rows.guest.profile) < (6, 13):
+        return np.ones(len(rows.numbers), np.bool_)
+    return bits(cpuid.word(rows.get(cpuid.ID), *gate[:3]), 1 << gate[3])
+
+
 def refused(rows: Rows, index: int, values: Column) -> Mask:
     """The rows that KVM_SET_MSRS stops at."""
     if not listed(rows, index) or _write_errno(rows, index):
         return np.ones(len(values), np.bool_)
     rule = _BY_INDEX.get(index, _PLAIN)
     no = rule.refuse(rows, values) if rule.refuse else _not_taken(rows, index, values)
-    return mask(no | _fixed_by_run(rows, index, values))
+    return mask(no | _fixed_by_run(rows, index, values) | ~_offered(rows, index) & (values != 0))
 
 
 def _write_errno(rows: Rows, index: int) -> int:
@@ -191,15 +208,25 @@ def _write_errno(rows: Rows, index: int) -> int:
 
 def _not_taken(rows: Rows, index: int, values: Column) -> Mask:
     """A bit that is not taken, unless the value is the one that every vCPU starts with."""
-    taken, _ = rows.guest.profile.msr_bits.get(index, (U64, U64))
+    taken, _ = _tried(rows, index)
     return bits(values, U64 & ~taken) & mask(values != _default(rows, index))
 
 
+def _tried(rows: Rows, index: int) -> tuple[int, int]:
+    """Bits that are taken, and kept, as tried on the recorded kernel; feature MSRs were tried with the registers."""
+    profile = rows.guest.profile
+    if index in profile.msr_bits:
+        return profile.msr_bits[index]
+    taken, kept = profile.register_bits.get(ids.msr_id(index), (b"", b""))
+    return (int.from_bytes(taken, "little"), int.from_bytes(kept, "little")) if taken else (U64, U64)
+
+
 def _fixed_by_run(rows: Rows, index: int, values: Column) -> Mask:
-    """Feature MSRs can't change once the vCPU has run (kvm_is_immutable_feature_msr); microcode revisions can."""
-    if index not in rows.guest.profile.feature_msrs or index == UCODE_REV:
+    """Feature MSRs can't change once the vCPU has run, since 6.4 (kvm_is_immutable_feature_msr); microcode can."""
+    profile = rows.guest.profile
+    if index not in profile.feature_msrs or index == UCODE_REV or version(profile) < (6, 4):
         return np.zeros(len(values), np.bool_)
-    return mask(rows.guest.ran[rows.numbers] & (values != rows.get(storage(index))[:, 0]))
+    return mask(rows.guest.ran[rows.numbers] & (values != show(rows, index)))
 
 
 def _default(rows: Rows, index: int) -> np.uint64:
@@ -218,7 +245,7 @@ def keep(rows: Rows, index: int, values: Column) -> Column:
     rule = _BY_INDEX.get(index, _PLAIN)
     if rule.keep:
         return rule.keep(rows, values)
-    _, kept = rows.guest.profile.msr_bits.get(index, (U64, U64))
+    _, kept = _tried(rows, index)
     return values & np.uint64(kept) | _default(rows, index) & np.uint64(U64 & ~kept)
 
 
@@ -226,7 +253,16 @@ def show(rows: Rows, index: int) -> Column:
     """What KVM_GET_MSRS gives."""
     stored: Column = rows.get(storage(index))[:, 0]
     rule = _BY_INDEX.get(index, _PLAIN)
-    return rule.show(rows, stored) if rule.show else stored
+    shown = rule.show(rows, stored) if rule.show else stored
+    return np.where(_offered(rows, index), _filtered(rows, index, shown), np.uint64(0))
+
+
+def _filtered(rows: Rows, index: int, values: Column) -> Column:
+    """The optional rule `evmcs`: VMX MSRs without the controls that an enlightened VMCS has no field for."""
+    generation = rows.guest.profile.behaviour.get("evmcs_filter", 0)
+    if not generation or not (*rows.guest.told.get(EVMCS_CAP, ()), 0)[0]:
+        return values
+    return values & np.uint64(FILTERS[generation].get(index, U64))
 
 
 def unreadable(rows: Rows, index: int) -> bool:

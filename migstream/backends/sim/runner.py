@@ -42,7 +42,7 @@ class Runner:
 
     def start(self) -> None:
         """Let the vCPUs run."""
-        self._guest.ran[list(self._cpus)] = True
+        self._guest.ran[[k for k in self._cpus if self.exits.get(k) != "KVM_EXIT_SHUTDOWN"]] = True
         self._guest.clock.master = True
         self._thread.start()
 
@@ -58,12 +58,17 @@ class Runner:
         """The vCPUs that may run. A vCPU outside of 64-bit mode in ring 0 is beyond this interpreter."""
         rows = Rows.span(self._guest, 0, self._guest.vcpus)
         states = rules_cpu.accept_sipi(rows, rows.get(rules_cpu.MP_STATE))[:, 0]
+        rules_cpu.enter(rows)
+        faults = rules_cpu.take_triple_faults(rows.where(states == _RUNNABLE))
+        self.exits.update(dict.fromkeys(np.flatnonzero(states == _RUNNABLE)[faults].tolist(), "KVM_EXIT_SHUTDOWN"))
         regs, sregs = rows.get(rules_cpu.REGS), rows.get(rules_cpu.SREGS2)
         spaces: dict[int, CodeCache] = {}
         cpus = {}
         for k in np.flatnonzero(states == _RUNNABLE).tolist():
             words = sregs[k].tolist()
             cpus[k] = _cpu(regs[k].tolist(), words, memory, spaces.setdefault(words[rules_cpu.CR3], CodeCache()))
+            if k in self.exits:
+                continue
             if not words[rules_cpu.EFER] & _LMA or not words[2] & _CS_LONG or words[2] & _CS_DPL:
                 self.exits[k] = "KVM_EXIT_INTERNAL_ERROR"
         return cpus

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.base import GuestMemory, Refusal, Vm
+from migstream.backends.sim import rules_cpu, rules_devices, rules_hyperv
 from migstream.backends.sim.access import AnyColumn, column, enable, operation
 from migstream.backends.sim.guest import Guest, Rows
-from migstream.backends.sim.rules_devices import RESETS
 from migstream.backends.sim.runner import Runner
 from migstream.errors import BackendError, UsageError
 from migstream.model import PAGE, Layout, Machine, MemoryRegion, Scope
@@ -34,7 +34,7 @@ class SimVm(Vm):
 
     def __init__(self, profile: HostProfile, machine: Machine, host: HostClock) -> None:
         self.machine = machine
-        self.guest = Guest(profile, machine, host, RESETS)
+        self.guest = Guest(profile, machine, host, {**rules_devices.RESETS, **rules_hyperv.RESETS})
         self.memory = GuestMemory([])
         self._mappings: list[mmap.mmap] = []
         self._programs: dict[Layout, list[AnyColumn]] = {}
@@ -152,6 +152,12 @@ class SimVm(Vm):
         slots, vm = layout.slots, layout.scope == Scope.VM
         return [Refusal(id := slots[number].id, None if vm else first + row, operation(self.guest, id, verb), no)
                 for row, number, no in sorted(places)]
+
+    def enter(self, vcpu: int) -> None:
+        """See `Vm.enter`. x86-64: what a run fixes is not fixed by it: a vCPU has run when it reached the guest."""
+        if self._runner:
+            raise UsageError("the vCPUs run already")
+        rules_cpu.enter(Rows.span(self.guest, vcpu, 1))
 
     def start(self) -> None:
         """See `Vm.start`."""
