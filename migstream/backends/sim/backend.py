@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from migstream.backends.base import Backend
+from migstream.backends.sim.arm64 import Arm64SimVm
 from migstream.backends.sim.clock import HostClock
 from migstream.backends.sim.vm import SimVm
 from migstream.errors import BackendUnavailable, UsageError
@@ -44,8 +45,6 @@ class SimBackend(Backend):
         Raises: BackendUnavailable for a name that isn't known, with near ones; UsageError for an unknown capability.
         """
         title, profile = recorded(kernel) if isinstance(kernel, str) else (kernel.kernel, kernel)
-        if profile.arch != Arch.X86_64:
-            raise BackendUnavailable(f"{PREFIX}{title}: no simulator for {profile.arch.label} yet")
         if unknown := sorted(set(without) - profile.capabilities.keys()):
             known = ", ".join(sorted(profile.capabilities))
             raise UsageError(f"no capability {unknown[0]!r} in {title}; it has {known}")
@@ -64,11 +63,12 @@ class SimBackend(Backend):
         """See `Backend.profile`."""
         return self._profile
 
-    def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> SimVm:
+    def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> SimVm | Arm64SimVm:
         """See `Backend.create`. Raises: BackendError, UsageError."""
         if machine.arch != self.arch:
             raise UsageError(f"a {machine.arch.label} machine on a {self.arch.label} host")
-        vm = SimVm(self._profile, machine, self._host)
+        kind = Arm64SimVm if self.arch == Arch.ARM64 else SimVm
+        vm = kind(self._profile, machine, self._host)
         try:
             vm.build(dict(enabled_caps or {}))
         except BaseException:
