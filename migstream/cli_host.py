@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-BACKENDS = "auto (real KVM where it works, else the simulator), kvm, sim, or sim:NAME"
+BACKENDS = "auto (real KVM where it works, else the simulator), kvm, sim, or sim:NAME, with +RULE (host list)"
 """Help text of `--backend`."""
 
 
@@ -32,14 +32,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     capture.add_argument("-o", dest="output", default="-", metavar="FILE")
     capture.add_argument("--made-by", metavar="TEXT", help="the command that the profile says it was made by")
     capture.add_argument("--no-experiment", action="store_true", help="only what the host tells and reads")
-    verbs.add_parser("list", help="name the recorded profiles")
+    listing = verbs.add_parser("list", help="name the recorded profiles, and the optional rules of simulated kernels")
     show = verbs.add_parser("show", help="one screen of a profile, or its registers")
     show.add_argument("profile", metavar="FILE|NAME", help="a captured file, or a name from `host list`")
     show.add_argument("--reg", metavar="GLOB", help="registers whose name or id matches")
     diff = verbs.add_parser("diff", help="what differs between two profiles, by register name and bit")
     diff.add_argument("left", metavar="A")
     diff.add_argument("right", metavar="B")
-    for verb in (show, diff):  # the word may stand before the verb or behind it
+    for verb in (listing, show, diff):  # the word may stand before the verb or behind it
         verb.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
 
 
@@ -82,14 +82,21 @@ def _made_by(options: argparse.Namespace) -> str:
 
 def _list(options: argparse.Namespace) -> int:
     from migstream import show
+    from migstream.backends.sim.variants import variants
     from migstream.host import profiles
+    from migstream.model import Arch
 
     known = [(f"sim:{name}", profiles.load(name)) for name in profiles.names()]
+    rules = [(arch, rule) for arch in Arch for rule in variants(arch)]
     if options.json:
         rows = [{"name": n, "arch": p.arch.label, "kernel": p.kernel, "cpu": p.cpu} for n, p in known]
-        show.print_json("host list", {"profiles": rows})
-    else:
-        show.print_table(show.Table(("name", "kernel", "cpu"), [(n, p.kernel, p.cpu) for n, p in known]), 0)
+        listed = [{"name": rule.title, "arch": arch.label, "what": rule.what, "source": rule.source}
+                  for arch, rule in rules]
+        show.print_json("host list", {"profiles": rows, "rules": listed})
+        return 0
+    show.print_table(show.Table(("name", "kernel", "cpu"), [(n, p.kernel, p.cpu) for n, p in known]), 0)
+    print("\noptional rules, as in sim:NAME+RULE")
+    show.print_table(show.Table(("rule", "arch", "what"), [(f"+{r.title}", a.label, r.what) for a, r in rules]), 0)
     return 0
 
 

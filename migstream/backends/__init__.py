@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def open_backend(name: str = "auto") -> Backend:
-    """Return a backend by name: `kvm`, `sim` (the default simulated kernel), `sim:NAME`, or `auto`.
+    """Return a backend by name: `kvm`, `sim` (the default simulated kernel), `sim:NAME`, `sim:NAME+RULE`, or `auto`.
 
     `auto` is real KVM where it works, else the simulator; ask `backend.name` which it was.
 
@@ -26,7 +26,7 @@ def open_backend(name: str = "auto") -> Backend:
         from migstream.backends.kvm import KvmBackend
 
         return KvmBackend()
-    if name == "sim" or name.startswith("sim:"):
+    if name == "sim" or name.startswith(("sim:", "sim+")):
         from migstream.backends.sim import SimBackend
 
         return SimBackend.named(name.removeprefix("sim").removeprefix(":"))

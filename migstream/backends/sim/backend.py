@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from migstream.backends.base import Backend
 from migstream.backends.sim.arm64 import Arm64SimVm
 from migstream.backends.sim.clock import HostClock
+from migstream.backends.sim.validate import check
+from migstream.backends.sim.variants import MARK, varied
 from migstream.backends.sim.vm import SimVm
 from migstream.errors import BackendUnavailable, UsageError
 from migstream.host import profiles
@@ -31,20 +33,23 @@ class SimBackend(Backend):
     """A simulated host.
 
     Attributes:
-        name: `sim:` and the profile's name, with `-NAME` for each capability taken away.
+        name: `sim:` and the profile's name, with `+RULE` for each optional rule and `-NAME` for each capability taken
+            away.
     """
 
     def __init__(self, kernel: str | HostProfile = DEFAULT, *, without: Collection[str] = (),
                  now_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        """Take a profile, or the name of a recorded one (`sim`, `sim:NAME` or `NAME`).
+        """Take a profile, or the name of a recorded one (`sim`, `sim:NAME` or `NAME`, with `+RULE`: see `variants`).
 
         Args:
             without: capabilities, as in a profile, that this kernel does not offer.
             now_ns: the host's time; a model of time gives its own.
 
-        Raises: BackendUnavailable for a name that isn't known, with near ones; UsageError for an unknown capability.
+        Raises: BackendUnavailable for a name or rule that isn't known, with near ones; UsageError for an unknown
+            capability, for rules that contradict each other and for a profile that makes no sense, with the field.
         """
         title, profile = recorded(kernel) if isinstance(kernel, str) else (kernel.kernel, kernel)
+        check(profile, title)
         if unknown := sorted(set(without) - profile.capabilities.keys()):
             known = ", ".join(sorted(profile.capabilities))
             raise UsageError(f"no capability {unknown[0]!r} in {title}; it has {known}")
@@ -78,14 +83,17 @@ class SimBackend(Backend):
 
 
 def recorded(name: str) -> tuple[str, HostProfile]:
-    """Return the name without its prefix, and the recorded profile. Raises: BackendUnavailable with the near names."""
-    title = name.removeprefix(PREFIX)
-    title = DEFAULT if title == PREFIX.removesuffix(":") else title
+    """Return the name without its prefix, and the recorded profile under the name's optional rules.
+
+    Raises: BackendUnavailable with the near names, UsageError; see `varied`.
+    """
+    title, *rules = name.removeprefix(PREFIX).split(MARK)
+    title = DEFAULT if title in ("", PREFIX.removesuffix(":")) else title
     known = profiles.names()
     if title not in known:
         near = difflib.get_close_matches(title, known, n=3, cutoff=0.3) or known
         raise BackendUnavailable(f"no simulated kernel {title!r}; near: {', '.join(PREFIX + one for one in near)}")
-    return title, profiles.load(title)
+    return MARK.join((title, *rules)), varied(title, profiles.load(title), rules)
 
 
 def _khz(profile: HostProfile) -> int:

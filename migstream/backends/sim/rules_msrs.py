@@ -15,6 +15,7 @@ import numpy as np
 from migstream.backends.sim import cpuid
 from migstream.backends.sim.rules import U64, bits, mask
 from migstream.backends.sim.rules_devices import LAPIC
+from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS
 from migstream.registers import ids
 
 if TYPE_CHECKING:
@@ -226,7 +227,16 @@ def show(rows: Rows, index: int) -> Column:
     """What KVM_GET_MSRS gives."""
     stored: Column = rows.get(storage(index))[:, 0]
     rule = _BY_INDEX.get(index, _PLAIN)
-    return rule.show(rows, stored) if rule.show else stored
+    shown = rule.show(rows, stored) if rule.show else stored
+    return _filtered(rows, index, shown)
+
+
+def _filtered(rows: Rows, index: int, values: Column) -> Column:
+    """The optional rule `evmcs`: VMX MSRs without the controls that an enlightened VMCS has no field for."""
+    generation = rows.guest.profile.behaviour.get("evmcs_filter", 0)
+    if not generation or not (*rows.guest.told.get(EVMCS_CAP, ()), 0)[0]:
+        return values
+    return values & np.uint64(FILTERS[generation].get(index, U64))
 
 
 def unreadable(rows: Rows, index: int) -> bool:

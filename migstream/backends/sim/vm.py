@@ -133,6 +133,11 @@ class SimVm(Vm):
         return [Refusal(id := slots[number].id, None if vm else first + row, operation(self.guest, id, verb), no)
                 for row, number, no in sorted(places)]
 
+    def enter(self, vcpu: int) -> None:
+        """See `Vm.enter`. x86-64: nothing is fixed by it, a vCPU has run when an instruction was reached."""
+        if self._runner:
+            raise UsageError("the vCPUs run already")
+
     def start(self) -> None:
         """See `Vm.start`."""
         if self._runner:

@@ -1,0 +1,172 @@
+"""Optional rules of simulated kernels by name, kernels that make no sense, and the filtered VMX MSRs end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import migstream
+from migstream.backends.sim import SimBackend
+from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS, GENERATIONS, VMX
+from migstream.cli import main
+from migstream.errors import BackendUnavailable, MigstreamError, RestoreFailed, UsageError
+from migstream.host import profiles
+from migstream.model import Arch
+from migstream.registers import ids, x86_64
+from migstream.transport import restore, save
+from tests.contract.access import create, msr, read, u64, write, write_errno
+
+pytestmark = pytest.mark.sim
+
+KERNEL = "x86_64-7.2"
+STAR, NEW = 0xC000_0081, 0x4B56_4D10
+PIN, EXIT, VMFUNC = 0x48D, 0x48F, 0x491
+
+
+def test_a_rule_is_part_of_the_name() -> None:
+    made = migstream.open_backend(f"sim:{KERNEL}+hide-msr=MSR_STAR+add-msr={NEW:#x}")
+    assert made.name == f"sim:{KERNEL}+hide-msr=MSR_STAR+add-msr={NEW:#x}"
+    assert STAR not in made.profile().msrs and NEW in made.profile().msrs
+    assert migstream.open_backend(f"sim+add-msr={NEW:#x}").arch == Arch.X86_64
+
+
+@pytest.mark.parametrize(("name", "error", "words"), [
+    ("x86_64-7.3", BackendUnavailable, "near: sim:x86_64-7.2"),
+    (f"{KERNEL}+evmc=6.1", BackendUnavailable, "near: +evmcs=5.17|6.1|allow-list"),
+    (f"{KERNEL}+evmcs=6.2", BackendUnavailable, "near: +evmcs=5.17|6.1|allow-list"),
+    (f"{KERNEL}+nonsense", BackendUnavailable, "no rule 'nonsense'"),
+    (f"{KERNEL}+", BackendUnavailable, "no rule ''"),
+    (f"{KERNEL}+evmcs=6.1+evmcs=5.17", UsageError, "+evmcs=6.1 and +evmcs=5.17 contradict each other"),
+    (f"{KERNEL}+hide-msr=MSR_STAR+hide-msr=MSR_STAR", UsageError, "contradict each other"),
+    (f"{KERNEL}+hide-msr=0x12345", UsageError, "no MSR_0x00012345 to hide"),
+    (f"{KERNEL}+add-msr=MSR_STAR", UsageError, "MSR_STAR already"),
+    (f"{KERNEL}+add-msr=MSR_NOBODY", UsageError, "no MSR 'MSR_NOBODY'"),
+    (f"{KERNEL}+add-msr=0x123456789", UsageError, "32 bits"),
+    (f"{KERNEL}+clear-cpuid=0x7.0.ebx.31", UsageError, "no such bit"),
+])
+def test_a_name_that_makes_no_kernel_is_one_line(name: str, error: type[MigstreamError], words: str) -> None:
+    with pytest.raises(error) as caught:
+        SimBackend.named(name)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.exit_status == (69 if error is BackendUnavailable else 64)
+
+
+@pytest.mark.parametrize(("field", "value", "words"), [
+    ("capabilities", {"MAX_VCPUS": 0}, "MAX_VCPUS"),
+    ("capabilities", {"MAX_VCPUS": 8, "XSAVE": -1}, "XSAVE is -1"),
+    ("behaviour", {"smm": -1}, "smm"),
+    ("sizes", {x86_64.XSAVE.id: 5000}, "KVM_XSAVE has 5000 bytes, its default 4096"),
+    ("defaults", {msr(STAR): b"1234"}, "MSR_STAR has 8 bytes, its default 4"),
+    ("msrs", (1, 2, 1), "MSR 0x1 is there twice"),
+    ("msrs", (1 << 32,), "32 bits"),
+    ("feature_msrs", {0x10A: 1 << 64}, "MSR 0x10a"),
+    ("cpuid", bytes(50), "50 bytes"),
+    ("cpuid_forced", {0: (1 << 32, 0)}, "32 bits"),
+    ("msr_bits", {STAR: (1, 3)}, "bits 0x2 are kept and not taken"),
+    ("msr_bits", {STAR: (1 << 64, 0)}, "beyond"),
+    ("register_bits", {msr(STAR): (bytes(9), b"")}, "beyond"),
+    ("register_bits", {msr(STAR): (b"\1", b"\2")}, "kept and not taken"),
+    ("register_bits", {msr(0x123): (b"", b"")}, "not in 'defaults'"),
+    ("scopes", {msr(0x123): "vm"}, "not in 'defaults'"),
+    ("refused", {msr(STAR): (-2, 0)}, "-2 is no errno"),
+    ("after_run", {msr(STAR): (0, 5000)}, "5000 is no errno"),
+])
+def test_a_profile_edited_to_nonsense_is_refused_with_the_field(field: str, value: Any, words: str) -> None:
+    edited: Any = {field: value}
+    with pytest.raises(UsageError, match=f"field '{field}'") as caught:
+        SimBackend(dataclasses.replace(profiles.load(KERNEL), **edited))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_no_recorded_profile_is_nonsense(name: str) -> None:
+    from migstream.backends.sim.validate import check
+
+    check(profiles.load(name), name)
+
+
+def test_hidden_and_added_msrs_and_cpuid_bits() -> None:
+    backend = SimBackend(f"{KERNEL}+hide-msr=MSR_STAR+add-msr={NEW:#x}+clear-cpuid=0x7.0.ebx.20")
+    changed = bytes(a ^ b for a, b in zip(backend.profile().cpuid, profiles.load(KERNEL).cpuid, strict=True))
+    assert changed.count(0x10) == 1
+    with create(backend) as vm:
+        assert write_errno(vm, msr(STAR), u64(0)) == -1
+        assert write_errno(vm, msr(NEW), u64(0x1234)) == 0
+        assert read(vm, msr(NEW))[0] == u64(0x1234)
+
+
+def test_host_list_shows_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["host", "list", "--json"]) == 0
+    rules = json.loads(capsys.readouterr().out)["rules"]
+    assert {"evmcs=5.17|6.1|allow-list", "hide-msr=MSR"} <= {rule["name"] for rule in rules}
+    assert all(rule["what"] and rule["source"] for rule in rules)
+
+
+ON: dict[int, tuple[int, ...]] = {EVMCS_CAP: (0x0101,)}
+
+
+def vmx(backend: SimBackend, enabled: bool) -> dict[int, int]:
+    """What the VMX MSRs of a vCPU read."""
+    with create(backend, 1, enabled_caps=ON if enabled else {}) as vm:
+        return {index: int.from_bytes(read(vm, msr(index))[0], "little") for index in VMX}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_filtered_vmx_msrs_lack_controls_and_gain_none(generation: str) -> None:
+    backend = SimBackend(f"{KERNEL}+evmcs={generation}")
+    assert vmx(backend, False) == VMX
+    filtered = vmx(backend, True)
+    assert all(filtered[index] & ~VMX[index] == 0 for index in VMX)
+    assert filtered != VMX and filtered[VMFUNC] == 0
+
+
+def test_the_three_generations_offer_a_guest_three_different_sets() -> None:
+    """The same eVMCS version 1: what a version number can't tell."""
+    shown = [vmx(SimBackend(f"{KERNEL}+evmcs={name}"), True) for name in GENERATIONS]
+    assert len({tuple(one.items()) for one in shown}) == 3
+    perf_global = [one[EXIT] >> 32 & 0x1000 for one in shown]
+    assert perf_global == [0, 0x1000, 0x1000]
+
+
+@pytest.mark.parametrize("first", ["capability", "msrs"])
+def test_evmcs_may_be_enabled_before_or_after_the_msrs_are_written(first: str) -> None:
+    """The stored value is whole either way; the filter is on what is shown."""
+    backend, less = SimBackend(f"{KERNEL}+evmcs=5.17"), VMX[PIN] & ~(1 << 32)
+    enable = (ids.capability_id(Arch.X86_64, EVMCS_CAP), u64(EVMCS_CAP, 0x0101, 0, 0, 0))
+    steps = [enable, (msr(PIN), u64(less))]
+    with create(backend, 1) as vm:
+        for id, value in steps if first == "capability" else reversed(steps):
+            assert write(vm, id, [value]) == []
+        assert read(vm, msr(PIN)) == [u64(less & FILTERS[1][PIN])]
+
+
+def saved(kernel: str) -> bytes:
+    backend, out = SimBackend(kernel), io.BytesIO()
+    with create(backend, 2, enabled_caps=ON) as vm:
+        save(vm, out, host=backend.summary(), pause=vm.pause)
+    return out.getvalue()
+
+
+def test_filtered_vmx_msrs_are_saved_inspected_by_name_and_replayed(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kernel, file = f"{KERNEL}+evmcs=6.1", tmp_path / "evmcs.mig"
+    file.write_bytes(saved(kernel))
+    assert main(["inspect", str(file), "--reg", "MSR_IA32_VMX_TRUE_PINBASED_CTLS", "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)["registers"]
+    assert shown["bits"] == {"value": ["MUST_BE_1=0x16", "MAY_BE_1=0x3f"]}
+    assert main(["replay", str(file), "--backend", f"sim:{kernel}"]) == 0
+
+
+def test_a_generation_that_filters_more_is_refused_by_the_names_of_what_the_guest_would_miss() -> None:
+    """From 6.1's filter to 5.17's: an exit control that 5.17 takes away; the MSR is made by KVM and can't be
+    written, so the target that shows less can't be told otherwise."""
+    with pytest.raises(RestoreFailed, match="MSR_IA32_VMX_EXIT_CTLS") as caught:
+        restore(io.BytesIO(saved(f"{KERNEL}+evmcs=6.1")), SimBackend(f"{KERNEL}+evmcs=5.17"))
+    report: Any = caught.value.report
+    refused = {refusal.register for refusal, harmless in report.refused if not harmless}
+    assert refused == {msr(0x483)}
