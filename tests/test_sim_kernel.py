@@ -56,9 +56,9 @@ def test_a_kernel_that_offers_less_is_named_after_that() -> None:
     assert (less.profile().capabilities["SREGS2"], SimBackend().profile().capabilities["SREGS2"]) == (0, 1)
 
 
-def test_a_profile_of_another_architecture_has_no_simulator_yet() -> None:
-    with pytest.raises(BackendUnavailable, match="arm64"):
-        SimBackend(dataclasses.replace(SimBackend().profile(), arch=Arch.ARM64))
+def test_a_machine_of_another_architecture_is_refused() -> None:
+    with pytest.raises(UsageError, match="host"):
+        SimBackend("arm64-6.12").create(machine())
 
 
 def test_a_profile_that_was_edited_is_a_kernel() -> None:

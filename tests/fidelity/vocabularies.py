@@ -9,7 +9,7 @@ from migstream.errors import UsageError
 from migstream.model import Arch
 from tests.fidelity.calls import Vocabulary
 
-VOCABULARIES = {Arch.X86_64: "tests.fidelity.x86_64"}
+VOCABULARIES = {Arch.X86_64: "tests.fidelity.x86_64", Arch.ARM64: "tests.fidelity.arm64"}
 """Architecture to the module whose `VOCABULARY` it is."""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from migstream.backends.base import Backend
+from migstream.backends.sim.arm64 import Arm64SimVm
 from migstream.backends.sim.clock import HostClock
 from migstream.backends.sim.validate import check
 from migstream.backends.sim.variants import MARK, varied
@@ -49,8 +50,6 @@ class SimBackend(Backend):
         """
         title, profile = recorded(kernel) if isinstance(kernel, str) else (kernel.kernel, kernel)
         check(profile, title)
-        if profile.arch != Arch.X86_64:
-            raise BackendUnavailable(f"{PREFIX}{title}: no simulator for {profile.arch.label} yet")
         if unknown := sorted(set(without) - profile.capabilities.keys()):
             known = ", ".join(sorted(profile.capabilities))
             raise UsageError(f"no capability {unknown[0]!r} in {title}; it has {known}")
@@ -69,11 +68,12 @@ class SimBackend(Backend):
         """See `Backend.profile`."""
         return self._profile
 
-    def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> SimVm:
+    def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> SimVm | Arm64SimVm:
         """See `Backend.create`. Raises: BackendError, UsageError."""
         if machine.arch != self.arch:
             raise UsageError(f"a {machine.arch.label} machine on a {self.arch.label} host")
-        vm = SimVm(self._profile, machine, self._host)
+        kind = Arm64SimVm if self.arch == Arch.ARM64 else SimVm
+        vm = kind(self._profile, machine, self._host)
         try:
             vm.build(dict(enabled_caps or {}))
         except BaseException:

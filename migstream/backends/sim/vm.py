@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,10 @@ from migstream.backends.base import GuestMemory, Refusal, Vm
 from migstream.backends.sim import rules_cpu, rules_devices, rules_hyperv
 from migstream.backends.sim.access import AnyColumn, column, enable, operation
 from migstream.backends.sim.guest import Guest, Rows
+from migstream.backends.sim.memory import Memory
 from migstream.backends.sim.runner import Runner
 from migstream.errors import BackendError, UsageError
-from migstream.model import PAGE, Layout, Machine, MemoryRegion, Scope
+from migstream.model import Layout, Machine, Scope
 from migstream.plan import DEVICES
 from migstream.registers import ids, x86_64
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from migstream.host.profile import HostProfile
     from migstream.model import Words
 
-_MAX_ADDRESS = 1 << 52
-"""First guest-physical address that no memory slot may reach (kvm_mmu_max_gfn without hardware paging)."""
-
 
 class SimVm(Vm):
     """A VM on a simulated kernel. Made by `SimBackend.create`."""
@@ -36,7 +33,7 @@ class SimVm(Vm):
         self.machine = machine
         self.guest = Guest(profile, machine, host, {**rules_devices.RESETS, **rules_hyperv.RESETS})
         self.memory = GuestMemory([])
-        self._mappings: list[mmap.mmap] = []
+        self._ram = Memory()
         self._programs: dict[Layout, list[AnyColumn]] = {}
         self._runner: Runner | None = None
         self._exits: dict[int, str] = {}
@@ -46,28 +43,12 @@ class SimVm(Vm):
         known = DEVICES[self.machine.arch]
         if unknown := sorted(self.machine.devices.keys() - known):
             raise UsageError(f"the simulator can't make a device {unknown[0]!r}; it knows {', '.join(sorted(known))}")
-        regions = self.machine.memory
-        parts = [(region, self._add_memory(region, regions[:number])) for number, region in enumerate(regions)]
-        self.memory = GuestMemory(parts, self._discard)
+        self.memory = self._ram.build(self.machine.memory)
         if self.machine.devices.get("pit") and not self.machine.devices.get("irqchip"):
             raise BackendError("KVM_CREATE_PIT2", errno=errno.ENOENT)
         for capability, args in enabled_caps.items():
             if no := enable(self.guest, capability, args):
                 raise BackendError("KVM_ENABLE_CAP", errno=no, register=f"capability {capability}")
-
-    def _add_memory(self, region: MemoryRegion, before: tuple[MemoryRegion, ...]) -> memoryview:
-        try:
-            mapping = mmap.mmap(-1, region.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, ValueError, OverflowError) as error:
-            raise BackendError("mmap", errno=getattr(error, "errno", 0) or errno.ENOMEM,
-                               register=f"{region.guest_address:#x}") from error
-        self._mappings.append(mapping)
-        if no := _memory_errno(region, before):
-            raise BackendError("KVM_SET_USER_MEMORY_REGION", errno=no, register=f"{region.guest_address:#x}")
-        return memoryview(mapping)
-
-    def _discard(self, part: int, start: int, length: int) -> None:
-        self._mappings[part].madvise(mmap.MADV_DONTNEED, start, length)
 
     def create_vcpus(self) -> None:
         """See `Vm.create_vcpus`."""
@@ -181,14 +162,4 @@ class SimVm(Vm):
         """See `Vm.close`."""
         self.pause()
         self.memory.release()
-        for mapping in self._mappings:
-            mapping.close()
-        self._mappings = []
-
-
-def _memory_errno(region: MemoryRegion, before: tuple[MemoryRegion, ...]) -> int:
-    """KVM_SET_USER_MEMORY_REGION beside the regions that are there (kvm_set_memory_region)."""
-    if region.guest_address % PAGE or region.size % PAGE or not region.size or region.end > _MAX_ADDRESS:
-        return errno.EINVAL
-    overlaps = any(region.guest_address < other.end and other.guest_address < region.end for other in before)
-    return errno.EEXIST if overlaps else 0
+        self._ram.close()

@@ -1,0 +1,95 @@
+"""The thread that runs a simulated arm64 VM's vCPUs, one after the other, a few instructions each."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from migstream.backends.sim.arm64 import ids
+from migstream.backends.sim.arm64.cpu import Cpu, Step, Translation
+from migstream.backends.sim.mmu import Exit
+
+if TYPE_CHECKING:
+    from migstream.backends.base import GuestMemory
+    from migstream.backends.sim.arm64.guest import Guest
+
+SLICE = 200
+"""Instructions of one vCPU before the next has its turn; a pause waits for at most one slice."""
+
+_RUNNABLE = 0
+_EL1H, _MODE = 0b00101, 0x1F
+
+
+class Runner:
+    """Runs the vCPUs of a guest from `start()` to `pause()`; its registers are in the columns before and after.
+
+    Attributes:
+        exits: vCPUs that stopped by themselves, with the kernel's name of the reason.
+    """
+
+    def __init__(self, guest: Guest, memory: GuestMemory) -> None:
+        self._guest = guest
+        self.exits: dict[int, str] = {}
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._cpus = self._load(memory)
+        self._thread = threading.Thread(target=self._run, name="migstream-sim", daemon=True)
+
+    def start(self) -> None:
+        """Let the vCPUs run."""
+        self._guest.ran[list(self._cpus)] = True
+        self._thread.start()
+
+    def pause(self) -> None:
+        """Stop between two instructions and put the registers back. Raises: what went wrong in the thread."""
+        self._stop.set()
+        self._thread.join()
+        self._store()
+        if self._error:
+            raise self._error
+
+    def _load(self, memory: GuestMemory) -> dict[int, Cpu]:
+        """The vCPUs that may run. One that is not at EL1 with its own stack is beyond this interpreter."""
+        columns = {id: self._guest.column(id)[:, 0].tolist()
+                   for id in (*ids.X, ids.SP_EL1, ids.PC, ids.PSTATE, ids.SCTLR, ids.TCR, ids.TTBR0, ids.MP_STATE)}
+        decoded: dict[int, Step] = {}
+        spaces: dict[tuple[bool, int, int], Translation] = {}
+        cpus = {}
+        for k in np.flatnonzero(np.array(columns[ids.MP_STATE]) == _RUNNABLE).tolist():
+            space = bool(columns[ids.SCTLR][k] & 1), columns[ids.TCR][k], columns[ids.TTBR0][k]
+            translation = spaces.setdefault(space, Translation(memory, *space))
+            cpus[k] = Cpu([columns[id][k] for id in ids.X], columns[ids.SP_EL1][k], columns[ids.PC][k],
+                          columns[ids.PSTATE][k], translation, decoded)
+            if columns[ids.PSTATE][k] & _MODE != _EL1H:
+                self.exits[k] = "KVM_EXIT_INTERNAL_ERROR"
+        return cpus
+
+    def _run(self) -> None:
+        running = {k: cpu for k, cpu in self._cpus.items() if k not in self.exits}
+        try:
+            while running and not self._stop.is_set():
+                for k, cpu in tuple(running.items()):
+                    if self._stop.is_set() or self._turn(k, cpu):
+                        running.pop(k)
+        except BaseException as error:
+            self._error = error
+
+    def _turn(self, k: int, cpu: Cpu) -> bool:
+        """Run a vCPU for a slice; True where it has stopped. One that waits for an interrupt waits in the kernel."""
+        try:
+            cpu.run(SLICE)
+        except Exit as stopped:
+            if stopped.reason != "WFI":
+                self.exits[k] = stopped.reason
+            return True
+        return False
+
+    def _store(self) -> None:
+        chosen = np.array(sorted(self._cpus), np.intp)
+        for number, id in enumerate(ids.X):
+            self._guest.column(id)[chosen, 0] = [self._cpus[k].x[number] for k in chosen.tolist()]
+        for id, name in ((ids.PC, "pc"), (ids.SP_EL1, "sp"), (ids.PSTATE, "pstate")):
+            self._guest.column(id)[chosen, 0] = [getattr(self._cpus[k], name) for k in chosen.tolist()]
+        self._cpus = {}

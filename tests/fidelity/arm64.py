@@ -1,0 +1,304 @@
+"""What is said to an arm64 kernel: single ioctls of vCPUs that nothing was done to yet."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from migstream.backends.base import Backend
+from migstream.backends.kvm import KvmBackend, uapi
+from migstream.backends.sim.arm64 import Arm64SimVm, ids
+from migstream.host.profile import HostProfile
+from migstream.model import Arch, Klass, Machine, MemoryRegion
+from migstream.registers import arm64, arm64_ids, vcpu_features
+from migstream.registers.catalogue import lookup
+from tests.fidelity.arm64_kvm import RealArm64
+from tests.fidelity.calls import Answer, Call, Excluded, Stage, call
+
+EXCLUDED = (
+    Excluded("the values of TIMER_CNT and PTIMER_CNT", "they run; what a write of them answers is compared"),
+    Excluded("TIMER_CVAL and PTIMER_CVAL are written far below or far above the counters",
+             "ISTATUS would depend on the time between two calls"),
+    Excluded("KVM_VCPU_EVENTS byte 2 (ext_dabt_pending) is 0 in what is written",
+             "the kernel delivers the abort into ESR_EL1, FAR_EL1, PC and PSTATE: no simulator of an exception here"),
+    Excluded("vCPUs with EL1_32BIT: KVM_ARM_VCPU_INIT's answer is compared, and they are not used",
+             "a profile has no defaults of theirs"),
+    Excluded("KVM_RUN leaves before the first instruction",
+             "what a CPU in emulation does with counters and timers until it stops is a matter of time"),
+)
+
+SVE, PMU, PTRAUTH, PSCI = vcpu_features.SVE, vcpu_features.PMU_V3, vcpu_features.PTRAUTH, vcpu_features.PSCI_0_2
+_SETS = (PSCI, PSCI, PSCI | PMU, PSCI | SVE, PSCI | PTRAUTH, PSCI | SVE | PMU | PTRAUTH, 0, SVE | PTRAUTH)
+_ODD_SETS = (PSCI | 1, PSCI | 1 << 5, PSCI | 1 << 6, PSCI | 1 << 7, PSCI | 1 << 8, PSCI | 1 << 9, 1 << 31)
+
+_WORDS = (0, 1, 2, 3, 0xF, 0x10, 1 << 31, 1 << 32, 1 << 63, (1 << 32) - 1, (1 << 64) - 1, 0x3C5, 0x1D3, 0x10000,
+          0x10001, 0x10002, 0x10003, 0x10004, 0x12)
+_BUSY = (ids.PSTATE, ids.PSCI_VERSION, *ids.WORKAROUNDS, *ids.BITMAPS, ids.CTR, ids.CLIDR, ids.ID_AA64PFR0,
+         ids.ID_AA64PFR1, ids.ID_AA64DFR0, ids.ID_DFR0, ids.ID_AA64MMFR0, ids.ID_AA64ISAR1, ids.PMCR, ids.PMCNTENSET,
+         ids.PMCNTENCLR, ids.PMOVSSET, ids.PMINTENCLR, ids.TIMER_CTL, ids.PTIMER_CTL, ids.OSLSR, ids.SVE_VLS, ids.PC,
+         arm64_ids.ccsidr(0), arm64_ids.ccsidr(1), ids.Z[0], ids.P[16], ids.X[5], ids.X[20], ids.MPIDR, ids.V[0])
+"""Registers with more rules than others are used more often."""
+
+_STRANGE = (
+    arm64_ids.core(1), arm64_ids.core(0, arm64_ids.U32), arm64_ids.core(216), arm64_ids.core(214, arm64_ids.U32),
+    arm64_ids.core(215, arm64_ids.U32), arm64_ids.core(82), arm64_ids.core(84), arm64_ids.core(0x1234),
+    arm64_ids.firmware(4), arm64_ids.firmware(12), arm64_ids.bitmap(4), arm64_ids.bitmap(0) & ~(1 << 52),
+    arm64_ids.firmware(0) & ~(1 << 52), ids.SVE_VLS & ~(1 << 52), ids.Z[1] | 1, ids.P[3] | 2, ids.Z[31] | 31,
+    ids.Z[0] & ~(1 << 52), arm64_ids.ARM64 | arm64_ids.U64 | arm64_ids.SVE | 0x700, arm64_ids.ccsidr(14),
+    arm64_ids.ccsidr(200), arm64_ids.ccsidr(0x100), arm64_ids.ccsidr(0) | 1 << 52, arm64_ids.sysreg(3, 0, 15, 15, 7),
+    arm64_ids.sysreg(3, 3, 0, 0, 1) & ~(1 << 52), arm64_ids.ARM64 | arm64_ids.U64 | 0x17 << 16,
+    1 << 32 | arm64_ids.firmware(0), 0x4030_0000_0013_C080, ids.PSCI_VERSION | 1 << 28, ids.X[0] | 1 << 28,
+    ids.Z[0] | 1 << 28, ids.CTR | 1 << 28, ids.MPIDR, ids.PMCR, ids.Z[0], ids.V[3], ids.SVE_VLS,
+)
+"""Ids that no kernel has, or not in this size, or only with a feature."""
+
+_STRUCTS = {ids.MP_STATE: (uapi.GET_MP_STATE, uapi.SET_MP_STATE),
+            ids.VCPU_EVENTS: (uapi.GET_VCPU_EVENTS, uapi.SET_VCPU_EVENTS)}
+_FAR = (0, 1, 1 << 63, (1 << 64) - 1)
+
+
+class Side(Protocol):
+    """What both kernels do: an errno, and what was read."""
+
+    def init(self, vcpu: int, features: int, target: int | None = None) -> tuple[int, bytes]: ...
+    def finalize(self, vcpu: int, what: int) -> tuple[int, bytes]: ...
+    def listed(self, vcpu: int, room: int) -> tuple[int, bytes]: ...
+    def get(self, vcpu: int, id: int) -> tuple[int, bytes]: ...
+    def set(self, vcpu: int, id: int, value: bytes) -> tuple[int, bytes]: ...
+    def run(self, vcpu: int) -> tuple[int, bytes]: ...
+    def close(self) -> None: ...
+
+
+class RealSide(RealArm64):
+    """The real kernel; structs by our ids, too."""
+
+    def get(self, vcpu: int, id: int) -> tuple[int, bytes]:
+        return self.struct_get(vcpu, _STRUCTS[id][0]) if id in _STRUCTS else super().get(vcpu, id)
+
+    def set(self, vcpu: int, id: int, value: bytes) -> tuple[int, bytes]:
+        return self.struct_set(vcpu, _STRUCTS[id][1], value) if id in _STRUCTS else super().set(vcpu, id, value)
+
+    def run(self, vcpu: int) -> tuple[int, bytes]:
+        return self.enter(vcpu)
+
+
+class Arm64Stage(Stage):
+    """One VM, with vCPUs that KVM_ARM_VCPU_INIT was not called for."""
+
+    side: Side | None = None
+    vcpus = 0
+
+    def close(self) -> None:
+        """Destroy the VM."""
+        if self.side:
+            self.side.close()
+            self.side = None
+
+    def do_create(self, vcpus: int) -> Answer:
+        """Make a VM instead of the one that there is."""
+        self.close()
+        self.vcpus = vcpus
+        if isinstance(self.backend, KvmBackend):
+            self.side = RealSide(vcpus)
+            return {}
+        vm = self.backend.create(Machine(Arch.ARM64, vcpus, (MemoryRegion(0, 1 << 20),), {}))
+        assert isinstance(vm, Arm64SimVm)
+        vm.guest.add_vcpus(vcpus)
+        self.side = vm
+        return {}
+
+    def _ask(self, vcpu: int, ask: Callable[[Side], tuple[int, bytes]]) -> Answer:
+        if self.side is None or vcpu >= self.vcpus:
+            return {"no": "vCPU"}
+        no, value = ask(self.side)
+        return {"errno": no} if no or not value else {"value": value.hex()}
+
+    def do_init(self, vcpu: int, features: int, target: int | None = None) -> Answer:
+        """KVM_ARM_VCPU_INIT."""
+        return self._ask(vcpu, lambda side: side.init(vcpu, features, target))
+
+    def do_finalize(self, vcpu: int, what: int) -> Answer:
+        """KVM_ARM_VCPU_FINALIZE."""
+        return self._ask(vcpu, lambda side: side.finalize(vcpu, what))
+
+    def do_listed(self, vcpu: int, room: int) -> Answer:
+        """KVM_GET_REG_LIST: the count; with the ids that the profile does not list there."""
+        def ask(side: Side) -> tuple[int, bytes]:
+            no, value = side.listed(vcpu, room)
+            return no, value if no else struct.pack("<QQ", len(value) // 8, hash(value) & 0)+ value
+        answer = self._ask(vcpu, ask)
+        return answer
+
+    def do_get(self, vcpu: int, id: int) -> Answer:
+        """KVM_GET_ONE_REG."""
+        return self._shown(id, self._ask(vcpu, lambda side: side.get(vcpu, id)))
+
+    def do_set(self, vcpu: int, id: int, value: str) -> Answer:
+        """KVM_SET_ONE_REG; then the register on this vCPU and on the next."""
+        answer = {"set": self._ask(vcpu, lambda side: side.set(vcpu, id, bytes.fromhex(value)))}
+        for other in {vcpu, (vcpu + 1) % max(self.vcpus, 1)}:
+            answer[f"vCPU {other}"] = self.do_get(other, id)
+        return answer
+
+    def do_run(self, vcpu: int) -> Answer:
+        """KVM_RUN that leaves at once."""
+        return self._ask(vcpu, lambda side: side.run(vcpu))
+
+    def do_dump(self, vcpu: int) -> Answer:
+        """Every register of a vCPU that is not what the profile's vCPUs are made with, by name."""
+        if self.side is None or vcpu >= self.vcpus:
+            return {"no": "vCPU"}
+        no, listed = self.side.listed(vcpu, 2000)
+        if no:
+            return {"errno": no}
+        values = {}
+        for id in (*struct.unpack(f"<{len(listed) // 8}Q", listed), *_STRUCTS):
+            answer = self.do_get(vcpu, id)
+            if answer.get("value", "") not in (_made_with(self.profile, id), "runs"):
+                values[lookup(id).name] = answer
+        return values
+
+    @staticmethod
+    def _shown(id: int, answer: Answer) -> Answer:
+        return {"value": "runs"} if id in ids.CLOCKS and "value" in answer else answer
+
+
+def _made_with(profile: HostProfile, id: int) -> str:
+    return profile.defaults.get(id, profile.feature_defaults.get(id, b"")).hex()
+
+
+class Arm64:
+    """See `tests.fidelity.calls.Vocabulary`."""
+
+    arch = Arch.ARM64
+    excluded = EXCLUDED
+
+    def story(self, source: random.Random, profile: HostProfile, calls: int) -> list[Call]:
+        """A VM, mostly vCPUs with one set of features and finalized; then anything."""
+        return Author(source, profile).story(calls)
+
+    def stage(self, backend: Backend, profile: HostProfile) -> Stage:
+        """A fresh stage."""
+        return Arm64Stage(backend, profile)
+
+
+class Author:
+    """Makes one sequence."""
+
+    def __init__(self, source: random.Random, profile: HostProfile) -> None:
+        self.random, self.profile = source, profile
+        self.vcpus = source.choice((1, 2, 2, 3))
+        self.features = source.choice(_SETS)
+        self.ids = sorted(profile.with_features(self.features).listed)
+        kinds: dict[tuple[Klass, int], list[int]] = {}
+        for id in self.ids:
+            kinds.setdefault((lookup(id).klass, id >> 16 & 0xFFF), []).append(id)
+        self.kinds = [kinds[key] for key in sorted(kinds)]
+
+    def story(self, calls: int) -> list[Call]:
+        """So many calls."""
+        out = [call("create", vcpus=self.vcpus)]
+        for vcpu in range(self.vcpus):
+            if self.random.random() < 0.1:
+                out += [self.any_call() for _ in range(2)]
+            if self.random.random() < 0.95:
+                out += self.made(vcpu)
+        while len(out) < calls - 1:
+            out.append(self.any_call())
+        return [*out, call("dump", vcpu=self.random.randrange(self.vcpus))]
+
+    def made(self, vcpu: int) -> list[Call]:
+        """A vCPU as a VMM makes it."""
+        out = [call("init", vcpu=vcpu, features=self.features)]
+        if self.features & SVE and self.random.random() < 0.9:
+            if self.random.random() < 0.4:
+                out.append(call("set", vcpu=vcpu, id=ids.SVE_VLS, value=self.value(ids.SVE_VLS)))
+            out.append(call("finalize", vcpu=vcpu, what=4))
+        return out
+
+    def any_call(self) -> Call:
+        """One call."""
+        vcpu, kind = self.random.randrange(self.vcpus), self.random.random()
+        if kind < 0.03:
+            return call("init", vcpu=vcpu, features=self.random.choice((*_ODD_SETS, *_SETS, self.features | 1)))
+        if kind < 0.05:
+            return call("init", vcpu=vcpu, features=self.features, target=self.random.choice((0, 1, 5, 6)))
+        if kind < 0.08:
+            return call("init", vcpu=vcpu, features=self.features)
+        if kind < 0.11:
+            return call("finalize", vcpu=vcpu, what=self.random.choice((4, 4, 0, 5)))
+        if kind < 0.14:
+            return call("listed", vcpu=vcpu, room=self.random.choice((0, 1, 100, 2000)))
+        if kind < 0.19:
+            return call("run", vcpu=vcpu)
+        if kind < 0.28:
+            return call("get", vcpu=vcpu, id=self.id())
+        id = self.id()
+        return call("set", vcpu=vcpu, id=id, value=self.value(id))
+
+    def id(self) -> int:
+        """A register."""
+        kind = self.random.random()
+        if kind < 0.35:
+            return self.random.choice(_BUSY)
+        if kind < 0.43:
+            return self.random.choice(_STRANGE)
+        if kind < 0.5:
+            return self.random.choice(tuple(_STRUCTS))
+        return self.random.choice(self.random.choice(self.kinds) if kind < 0.8 else self.ids)
+
+    def value(self, id: int) -> str:
+        """A value, near the one that vCPUs are made with or far from it."""
+        size = lookup(id).size or 1 << (id >> 52 & 0xF)
+        plain, full = self.profile.defaults.get(id), self.profile.feature_defaults.get(id)
+        start = full if self.features & ~PSCI and full else plain or full or bytes(size)
+        number = int.from_bytes(start, "little")
+        number = self._special(id, number, size)
+        return (number & (1 << 8 * size) - 1).to_bytes(size, "little").hex()
+
+    def _special(self, id: int, number: int, size: int) -> int:
+        choose = self.random.choice
+        if id in (ids.TIMER_CVAL, ids.PTIMER_CVAL):
+            return choose(_FAR)
+        if id in ids.CLOCKS:
+            return choose((0, 1, 1 << 20, 1 << 40))
+        if id == ids.MP_STATE:
+            return choose((0, 5, 10, 1, 3, 11, 1 << 31))
+        if id == ids.VCPU_EVENTS:
+            return self._events()
+        if id == ids.SVE_VLS and self.random.random() < 0.7:
+            return number & (1 << self.random.randrange(1, 18)) - 1
+        if lookup(id).klass in (Klass.FEATURE, Klass.IDENTITY) and self.random.random() < 0.8:
+            return self._nibbles(number, size)
+        return self._mixed(number, size)
+
+    def _nibbles(self, number: int, size: int) -> int:
+        for _ in range(self.random.choice((0, 1, 1, 1, 2))):
+            low = 4 * self.random.randrange(2 * size)
+            if number >> low & 0xF and self.random.random() < 0.6:
+                new = (number >> low & 0xF) - 1
+            else:
+                new = self.random.randrange(16)
+            number = number & ~(0xF << low) | new << low
+        return number
+
+    def _mixed(self, number: int, size: int) -> int:
+        kind = self.random.random()
+        if kind < 0.3:
+            return number ^ 1 << self.random.randrange(8 * size)
+        if kind < 0.6:
+            return self.random.choice(_WORDS)
+        return self.random.getrandbits(8 * size) if kind < 0.9 else number
+
+    def _events(self) -> int:
+        first = self.random.choice((0, 1, 0x101, 0x100, 0x101, 1 << 24, 2))
+        esr = self.random.choice((0, 0x123, 1 << 24, 1 << 25, 0x1FF_FFFF))
+        rest = self.random.choice((0, 0, 0, 1)) << 8 * self.random.randrange(16, 64)
+        return first | esr << 64 | rest
+
+
+VOCABULARY = Arm64()
