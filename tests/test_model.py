@@ -83,10 +83,10 @@ def test_nonsense_is_no_calibration(calibration: Calibration, change: dict[str, 
 
 
 def test_a_file_that_is_not_there_or_no_calibration_is_named(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="nothing.json"):
+    with pytest.raises(OutputError, match=r"nothing\.json"):
         model.load_calibration(tmp_path / "nothing.json")
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(Corrupt, match="list.json"):
+    with pytest.raises(Corrupt, match=r"list\.json"):
         model.load_calibration(tmp_path / "list.json")
 
 
