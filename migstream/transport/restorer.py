@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from migstream import ram
-from migstream.backends.base import Backend, Refusal, Vm
+from migstream.backends.base import Backend, Refusal, Vm, check_threads
 from migstream.errors import RestoreFailed, UsageError
 from migstream.frames import Section
 from migstream.model import Klass, Layout, OpaqueState, Phase, Scope
@@ -24,8 +24,10 @@ class Restorer:
     A context manager: the VM is closed unless `finish()` gave it to the caller.
     """
 
-    def __init__(self, backend: Backend, *, readback: bool = False) -> None:
+    def __init__(self, backend: Backend, *, readback: bool = False, threads: int = 0) -> None:
+        """See `restore`. Raises: UsageError."""
         self.reader = StreamReader()
+        self._threads = check_threads(threads)
         self.report = Report()
         self._backend, self._readback = backend, readback
         self._plan: Plan | None = None
@@ -79,6 +81,7 @@ class Restorer:
                 self.report.notes += scope_notes(self.reader.layouts, self._backend.profile())
             with self.report.phase("create"):
                 self._vm = self._backend.create(machine)
+                self._vm.threads = self._threads
         return self._vm
 
     def _with_vcpus(self, vm: Vm) -> Vm:
@@ -89,7 +92,7 @@ class Restorer:
     def _bank(self, vm: Vm, number: int, encoded: EncodedBank) -> None:
         assert self._plan is not None
         step = self._plan.steps[number]
-        with self.report.phase("decode"):
+        with self.report.phase("prologue decode" if step.source.phase.prologue else "decode"):
             bank = encoded.decode()
         if (step.source.scope, step.source.phase) != (Scope.VM, Phase.CREATE):
             self._with_vcpus(vm)
@@ -152,16 +155,17 @@ def _harmless(vm: Vm, refusal: Refusal, done: Written) -> str:
     return "it runs by itself" if lookup(refusal.register).klass == Klass.CLOCK else ""
 
 
-def restore(source: Source, backend: Backend, *, readback: bool = False) -> tuple[Vm, Report]:
+def restore(source: Source, backend: Backend, *, readback: bool = False, threads: int = 0) -> tuple[Vm, Report]:
     """Restore a stream into a fresh VM, which is complete and paused; `vm.start()` lets it run.
 
     Args:
         source: read in order to the end of the stream. backend: where the VM is made.
         readback: read every register back and compare.
+        threads: that write registers; 0 leaves it to the backend. More than one needs the compiled batch.
 
     Raises: StreamError and below, DoesNotFit (nothing was made), RestoreFailed (the VM was closed), BackendError.
     """
-    with Restorer(backend, readback=readback) as restorer:
+    with Restorer(backend, readback=readback, threads=threads) as restorer:
         for section, item in read_items(source, restorer.reader):
             restorer.take(section, item)
         return restorer.finish()
