@@ -306,6 +306,7 @@ def _replay_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--backend", default="auto", metavar="NAME", help=BACKENDS)
     sub.add_argument("--host", metavar="FILE", help="this host's profile from `host capture`: its measured scopes")
     sub.add_argument("--readback", action="store_true", help="read every register back and compare")
+    sub.add_argument("--fault", metavar="WHAT", help=argparse.SUPPRESS)
     sub.add_argument("--run", dest="seconds", type=_seconds, metavar="SECONDS",
                      help="let the guest run on, then stop it")
     _add_threads(sub)
@@ -314,12 +315,15 @@ def _replay_arguments(sub: argparse.ArgumentParser) -> None:
 def _replay(options: argparse.Namespace) -> int:
     from migstream import show
     from migstream.backends import open_backend
+    from migstream.backends.faulty import FaultyBackend, parse
     from migstream.errors import StreamError
     from migstream.transport import Restorer, open_source, read_items
 
     backend = open_backend(options.backend)
     if options.host:
         backend.know(open_profile(options.host))
+    if options.fault is not None:
+        backend = FaultyBackend(backend, parse(options.fault, backend.profile()))
     ran: dict[str, Any] = {}
     try:
         with (open_source(options.file) as source,
@@ -334,6 +338,8 @@ def _replay(options: argparse.Namespace) -> int:
             from migstream.demo.run import continue_guest
 
             ran = continue_guest(vm, report.opaque, options.seconds)
+    if isinstance(backend, FaultyBackend):
+        backend.check()
     if options.json:
         show.print_json("replay", {"backend": backend.name, **show.report_json(report), "run": ran})
     else:

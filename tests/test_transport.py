@@ -233,13 +233,12 @@ def test_a_refused_register_that_has_the_value_anyway_is_reported_and_harmless(v
     assert not stubborn.closed
 
 
-def test_a_refused_clock_is_reported_and_harmless(vm: Vm, one_vm: OneVm) -> None:
+def test_a_refused_clock_fails_the_restore_because_it_would_jump(vm: Vm, one_vm: OneVm) -> None:
     tsc = ids.msr_id(0x10)
     assert lookup(tsc).klass == Klass.CLOCK
     data = saved(vm)
-    _, report = restore(io.BytesIO(data), one_vm(stubborn_for(data, tsc)))
-    assert {why for _, why in report.refused} <= {"it runs by itself", "the register has this value already"}
-    assert len(report.refused) == 3
+    with pytest.raises(RestoreFailed, match="MSR_IA32_TSC"):
+        restore(io.BytesIO(data), one_vm(stubborn_for(data, tsc)))
 
 
 def test_a_plan_that_fails_makes_no_vm(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:

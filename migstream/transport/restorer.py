@@ -8,10 +8,10 @@ from migstream import limits, ram
 from migstream.backends.base import Backend, Refusal, Vm, check_threads
 from migstream.errors import RestoreFailed, UsageError
 from migstream.frames import Section
-from migstream.model import Klass, Layout, OpaqueState, Phase, Scope
+from migstream.model import Layout, OpaqueState, Phase, Scope
 from migstream.plan import Plan, make_plan, scope_notes
 from migstream.reader import StreamReader
-from migstream.registers.catalogue import lookup
+from migstream.registers import ids
 from migstream.report import Report
 from migstream.sections import EncodedBank, Item, RamPages
 from migstream.transport import readback as check
@@ -180,7 +180,11 @@ def _harmless(vm: Vm, refusal: Refusal, done: Written) -> str:
     row = 0 if refusal.vcpu is None else refusal.vcpu - done.bank.first_vcpu
     if not unread and (actual[0] == done.values[row, columns(done.target, column)]).all():
         return "the register has this value already"
-    return "it runs by itself" if lookup(refusal.register).klass == Klass.CLOCK else ""
+    return _RESTORED_OTHERWISE.get(refusal.register, "")
+
+
+_RESTORED_OTHERWISE = {ids.msr_id(0x4000_0020): "KVM_CLOCK restores it"}
+"""Registers whose refusal loses nothing (HV_X64_MSR_TIME_REF_COUNT). Any other clock that can't be set would jump."""
 
 
 def restore(source: Source, backend: Backend, *, readback: bool = False, threads: int = 0) -> tuple[Vm, Report]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from migstream import codec, limits, ram, sections
 from migstream.backends.base import Refusal, Vm, check_threads
-from migstream.errors import BackendError, OutputError
+from migstream.errors import BackendError, Corrupt, OutputError
 from migstream.frames import FrameWriter, Section
 from migstream.model import Bank, HostSummary, Layout, OpaqueState, Phase, Scope
 from migstream.report import Report
@@ -62,6 +62,15 @@ def empty_banks(vm: Vm, layout: Layout) -> list[Bank]:
 def _fill(vm: Vm, banks: Sequence[Bank]) -> None:
     for bank in banks:
         _raise_first(vm.read(bank.layout, bank.first_vcpu, bank.values))
+        _check(bank)
+
+
+def _check(bank: Bank) -> None:
+    """Refuse what no reader would take: the host's answer contradicts itself. Raises: BackendError."""
+    try:
+        sections.check_values(bank.layout, bank.values)
+    except Corrupt as error:
+        raise BackendError("reading", what=f"the host's answer can't be: {error}") from error
 
 
 def _raise_first(refused: Sequence[Refusal]) -> None:
