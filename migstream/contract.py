@@ -9,6 +9,7 @@ register has this value there, or it is absent and the kernel behaves as this va
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -283,5 +284,5 @@ def _typed(row: Any, kinds: tuple[type, ...], name: str) -> list[Any]:
 
 
 def _ascending(numbers: list[int], name: str) -> None:
-    if any(b <= a for a, b in zip(numbers, numbers[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(numbers)):
         raise Corrupt("must be ascending, each once", field=name)
