@@ -77,7 +77,7 @@ class Contract:
     vcpu_features: int = 0
     values: Mapping[int, bytes] = field(default_factory=dict)
     varies: tuple[int, ...] = ()
-    behaviour: Behaviour = Behaviour()
+    behaviour: Behaviour = field(default_factory=Behaviour)
 
     @property
     def behaves_as(self) -> Mapping[int, bytes]:
@@ -256,7 +256,7 @@ def behaviour_to_section(behaviour: Behaviour) -> dict[str, Any]:
     }
 
 
-def behaviour_from_section(fields: Mapping[str, Any], arch: Arch) -> Behaviour:
+def behaviour_from_section(fields: Mapping[str, Any]) -> Behaviour:
     """Return what a section's fields say; types of the outer fields have been checked. Raises: Corrupt."""
     if fields["found"] not in FOUND:
         raise Corrupt("no such way to find a contract", field="found", expected=" | ".join(FOUND),
@@ -265,13 +265,17 @@ def behaviour_from_section(fields: Mapping[str, Any], arch: Arch) -> Behaviour:
     answers = [_typed(row, (int, int), "firmware") for row in fields["firmware"]]
     _ascending([row[0] for row in rows], "behaves_as")
     _ascending([row[0] for row in answers], "firmware")
-    for id, value, _ in rows:
-        if why := wrong_register(id, value, arch):
-            raise Corrupt(why, field=f"behaves_as {lookup(id).name}")
     if any(type(line) is not str for line in fields["unknown"]):
         raise Corrupt("wrong type", field="unknown", expected="list of str")
     return Behaviour(fields["found"], {row[0]: row[1] for row in rows}, {row[0]: row[2] for row in rows if row[2]},
                      {row[0]: row[1] for row in answers}, tuple(fields["unknown"]))
+
+
+def check_behaviour(behaviour: Behaviour, arch: Arch) -> None:
+    """Raises: Corrupt for a register of another architecture, or a value of another size than its register."""
+    for id, value in behaviour.behaves_as.items():
+        if why := wrong_register(id, value, arch):
+            raise Corrupt(why, field=f"behaves_as {lookup(id).name}")
 
 
 def _typed(row: Any, kinds: tuple[type, ...], name: str) -> list[Any]:

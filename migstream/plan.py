@@ -96,12 +96,18 @@ class Plan:
         Raises: DoesNotFit.
         """
         step = self.steps[number]
-        if self.pair is None or not any(v.pending for v in step.verdicts):
+        again = [bank.update or v.pending for v in step.verdicts]
+        if self.pair is None or not any(again):
             return step
         columns = {**self.pair.saved.columns, **Saved.of(self.pair.saved.machine, (), [bank]).columns}
         pair = Pair(replace(self.pair.saved, columns=columns), self.pair.host)
-        verdicts = tuple(self.policy.apply(pair, judge(pair, v.slot)) if v.pending else v for v in step.verdicts)
-        return Plan((_step(step.source, verdicts),)).require().steps[0]
+        verdicts = tuple(self.policy.apply(pair, judge(pair, v.slot)) if late else v
+                         for late, v in zip(again, step.verdicts, strict=True))
+        now = Plan((_step(step.source, verdicts),)).require().steps[0]
+        if bank.update and now.target != step.target:
+            changed = next(v for old, v in zip(step.verdicts, verdicts, strict=True) if old.target != v.target)
+            raise DoesNotFit([f"{changed}; it was another value in the prologue"])
+        return now
 
 
 def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile, *, banks: Sequence[Bank] = (),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from migstream import ram
 from migstream.backends.base import Backend, Refusal, Vm
-from migstream.errors import RestoreFailed, UsageError
+from migstream.contract import Contract
+from migstream.errors import DoesNotFit, RestoreFailed, UsageError
 from migstream.frames import Section
-from migstream.model import Klass, Layout, OpaqueState, Phase, Scope
-from migstream.plan import Plan, make_plan, scope_notes
+from migstream.host import profiles
+from migstream.model import Bank, Klass, Layout, OpaqueState, Phase, Scope
+from migstream.plan import Plan, Step, added_bank, make_plan, scope_notes
 from migstream.reader import StreamReader
 from migstream.registers.catalogue import lookup
 from migstream.report import Report
@@ -16,6 +18,7 @@ from migstream.transport import readback as check
 from migstream.transport.streams import Source, read_items
 from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written, columns
+from migstream.verdicts.policy import Policy
 
 
 class Restorer:
@@ -24,11 +27,13 @@ class Restorer:
     A context manager: the VM is closed unless `finish()` gave it to the caller.
     """
 
-    def __init__(self, backend: Backend, *, readback: bool = False) -> None:
+    def __init__(self, backend: Backend, *, readback: bool = False, policy: Policy = Policy()) -> None:
         self.reader = StreamReader()
         self.report = Report()
         self._backend, self._readback = backend, readback
+        self._policy = policy
         self._plan: Plan | None = None
+        self._waiting: list[tuple[int, Bank]] = []
         self._vm: Vm | None = None
         self._written: list[Written] = []
         self._refused: list[tuple[Refusal, Written]] = []
@@ -43,7 +48,12 @@ class Restorer:
     def take(self, section: Section, item: Item) -> None:
         """Act on one section. Raises: DoesNotFit before anything was made; StreamError, RestoreFailed, BackendError."""
         if isinstance(item, EncodedBank):
-            self._bank(self._ready(), section.layout, item)
+            with self.report.phase("decode"):
+                bank = item.decode()
+            if self._plan is None and bank.layout.phase.prologue:
+                self._prologue(section.layout, bank)
+            else:
+                self._bank(self._ready(), section.layout, bank)
         elif isinstance(item, RamPages):
             with self.report.phase("ram"):
                 ram.load(self._with_vcpus(self._ready()).memory, item.runs)
@@ -67,30 +77,62 @@ class Restorer:
         self._vm = None
         return vm, self.report
 
+    def _prologue(self, number: int, bank: Bank) -> None:
+        """Keep banks until the plan can judge all their values: with the last one, before the pause."""
+        self._waiting.append((number, bank))
+        rows = sum(bank.rows for _, bank in self._waiting)
+        assert self.reader.machine is not None
+        vcpus = self.reader.machine.vcpus
+        if rows == sum(vcpus if layout.scope == Scope.VCPU else 1
+                       for layout in self.reader.layouts if layout.phase.prologue):
+            self._ready()
+
     def _ready(self) -> Vm:
-        """The VM; made when the first thing comes that has to be put into it, if the plan allows."""
+        """The VM with all its prologue; made when the first thing comes that has to be put into it, if it fits."""
         if self._vm is None:
             machine = self.reader.machine
             if machine is None:
                 raise UsageError("the stream has not begun")
             with self.report.phase("plan"):
-                self._plan = make_plan(machine, self.reader.layouts, self._backend.profile()).require()
-                self.report.verdicts = [v for v in self._plan.verdicts if v.reason]
-                self.report.notes += scope_notes(self.reader.layouts, self._backend.profile())
+                self._judge([bank for _, bank in self._waiting])
             with self.report.phase("create"):
                 self._vm = self._backend.create(machine)
+            for number, bank in self._waiting:
+                self._bank(self._vm, number, bank)
+            self._waiting.clear()
+            self._add(self._vm)
         return self._vm
+
+    def _judge(self, banks: list[Bank]) -> None:
+        """Make the plan; nothing has been touched. Raises: DoesNotFit, PolicyError."""
+        reader, told = self.reader, self._backend.profile()
+        assert reader.machine is not None
+        contract = Contract.of(
+            reader.machine.arch, banks, kernel=reader.host.kernel if reader.host else "",
+            vcpu_features=int(reader.machine.devices.get("vcpu_features", 0)), behaviour=reader.behaviour)
+        plan = make_plan(reader.machine, reader.layouts, told.completed_by(profiles.recorded(told)), banks=banks,
+                         contract=contract, policy=self._policy)
+        self._plan = plan.require()
+        self.report.verdicts = [v for v in plan.verdicts if v.reason]
+        self.report.notes += [*scope_notes(reader.layouts, told), *plan.notes]
+
+    def _add(self, vm: Vm) -> None:
+        """Write the feature registers that the saving kernel did not have as what it behaved as."""
+        assert self._plan is not None
+        for scope in Scope if self._plan.additions else ():
+            found = added_bank(self._plan.additions, scope, vm.machine.vcpus)
+            if found is not None:
+                step, bank = found
+                self._with_vcpus(vm)
+                self._write(vm, Written(step, step.source, bank, bank.values))
 
     def _with_vcpus(self, vm: Vm) -> Vm:
         with self.report.phase("create"):
             vm.create_vcpus()
         return vm
 
-    def _bank(self, vm: Vm, number: int, encoded: EncodedBank) -> None:
-        assert self._plan is not None
-        step = self._plan.steps[number]
-        with self.report.phase("decode"):
-            bank = encoded.decode()
+    def _bank(self, vm: Vm, number: int, bank: Bank) -> None:
+        step = self._step(number, bank)
         if (step.source.scope, step.source.phase) != (Scope.VM, Phase.CREATE):
             self._with_vcpus(vm)
         if step.target is None:
@@ -99,6 +141,18 @@ class Restorer:
             self._update(vm, Written(step, step.target, bank, step.fit(bank.values)))
         else:
             self._write(vm, Written(step, step.target, bank, step.fit(bank.values)))
+
+    def _step(self, number: int, bank: Bank) -> Step:
+        """The plan's step, judged again where it depends on a value that came only now. Raises: RestoreFailed."""
+        assert self._plan is not None
+        try:
+            step = self._plan.at_the_pause(number, bank)
+        except DoesNotFit as error:
+            raise RestoreFailed(f"at the pause: {error.reasons[0]}; the VM was destroyed", self.report) from error
+        known = {v.slot.id for v in self.report.verdicts}
+        if step is not self._plan.steps[number]:
+            self.report.verdicts += [v for v in step.verdicts if v.reason and v.slot.id not in known]
+        return step
 
     def _write(self, vm: Vm, done: Written) -> None:
         assert done.values is not None
@@ -111,7 +165,7 @@ class Restorer:
 
     def _update(self, vm: Vm, now: Written) -> None:
         """Write the registers that changed between prologue and pause, and these alone."""
-        before = next(w for w in self._written if w.step is now.step)
+        before = next(w for w in self._written if w.step.source == now.step.source)
         assert now.values is not None and before.values is not None
         differ = now.values[0] != before.values[0]
         changed = [c for c in range(len(now.target.slots)) if differ[columns(now.target, c)].any()]
@@ -152,16 +206,17 @@ def _harmless(vm: Vm, refusal: Refusal, done: Written) -> str:
     return "it runs by itself" if lookup(refusal.register).klass == Klass.CLOCK else ""
 
 
-def restore(source: Source, backend: Backend, *, readback: bool = False) -> tuple[Vm, Report]:
+def restore(source: Source, backend: Backend, *, readback: bool = False,
+            policy: Policy = Policy()) -> tuple[Vm, Report]:
     """Restore a stream into a fresh VM, which is complete and paused; `vm.start()` lets it run.
 
     Args:
         source: read in order to the end of the stream. backend: where the VM is made.
-        readback: read every register back and compare.
+        readback: read every register back and compare. policy: what the operator tolerates (`verdicts.policy`).
 
-    Raises: StreamError and below, DoesNotFit (nothing was made), RestoreFailed (the VM was closed), BackendError.
+    Raises: StreamError and below, PolicyError, DoesNotFit (nothing was made), RestoreFailed (the VM was closed), BackendError.
     """
-    with Restorer(backend, readback=readback) as restorer:
+    with Restorer(backend, readback=readback, policy=policy) as restorer:
         for section, item in read_items(source, restorer.reader):
             restorer.take(section, item)
         return restorer.finish()

@@ -46,7 +46,7 @@ def _host_default(case: Case) -> int:
 
 def _behaves_as(case: Case) -> int | None:
     """What the host behaves as where it has no such register; None where its profile does not say."""
-    known = getattr(case.host, "behaves_as", {}).get(case.slot.id)
+    known = case.pair.host_behaves_as.get(case.slot.id)
     return int.from_bytes(known, "little") if known is not None else BEHAVES_AS.get(case.row.name)
 
 

@@ -5,9 +5,10 @@ A question about values that are not known yet raises `NotYet`; the judge then g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
+from migstream.host.behaviour import of_profile
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Slot
 from migstream.registers import arm64 as arm64_rows
@@ -46,6 +47,11 @@ class Pair:
     @cached_property
     def _slots(self) -> dict[int, Slot]:
         return {slot.id: slot for layout in self.saved.layouts for slot in layout.slots}
+
+    @cached_property
+    def host_behaves_as(self) -> Mapping[int, bytes]:
+        """What the host behaves as where it has no register, as far as its profile was told by a guest."""
+        return of_profile(self.host).behaves_as
 
     def default(self, id: int) -> int | None:
         """The value that a fresh vCPU with the guest's features has on the host; None where nobody has recorded it."""
