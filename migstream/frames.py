@@ -288,8 +288,9 @@ def _section(header: Any, stored: bytes, offset: int, number: int) -> Section:
 class FrameWriter:
     """Turns sections into the bytes of one stream; keeps the counts that the end section states."""
 
-    def __init__(self, arch: Arch) -> None:
-        self._arch = arch
+    def __init__(self, arch: Arch, minor: int = wire.MINOR) -> None:
+        """`minor`: the lowest that has all kinds that will be sent."""
+        self._arch, self._minor = arch, minor
         self._count = 0
         self._length = 0
         self._headers_crc = 0
@@ -301,7 +302,7 @@ class FrameWriter:
 
     def begin(self) -> bytes:
         """Return the preamble; call once, first."""
-        head = _PREAMBLE.build({"major": wire.MAJOR, "minor": wire.MINOR, "arch": self._arch, "flags": 0,
+        head = _PREAMBLE.build({"major": wire.MAJOR, "minor": self._minor, "arch": self._arch, "flags": 0,
                                     "header_length": wire.PREAMBLE_SIZE, "crc": 0})[:-4]
         data = head + struct.pack("<I", crc32c(head))
         self._headers_crc = crc32c(head)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from migstream import limits
+from migstream.contract import Behaviour, check_behaviour
 from migstream.errors import Corrupt, LimitExceeded, StreamError
 from migstream.frames import FrameReader, Preamble, Section
 from migstream.model import PAGE, HostSummary, Layout, Machine, OpaqueState, Phase, Scope, Slot
@@ -23,13 +24,15 @@ class StreamReader:
     """Checked sections and what they hold, in stream order.
 
     Usage: `feed()` bytes, call `next()` until it gives None, `end_of_input()` when there are no more. After an error
-    the object is dead. `layouts`, `machine`, `host` and `skipped` fill as the stream goes by.
+    the object is dead. `layouts`, `machine`, `host`, `behaviour` (its contract section) and `skipped` fill as the
+    stream goes by.
     """
 
     def __init__(self) -> None:
         self.frames = FrameReader()
         self.machine: Machine | None = None
         self.host: HostSummary | None = None
+        self.behaviour: Behaviour | None = None
         self.layouts: list[Layout] = []
         self.skipped: list[Skipped] = []
         self._rank = 0
@@ -123,6 +126,13 @@ class StreamReader:
             raise Corrupt("a second host section")
         self.host = host
 
+    def _on_contract(self, section: Section, behaviour: Behaviour) -> None:
+        if self.behaviour is not None:
+            raise Corrupt("a second contract section")
+        assert self.machine is not None
+        check_behaviour(behaviour, self.machine.arch)
+        self.behaviour = behaviour
+
     def _on_layout(self, section: Section, layout: Layout) -> None:
         if len(self.layouts) >= limits.MAX_LAYOUTS:
             raise LimitExceeded("layouts", expected=f"<= {limits.MAX_LAYOUTS}")
@@ -208,11 +218,12 @@ def _check_size(slot: Slot) -> None:
 
 
 _PROLOGUE, _UPDATE, _RAM, _BLACKOUT, _END = 3, 4, 6, 7, 9
-_RANKS = ("machine", "host", "register layouts", "prologue banks", "update banks", "RAM layout", "RAM pages",
-          "blackout banks", "opaque state", "end")
+_RANKS = ("machine", "host and contract", "register layouts", "prologue banks", "update banks", "RAM layout",
+          "RAM pages", "blackout banks", "opaque state", "end")
 """The order of a stream. Ranks never go down; RAM comes before the registers, which may point into it."""
 
-_RANK_OF: dict[type, int] = {Machine: 0, HostSummary: 1, Layout: 2, RamLayout: 5, RamPages: 6, OpaqueState: 8, End: 9}
+_RANK_OF: dict[type, int] = {Machine: 0, HostSummary: 1, Behaviour: 1, Layout: 2, RamLayout: 5, RamPages: 6,
+                            OpaqueState: 8, End: 9}
 
 
 def _rank(item: Item) -> int:
@@ -224,6 +235,7 @@ def _rank(item: Item) -> int:
 _HANDLERS: dict[type, Callable[[StreamReader, Section, Any], None]] = {
     Machine: StreamReader._on_machine,
     HostSummary: StreamReader._on_host,
+    Behaviour: StreamReader._on_contract,
     Layout: StreamReader._on_layout,
     EncodedBank: StreamReader._on_bank,
     RamLayout: StreamReader._on_ram_layout,

@@ -16,6 +16,7 @@ import msgpack
 from construct import Construct, ConstructError
 
 from migstream import codec, limits
+from migstream.contract import SECTION_FIELDS, Behaviour, behaviour_from_section, behaviour_to_section
 from migstream.errors import Corrupt, LimitExceeded, StreamError, TooNew, UsageError, printable
 from migstream.frames import Section
 from migstream.model import (
@@ -113,7 +114,7 @@ class Skipped:
     version: int
 
 
-Item = Machine | HostSummary | Layout | EncodedBank | RamLayout | RamPages | OpaqueState | End | Skipped
+Item = Machine | HostSummary | Behaviour | Layout | EncodedBank | RamLayout | RamPages | OpaqueState | End | Skipped
 
 
 def gate(section: Section, step: Callable[[], _T]) -> _T:
@@ -169,6 +170,14 @@ def _decode_host(raw: bytes, _: Section) -> HostSummary:
     fields = unpack(raw, {"kernel": str, "cpu": str, "backend": str, "notes": list})
     return HostSummary(fields["kernel"], fields["cpu"], fields["backend"],
                        tuple(typed_list(fields["notes"], str, "notes")))
+
+
+def _encode_contract(behaviour: Behaviour) -> bytes:
+    return pack(behaviour_to_section(behaviour))
+
+
+def _decode_contract(raw: bytes, _: Section) -> Behaviour:
+    return behaviour_from_section(unpack(raw, SECTION_FIELDS))
 
 
 def _encode_opaque(state: OpaqueState) -> bytes:
@@ -356,6 +365,7 @@ _Decoder = Callable[[bytes, Section], Any]
 _PLAIN: dict[str, tuple[type, _Decoder, Callable[[Any], bytes]]] = {
     "MACH": (Machine, _decode_machine, _encode_machine),
     "HOST": (HostSummary, _decode_host, _encode_host),
+    "CNTR": (Behaviour, _decode_contract, _encode_contract),
     "REGL": (Layout, _decode_layout, _encode_layout),
     "RAML": (RamLayout, _decode_ram_layout, _encode_ram_layout),
     "OPAQ": (OpaqueState, _decode_opaque, _encode_opaque),
@@ -363,7 +373,7 @@ _PLAIN: dict[str, tuple[type, _Decoder, Callable[[Any], bytes]]] = {
 _KIND_OF = {model: kind for kind, (model, _, _) in _PLAIN.items()}
 
 
-def encode(item: Machine | HostSummary | Layout | RamLayout | OpaqueState) -> Section:
+def encode(item: Machine | HostSummary | Behaviour | Layout | RamLayout | OpaqueState) -> Section:
     """Return the section of a model object (banks and RAM: `encode_bank`, `encode_ram`).
 
     What a reader would refuse is refused here, while the guest that it describes still exists. Raises: UsageError.

@@ -106,6 +106,7 @@ def _what(item: Item) -> str:
 
 
 _WHATS = {
-    "Machine": "vCPUs, memory map, devices", "HostSummary": "where it was saved", "RamLayout": "RAM ranges",
+    "Machine": "vCPUs, memory map, devices", "HostSummary": "where it was saved",
+    "Behaviour": "contract: what the kernel behaved as", "RamLayout": "RAM ranges",
     "RamPages": "RAM pages", "OpaqueState": "a VMM's own device state", End.__name__: "counts and total checksum",
 }

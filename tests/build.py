@@ -21,6 +21,7 @@ import numpy as np
 from crc32c import crc32c
 
 from migstream import codec, sections
+from migstream.contract import Behaviour
 from migstream.frames import FrameWriter, Section
 from migstream.model import Bank, HostSummary, Layout, Machine, OpaqueState, RamRun, Scope
 from migstream.reader import StreamReader
@@ -156,6 +157,18 @@ def mach(vcpus: Any = 1, *, arch: Any = X86_64, memory: Any = (), devices: Any =
 def host(kernel: Any = "6.18.5", cpu: Any = "A CPU", backend: Any = "kvm", notes: Any = ()) -> Part:
     """A host section, which is ancillary."""
     return Part(b"HOST", pack({"kernel": kernel, "cpu": cpu, "backend": backend, "notes": notes}), flags=0)
+
+
+PSCI, STD, STD_HYP = 0x6030_0000_0014_0000, 0x6030_0000_0016_0000, 0x6030_0000_0016_0001
+TRNG, PV_TIME = 0x8400_0050 << 32, 0x8000_0001 << 32 | 0xC500_0020
+BEHAVES_AS = ([STD, bytes(8), "TRNG_VERSION: not supported"], [STD_HYP, b"\1" + bytes(7), "PV_TIME_FEATURES: 0x0"])
+
+
+def cntr(*, found: Any = "measured", behaves_as: Any = BEHAVES_AS, firmware: Any = ([PV_TIME, 0], [TRNG, 2**64 - 1]),
+         unknown: Any = ()) -> Part:
+    """A contract section, which is ancillary."""
+    fields = {"found": found, "behaves_as": behaves_as, "firmware": firmware, "unknown": unknown}
+    return Part(b"CNTR", pack(fields), flags=0)
 
 
 def regl(scope: int, phase: int, *slots: tuple[int, int], count: int | None = None, reserved: int = 0) -> Part:
@@ -311,6 +324,7 @@ class Saved:
 
     machine: Machine
     host: HostSummary | None = None
+    behaviour: Behaviour | None = None
     layouts: tuple[Layout, ...] = ()
     banks: tuple[Bank, ...] = ()
     ram: RamLayout | None = None
@@ -320,7 +334,7 @@ class Saved:
 
 def encode(saved: Saved, *, level: int = codec.DEFAULT_LEVEL, how: int = codec.DELTA) -> bytes:
     """The stream of a model, through the library's writer."""
-    writer = FrameWriter(saved.machine.arch)
+    writer = FrameWriter(saved.machine.arch, int(saved.behaviour is not None))
     out: list[bytes | memoryview] = [writer.begin()]
     for section in _sections(saved, level, how):
         out += writer.send(section)
@@ -334,6 +348,8 @@ def _sections(saved: Saved, level: int, how: int) -> Iterator[Section]:
     yield sections.encode(saved.machine)
     if saved.host:
         yield sections.encode(saved.host)
+    if saved.behaviour:
+        yield sections.encode(saved.behaviour)
     yield from (sections.encode(layout) for layout in saved.layouts)
     yield from (_bank(saved, b, level, how) for b in (*early, *updates))
     if saved.ram:
@@ -364,7 +380,7 @@ class Read:
         """The model, banks decoded."""
         assert self.reader.machine is not None
         found = [item for _, item in self.items]
-        return Saved(self.reader.machine, self.reader.host, tuple(self.reader.layouts),
+        return Saved(self.reader.machine, self.reader.host, self.reader.behaviour, tuple(self.reader.layouts),
                      tuple(item.decode() for item in found if isinstance(item, EncodedBank)),
                      next((item for item in found if isinstance(item, RamLayout)), None),
                      tuple(run for item in found if isinstance(item, RamPages) for run in item.runs),

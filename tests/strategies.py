@@ -10,6 +10,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from migstream.contract import FOUND, Behaviour
 from migstream.model import (
     PAGE,
     Arch,
@@ -57,6 +58,18 @@ def matrices(draw: st.DrawFn, rows: int | None = None, width: int | None = None)
     seed = draw(st.lists(edge_words, min_size=2, max_size=2))
     columns = [shape(rows, (seed[0] + n) % 2**64, seed[1]) for n, shape in enumerate(shapes)]
     return np.ascontiguousarray(np.array(columns, np.uint64).T)
+
+
+_MSR_IDS = st.integers(0x9000_0000, 0x9000_00FF).map(ids.msr_id)
+
+
+@st.composite
+def behaviours(draw: st.DrawFn) -> Behaviour:
+    """A contract section."""
+    values = draw(st.dictionaries(_MSR_IDS, st.binary(min_size=8, max_size=8), max_size=4))
+    how = {id: draw(text.filter(bool)) for id in values if draw(st.booleans())}
+    answers = draw(st.dictionaries(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), max_size=4))
+    return Behaviour(draw(st.sampled_from(FOUND)), values, how, answers, tuple(draw(st.lists(text, max_size=2))))
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -123,8 +136,8 @@ def saved(draw: st.DrawFn) -> build.Saved:
     banks += [Bank(layout, 0, _masked(layout, draw(matrices(1, layout.row_words))), update=True)
               for layout in found if layout.scope == Scope.VM and layout.phase.prologue and draw(st.booleans())]
     return build.Saved(
-        Machine(Arch.X86_64, vcpus, regions, draw(devices)), draw(st.none() | hosts), found,
-        tuple(sorted(banks, key=_bank_place)), RamLayout(regions) if regions else None, runs,
+        Machine(Arch.X86_64, vcpus, regions, draw(devices)), draw(st.none() | hosts), draw(st.none() | behaviours()),
+        found, tuple(sorted(banks, key=_bank_place)), RamLayout(regions) if regions else None, runs,
         tuple(draw(st.lists(opaque, max_size=2))))
 
 

@@ -18,7 +18,7 @@ from tests import build
 from tests.bless import good
 from tests.strategies import chunk_sizes
 
-STREAM = good.VECTORS["everything"].data
+STREAM = good.VECTORS["everything-1"].data
 
 
 def sections(data: bytes, sizes: Iterable[int]) -> list[Section]:

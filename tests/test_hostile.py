@@ -20,7 +20,7 @@ from tests.bless import good
 from tests.bless.files import BAD, FORMATS
 from tests.build import guarded
 
-SMALL = good.VECTORS["everything"].data
+SMALL = good.VECTORS["everything-1"].data
 STREAMS = [vector.data for vector in good.VECTORS.values()]
 
 # Every class of hostile input that has broken a save and restore parser somewhere: the vectors that stand for it.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from migstream.contract import Behaviour
 from migstream.errors import UsageError, errno_name
 from migstream.model import Arch, HostSummary, Layout, Machine, MemoryRegion
 from migstream.registers.catalogue import lookup
@@ -148,6 +149,10 @@ class Vm(ABC):
         """
         return False
 
+    def behaviour(self) -> Behaviour:
+        """What this VM's kernel behaves as where it has no register; what can't be found out is named in it."""
+        return Behaviour(unknown=("what the kernel behaves as where it has no register: this backend can't tell",))
+
     @abstractmethod
     def exits(self) -> dict[int, str]:
         """vCPUs that stopped by themselves since `start()`, with the reason."""
@@ -187,6 +192,12 @@ class Backend(ABC):
         Args:
             enabled_caps: KVM_ENABLE_CAP on the VM before its vCPUs: capability number to up to four arguments.
         """
+
+    def behaviour(self) -> Behaviour:
+        """What this host's kernel behaves as where it has no register; what can't be found out is named in it."""
+        from migstream.host.behaviour import of_profile
+
+        return of_profile(self.profile())
 
     def summary(self) -> HostSummary:
         """Who saved, for the stream."""

@@ -10,14 +10,16 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from migstream.errors import BackendError
-from migstream.host import attributes_arm64, experiment
+from migstream.host import attributes_arm64, experiment, firmware_arm64
 from migstream.host.profile import HostProfile
 from migstream.host.scratch import Host, Scratch, scratch_vm
 from migstream.model import Klass
 from migstream.registers import gic, ids, vcpu_features
 from migstream.registers.catalogue import lookup
+from migstream.registers.firmware_arm64 import CALL_NAMES
 
 _IRQS, _ITS = 64, 0x808_0000
 _GIC = {"gic_distributor": 0x800_0000, "gic_redistributors": 0x80A_0000, "gic_irqs": _IRQS}
@@ -48,10 +50,17 @@ def probe(host: Host, experiments: bool) -> HostProfile:
         base, scopes={}, feature_scopes={}, defaults=defaults, attributes=_attributes(host, full.features),
         feature_defaults={id: value for id, value in full.values.items() if defaults.get(id) != value},
         refused={id: (no, 0) for id, no in {**full.refused, **plain.refused}.items()},
-        features_refused=_features_refused(host))
+        features_refused=_features_refused(host), **_seen_by_a_guest(host))
     if not experiments:
         return profile
     return _with_features(host, _experiments(host, profile, plain, plain.values), full)
+
+
+def _seen_by_a_guest(host: Host) -> dict[str, Any]:
+    """`firmware` and `guest_registers`. Raises: BackendError."""
+    answers = firmware_arm64.ask(host)
+    return {"firmware": {key: x0 for key, x0 in answers.items() if key in CALL_NAMES},
+            "guest_registers": {key: value for key, value in answers.items() if key not in CALL_NAMES}}
 
 
 def _with_features(host: Host, profile: HostProfile, full: Room) -> HostProfile:

@@ -66,6 +66,8 @@ class HostProfile:
         register_bits: by register id, found by flipping bits of the default: bits that the kernel takes, and of these
             the ones that read back flipped, as bytes. x86-64: of all MSRs, feature MSRs too.
         bit_errnos: by register id: errnos of the flips that were refused, ascending.
+        firmware: arm64: X0 after HVC of a guest of a VM with nothing set, by `registers.firmware_arm64.Call.key`.
+        guest_registers: arm64: what the same guest read by MRS, by register id.
         readback: by register id: a value that was taken and what it read back as, where that differs.
         after_run: by register id, of those that can be written: errno of writing another value after the first
             KVM_RUN, errno of writing the same one; 0 = taken.
@@ -105,6 +107,8 @@ class HostProfile:
     scope_flags: tuple[int, ...] = ()
     attributes: dict[int, bytes] = field(default_factory=dict)
     xsave_components: tuple[str, ...] = ()
+    firmware: dict[int, int] = field(default_factory=dict)
+    guest_registers: dict[int, int] = field(default_factory=dict)
 
     @property
     def max_vcpus(self) -> int:
@@ -129,6 +133,13 @@ class HostProfile:
             if here != there:
                 raise UsageError(f"the host profile is of {name} {there}, this host is {here}; capture it here")
         return replace(self, scopes=other.scopes, scope_found=other.scope_found, feature_scopes=other.feature_scopes)
+
+    def completed_by(self, other: HostProfile | None) -> HostProfile:
+        """The same with what `other`, captured from this very kernel and CPU, has and this one was never asked."""
+        if other is None:
+            return self
+        missing = (item.name for item in fields(self) if not getattr(self, item.name) and item.name != "arch")
+        return replace(self, **{name: getattr(other, name) for name in missing})
 
     @property
     def says_scope(self) -> bool:
@@ -174,6 +185,8 @@ def _hex(values: tuple[int, ...]) -> tuple[str, ...]:
 
 _WRITERS: dict[str, Any] = {
     "registers": _hex, "scope_flags": _hex,
+    "firmware": lambda answers: dict(zip(answers, _hex(tuple(answers.values())), strict=True)),
+    "guest_registers": lambda values: dict(zip(values, _hex(tuple(values.values())), strict=True)),
     "feature_registers": lambda changed: {mask: _hex(ids) for mask, ids in changed.items()},
     "writable_masks": lambda masks: dict(zip(masks, _hex(tuple(masks.values())), strict=True)),
 }
@@ -275,6 +288,8 @@ _READERS: dict[str, Any] = {
     "feature_defaults": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
     "features_refused": lambda v: {int(k, 16): _int(n) for k, n in v.items()},
     "register_bits": _byte_pairs, "feature_bits": _byte_pairs, "feature_scopes": _scope_names,
+    "firmware": lambda v: {int(k, 16): int(n, 16) for k, n in v.items()},
+    "guest_registers": lambda v: {int(k, 16): int(n, 16) for k, n in v.items()},
     "readback": _byte_pairs, "after_run": _pairs,
     "bit_errnos": lambda v: {int(k, 16): tuple(_int(n) for n in errnos) for k, errnos in v.items()},
 }

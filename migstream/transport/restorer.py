@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from migstream import limits, ram
 from migstream.backends.base import Backend, Refusal, Vm, check_threads
-from migstream.errors import RestoreFailed, UsageError
+from migstream.contract import Contract
+from migstream.errors import DoesNotFit, RestoreFailed, UsageError
 from migstream.frames import Section
-from migstream.model import Layout, OpaqueState, Phase, Scope
-from migstream.plan import Plan, make_plan, scope_notes
+from migstream.host import profiles
+from migstream.model import Bank, Layout, OpaqueState, Phase, Scope
+from migstream.plan import Plan, Step, added_bank, make_plan, scope_notes
 from migstream.reader import StreamReader
 from migstream.registers import ids
 from migstream.report import Report
@@ -18,6 +20,7 @@ from migstream.transport import readback as check
 from migstream.transport.streams import Source, read_items
 from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written, columns
+from migstream.verdicts.policy import Policy
 
 if TYPE_CHECKING:
     from migstream.model import Words
@@ -29,13 +32,16 @@ class Restorer:
     A context manager: the VM is closed unless `finish()` gave it to the caller.
     """
 
-    def __init__(self, backend: Backend, *, readback: bool = False, threads: int = 0) -> None:
+    def __init__(self, backend: Backend, *, readback: bool = False, policy: Policy = Policy(),
+                 threads: int = 0) -> None:
         """See `restore`. Raises: UsageError."""
         self.reader = StreamReader()
         self._threads = check_threads(threads)
         self.report = Report()
         self._backend, self._readback = backend, readback
+        self._policy = policy
         self._plan: Plan | None = None
+        self._waiting: list[tuple[int, Bank]] = []
         self._vm: Vm | None = None
         self._complete = False
         self._room: dict[int, Words] = {}
@@ -52,12 +58,23 @@ class Restorer:
     def take(self, section: Section, item: Item) -> None:
         """Act on one section. Raises: DoesNotFit before anything was made; StreamError, RestoreFailed, BackendError."""
         if isinstance(item, EncodedBank):
-            self._bank(self._ready(), section.layout, item)
+            self._take_bank(section.layout, item)
         elif isinstance(item, RamPages):
             with self.report.phase("ram"):
                 ram.load(self._with_vcpus(self._ready()).memory, item.runs)
         elif isinstance(item, OpaqueState):
             self.report.opaque.append(item)
+
+    def _take_bank(self, number: int, encoded: EncodedBank) -> None:
+        """Decode where the kernel will be pointed to; the prologue's values wait until all of them can be judged."""
+        early = encoded.layout.phase.prologue
+        vm = None if early else self._with_vcpus(self._ready())
+        with self.report.phase("prologue decode" if early else "decode"):
+            bank = encoded.decode(self._place(number, encoded))
+        if early and self._plan is None:
+            self._prologue(number, bank)
+        else:
+            self._bank(vm or self._ready(), number, bank)
 
     def finish(self) -> tuple[Vm, Report]:
         """Settle refusals, read back when asked, and hand over the VM: complete, paused, the caller's to close.
@@ -76,20 +93,55 @@ class Restorer:
         self._vm = None
         return vm, self.report
 
+    def _prologue(self, number: int, bank: Bank) -> None:
+        """Keep banks until the plan can judge all their values: with the last one, before the pause."""
+        self._waiting.append((number, bank))
+        rows = sum(bank.rows for _, bank in self._waiting)
+        assert self.reader.machine is not None
+        vcpus = self.reader.machine.vcpus
+        if rows == sum(vcpus if layout.scope == Scope.VCPU else 1
+                       for layout in self.reader.layouts if layout.phase.prologue):
+            self._ready()
+
     def _ready(self) -> Vm:
-        """The VM; made when the first thing comes that has to be put into it, if the plan allows."""
+        """The VM with all its prologue; made when the first thing comes that has to be put into it, if it fits."""
         if self._vm is None:
             machine = self.reader.machine
             if machine is None:
                 raise UsageError("the stream has not begun")
             with self.report.phase("plan"):
-                self._plan = make_plan(machine, self.reader.layouts, self._backend.profile()).require()
-                self.report.verdicts = [v for v in self._plan.verdicts if v.reason]
-                self.report.notes += scope_notes(self.reader.layouts, self._backend.profile())
+                self._judge([bank for _, bank in self._waiting])
             with self.report.phase("create"):
                 self._vm = self._backend.create(machine)
                 self._vm.threads = self._threads
+            for number, bank in self._waiting:
+                self._bank(self._vm, number, bank)
+            self._waiting.clear()
+            self._add(self._vm)
         return self._vm
+
+    def _judge(self, banks: list[Bank]) -> None:
+        """Make the plan; nothing has been touched. Raises: DoesNotFit, PolicyError."""
+        reader, told = self.reader, self._backend.profile()
+        assert reader.machine is not None
+        contract = Contract.of(
+            reader.machine.arch, banks, kernel=reader.host.kernel if reader.host else "",
+            vcpu_features=int(reader.machine.devices.get("vcpu_features", 0)), behaviour=reader.behaviour)
+        plan = make_plan(reader.machine, reader.layouts, told.completed_by(profiles.recorded(told)), banks=banks,
+                         contract=contract, policy=self._policy)
+        self._plan = plan.require()
+        self.report.verdicts = [v for v in plan.verdicts if v.reason]
+        self.report.notes += [*scope_notes(reader.layouts, told), *plan.notes]
+
+    def _add(self, vm: Vm) -> None:
+        """Write the feature registers that the saving kernel did not have as what it behaved as."""
+        assert self._plan is not None
+        for scope in Scope if self._plan.additions else ():
+            found = added_bank(self._plan.additions, scope, vm.machine.vcpus)
+            if found is not None:
+                step, bank = found
+                self._with_vcpus(vm)
+                self._write(vm, Written(step, step.source, bank, bank.values))
 
     def _with_vcpus(self, vm: Vm) -> Vm:
         if not self._complete:
@@ -99,11 +151,8 @@ class Restorer:
             self._complete = True
         return vm
 
-    def _bank(self, vm: Vm, number: int, encoded: EncodedBank) -> None:
-        assert self._plan is not None
-        step = self._plan.steps[number]
-        with self.report.phase("prologue decode" if step.source.phase.prologue else "decode"):
-            bank = encoded.decode(self._place(number, encoded))
+    def _bank(self, vm: Vm, number: int, bank: Bank) -> None:
+        step = self._step(number, bank)
         if (step.source.scope, step.source.phase) != (Scope.VM, Phase.CREATE):
             self._with_vcpus(vm)
         if step.target is None:
@@ -112,6 +161,18 @@ class Restorer:
             self._update(vm, Written(step, step.target, bank, step.fit(bank.values)))
         else:
             self._write(vm, Written(step, step.target, bank, step.fit(bank.values)))
+
+    def _step(self, number: int, bank: Bank) -> Step:
+        """The plan's step, judged again where it depends on a value that came only now. Raises: RestoreFailed."""
+        assert self._plan is not None
+        try:
+            step = self._plan.at_the_pause(number, bank)
+        except DoesNotFit as error:
+            raise RestoreFailed(f"at the pause: {error.reasons[0]}; the VM was destroyed", self.report) from error
+        known = {v.slot.id for v in self.report.verdicts}
+        if step is not self._plan.steps[number]:
+            self.report.verdicts += [v for v in step.verdicts if v.reason and v.slot.id not in known]
+        return step
 
     def _get_ready(self, vm: Vm) -> None:
         """Before the pause: programs, and touched memory for what comes after it (a first touch is slow)."""
@@ -142,7 +203,7 @@ class Restorer:
 
     def _update(self, vm: Vm, now: Written) -> None:
         """Write the registers that changed between prologue and pause, and these alone."""
-        before = next(w for w in self._written if w.step is now.step)
+        before = next(w for w in self._written if w.step.source == now.step.source)
         assert now.values is not None and before.values is not None
         differ = now.values[0] != before.values[0]
         changed = [c for c in range(len(now.target.slots)) if differ[columns(now.target, c)].any()]
@@ -187,17 +248,19 @@ _RESTORED_OTHERWISE = {ids.msr_id(0x4000_0020): "KVM_CLOCK restores it"}
 """Registers whose refusal loses nothing (HV_X64_MSR_TIME_REF_COUNT). Any other clock that can't be set would jump."""
 
 
-def restore(source: Source, backend: Backend, *, readback: bool = False, threads: int = 0) -> tuple[Vm, Report]:
+def restore(source: Source, backend: Backend, *, readback: bool = False, policy: Policy = Policy(),
+            threads: int = 0) -> tuple[Vm, Report]:
     """Restore a stream into a fresh VM, which is complete and paused; `vm.start()` lets it run.
 
     Args:
         source: read in order to the end of the stream. backend: where the VM is made.
-        readback: read every register back and compare.
+        readback: read every register back and compare. policy: what the operator tolerates (`verdicts.policy`).
         threads: that write registers; 0 leaves it to the backend. More than one needs the compiled batch.
 
-    Raises: StreamError and below, DoesNotFit (nothing was made), RestoreFailed (the VM was closed), BackendError.
+    Raises: StreamError and below, PolicyError, DoesNotFit (nothing was made), RestoreFailed (the VM was closed),
+        BackendError.
     """
-    with Restorer(backend, readback=readback, threads=threads) as restorer:
+    with Restorer(backend, readback=readback, policy=policy, threads=threads) as restorer:
         for section, item in read_items(source, restorer.reader):
             restorer.take(section, item)
         return restorer.finish()

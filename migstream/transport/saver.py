@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from migstream import codec, limits, ram, sections
 from migstream.backends.base import Refusal, Vm, check_threads
+from migstream.contract import Behaviour
 from migstream.errors import BackendError, Corrupt, OutputError
 from migstream.frames import FrameWriter, Section
 from migstream.model import Bank, HostSummary, Layout, OpaqueState, Phase, Scope
@@ -22,21 +23,27 @@ class Prologue:
     Attributes:
         layouts: all layouts of the VM, also of what follows later. banks: values of the prologue's layouts.
         refused: registers that the host lists and refuses to read.
+        behaviour: what the kernel behaves as where it has no register: the contract section.
     """
 
     layouts: tuple[Layout, ...]
     banks: tuple[Bank, ...]
     refused: tuple[Refusal, ...]
+    behaviour: Behaviour = field(default_factory=Behaviour)
 
 
-def capture_prologue(vm: Vm) -> Prologue:
+def capture_prologue(vm: Vm, behaviour: Behaviour | None = None) -> Prologue:
     """Capture what can't change once the VM has run. Call it before the first run, or while the vCPUs stand still.
+
+    Args:
+        behaviour: what the kernel behaves as where it has no register, from `host.behaviour.of_profile` of a captured
+            profile; without it the backend finds out, on arm64 by a scratch VM whose guest asks, once a backend.
 
     Raises: BackendError.
     """
     layouts, refused = vm.layouts()
     banks = tuple(bank for layout in layouts if layout.phase.prologue for bank in capture(vm, layout))
-    return Prologue(layouts, banks, tuple(refused))
+    return Prologue(layouts, banks, tuple(refused), vm.behaviour() if behaviour is None else behaviour)
 
 
 def capture(vm: Vm, layout: Layout) -> list[Bank]:
@@ -102,6 +109,7 @@ class Saver:
             self.report.notes += notes
             self._send(sections.encode(self.vm.machine))
             self._send(sections.encode(HostSummary(self.host.kernel, self.host.cpu, self.host.backend, notes)))
+            self._send(sections.encode(captured.behaviour))
             for layout in captured.layouts:
                 self._send(sections.encode(layout))
             for bank in captured.banks:

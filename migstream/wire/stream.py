@@ -15,7 +15,8 @@ MAGIC = b"\x89MIG\r\n\x1a\n"
 """As PNG's: a high bit that 7-bit paths strip, CR LF and LF that text modes change, a DOS end of file."""
 
 MAJOR = 1
-MINOR = 0
+MINOR = 1
+"""The newest minor whose kinds this version knows. A writer states the lowest that has all kinds of its stream."""
 
 PREAMBLE: Construct[Any, Any] = Struct(
     "magic" / Const(MAGIC),
@@ -64,12 +65,13 @@ ALIGN = 8
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of section: its four characters, the newest version known, and what it is for."""
+    """One kind of section: its four characters, the newest version known, its use, and the first minor with it."""
 
     name: str
     version: int
     critical: bool
     what: str
+    minor: int = 0
 
 
 KINDS = {
@@ -77,6 +79,7 @@ KINDS = {
     for kind in (
         Kind("MACH", 1, True, "machine: vCPUs, memory map, devices to create (msgpack)"),
         Kind("HOST", 1, False, "where it was saved, and notes of the save (msgpack)"),
+        Kind("CNTR", 1, False, "contract: what the kernel behaved as where it has no register (msgpack)", minor=1),
         Kind("REGL", 1, True, "register layout: ids and sizes of a bank's columns"),
         Kind("BANK", 1, True, "register values: a matrix, vCPU by register (VM bank: one row)"),
         Kind("RAML", 1, True, "RAM layout: which guest-physical ranges follow"),

@@ -15,7 +15,7 @@ from migstream.wire import stream as wire
 from tests.bless.layouts import STREAM, walk
 
 _WIDE = 32
-_MSGPACK = (b"MACH", b"HOST", b"OPAQ")
+_MSGPACK = (b"MACH", b"HOST", b"CNTR", b"OPAQ")
 _Group = tuple[bytes, str]
 
 # Fields of a preamble and a header that share a line, in bytes: 8 | 12 | 12, and 4+4+4 | 12 | 16 | 8.

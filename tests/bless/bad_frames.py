@@ -37,6 +37,7 @@ class Bad:
 
 
 _MACH, _HOST, _OPAQ = b.mach(), b.host(), b.opaq()
+_CNTR = b.cntr(behaves_as=())
 _PLAIN = b.plain(1)
 _VM_LAYOUT, _VCPU_LAYOUT, _VM_BANK, _BANK = _PLAIN[1:]
 _UNKNOWN = Part(b"XTRA", b"later")
@@ -191,6 +192,8 @@ ORDER: dict[str, Bad] = {
     "machine-late": _order("a machine after the layouts", 2, "MACH", _MACH, _VM_LAYOUT, _MACH),
     "host-twice": _order("two host sections", 2, "HOST", _MACH, _HOST, _HOST),
     "host-late": _order("the host after a layout", 2, "HOST", _MACH, _VM_LAYOUT, _HOST),
+    "contract-twice": _order("two contract sections", 2, "CNTR", _MACH, _CNTR, _CNTR),
+    "contract-late": _order("the contract after a layout", 2, "CNTR", _MACH, _VM_LAYOUT, _CNTR),
     "layout-after-bank": _order("a layout after a bank", 3, "REGL", _MACH, _VM_LAYOUT, _VM_BANK, _VCPU_LAYOUT),
     "layout-earlier-phase": _order("a layout of an earlier phase", 2, "REGL", _MACH, _VCPU_LAYOUT, _VM_LAYOUT,
                                    field="phase"),

@@ -117,6 +117,28 @@ MSGPACK: dict[str, Bad] = {
 }
 
 
+def _cntr(what: str, field: str, *, arch: int = b.ARM64, **fields: Any) -> Bad:
+    return _at(what, Corrupt, "#1 CNTR", field, b.mach(arch=arch), b.cntr(**fields), minor=1, arch=arch)
+
+
+_HALF = [b.STD, bytes(4), ""]
+CONTRACT: dict[str, Bad] = {
+    "contract-found": _cntr("a way to find a contract that there isn't", "found", found="guessed"),
+    "contract-arch": _cntr("an arm64 register in the contract of an x86-64 guest", "behaves_as STD_BMAP",
+                           arch=b.X86_64),
+    "contract-size": _cntr("4 bytes for a register of 8", "behaves_as STD_BMAP", behaves_as=[_HALF]),
+    "contract-order": _cntr("registers that are not ascending", "behaves_as", behaves_as=b.BEHAVES_AS[::-1]),
+    "contract-register-twice": _cntr("a register twice", "behaves_as", behaves_as=[b.BEHAVES_AS[0]] * 2),
+    "contract-row": _cntr("a register without its reason", "behaves_as", behaves_as=[b.BEHAVES_AS[0][:2]]),
+    "contract-row-number": _cntr("a row that is a number", "behaves_as", behaves_as=[1]),
+    "contract-value-number": _cntr("a value that is a number", "behaves_as", behaves_as=[[b.STD, 1, ""]]),
+    "contract-id-negative": _cntr("a negative id", "behaves_as", behaves_as=[[-1, bytes(8), ""]]),
+    "contract-answer-negative": _cntr("an answer below 0", "firmware", firmware=[[b.TRNG, -1]]),
+    "contract-answer-twice": _cntr("a call twice", "firmware", firmware=[[b.TRNG, 1], [b.TRNG, 2]]),
+    "contract-unknown-type": _cntr("a remark that is a number", "unknown", unknown=[1]),
+}
+
+
 def _regl(what: str, error: type[StreamError], field: str, layout: Part, *before: Part) -> Bad:
     return _at(what, error, f"#{1 + len(before)} REGL", field, _MACH, *before, layout)
 
@@ -327,4 +349,4 @@ RAM: dict[str, Bad] = {
     "ram-empty": _pages("an empty pages section", Corrupt, "count", Part(b"RAMP")),
 }
 
-VECTORS: dict[str, Bad] = {**MACHINE, **MSGPACK, **LAYOUT, **BANKS, **ZSTD, **RAM}
+VECTORS: dict[str, Bad] = {**MACHINE, **MSGPACK, **CONTRACT, **LAYOUT, **BANKS, **ZSTD, **RAM}

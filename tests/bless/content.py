@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from migstream.contract import Behaviour
 from migstream.frames import Section
 from migstream.model import HostSummary, Layout, Machine, MemoryRegion, OpaqueState, RamRun
 from migstream.sections import EncodedBank, End, Item, RamLayout, RamPages, Skipped
@@ -56,6 +57,13 @@ def _machine(machine: Machine) -> Json:
             "memory": [_region(region) for region in machine.memory]}
 
 
+def _behaviour(behaviour: Behaviour) -> Json:
+    return {"found": behaviour.found, "unknown": list(behaviour.unknown),
+            "behaves_as": {f"{id:#018x}": [value.hex(), behaviour.how.get(id, "")]
+                           for id, value in behaviour.behaves_as.items()},
+            "firmware": {f"{key:#018x}": f"{x0:#x}" for key, x0 in behaviour.firmware.items()}}
+
+
 def _layout(layout: Layout) -> Json:
     return {"scope": layout.scope, "phase": layout.phase.name.lower(), "row_words": layout.row_words,
             "registers": [{"id": f"{s.id:#018x}", "size": s.size} for s in layout.slots]}
@@ -82,6 +90,7 @@ def _run(run: RamRun) -> Json:
 _SHOW: dict[type, Any] = {
     Machine: _machine,
     HostSummary: asdict,
+    Behaviour: _behaviour,
     Layout: _layout,
     EncodedBank: _bank,
     RamLayout: lambda item: {"regions": [_region(region) for region in item.regions]},

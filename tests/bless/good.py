@@ -94,10 +94,22 @@ VECTORS: dict[str, Good] = {
     "arm64": Good("another architecture: arm64 with a register of KVM's own id", b.stream(
         b.mach(2, arch=b.ARM64), b.regl(VCPU, 4, (0x6030_0000_0010_0000, 8)),
         b.bank(0, [[1], [2]], filter=2), start=b.preamble(arch=b.ARM64))),
+    "contract": Good("minor 1: what the saving kernel behaved as where it had no register, beside the others", b.stream(
+        b.mach(1, arch=b.ARM64), b.host(), b.cntr(), b.regl(VM, 3, (b.PSCI, 8)), b.bank(0, [[0x1_0000]], scope=VM),
+        start=b.preamble(minor=1, arch=b.ARM64))),
+    "contract-unknown": Good("a contract that says what could not be found out, before the host", b.stream(
+        b.mach(1), b.cntr(found="derived", behaves_as=(), firmware=(), unknown=["nobody could ask"]), b.host(),
+        start=b.preamble(minor=1))),
     "level-1": Good("16 vCPUs as the writer stores them: filter 2, zstd level 1", _by_library(), made_by_zstd=True),
     "everything": Good("every kind of major 1 in one stream", b.stream(
         b.mach(2, memory=[[0, 0x4000]], devices=_DEVICES), b.host(notes=["MSR 0x345 not readable here"]),
         _EARLY, _VCPU_LAYOUT, _CLOCK_LAYOUT, b.bank(0, [[1, 2]], scope=VM),
         b.bank(0, [[1, 3]], scope=VM, flags=b.CRITICAL | b.UPDATE), b.raml((0, 0x4000)), _PACKED,
         b.bank(1, [b.row(0), b.row(1)], filter=2), _CLOCK, b.opaq())),
+    "everything-1": Good("every kind of minor 1 in one stream", b.stream(
+        b.mach(2, memory=[[0, 0x4000]], devices=_DEVICES), b.host(notes=["MSR 0x345 not readable here"]),
+        b.cntr(behaves_as=[[b.MSR | 0xC001_1029, b"\2" + bytes(7), "a feature MSR"]], firmware=()),
+        _EARLY, _VCPU_LAYOUT, _CLOCK_LAYOUT, b.bank(0, [[1, 2]], scope=VM),
+        b.bank(0, [[1, 3]], scope=VM, flags=b.CRITICAL | b.UPDATE), b.raml((0, 0x4000)), _PACKED,
+        b.bank(1, [b.row(0), b.row(1)], filter=2), _CLOCK, b.opaq(), start=b.preamble(minor=1))),
 }

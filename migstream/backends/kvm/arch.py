@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from migstream.contract import MEASURED, Behaviour
 from migstream.errors import BackendUnavailable
 from migstream.model import Arch, Layout
 
@@ -64,6 +65,12 @@ class ArchHost(ABC):
     @abstractmethod
     def complete(self, backend: KvmBackend, profile: HostProfile) -> HostProfile:
         """Add to a profile with capabilities what only this architecture has. Raises: BackendError."""
+
+    def behaviour(self, backend: KvmBackend) -> Behaviour:
+        """What the kernel behaves as where it has no register."""
+        from migstream.host.behaviour import of_profile
+
+        return of_profile(backend.profile(), MEASURED)
 
     def vm_type(self, kvm_fd: int) -> int:
         """The argument of KVM_CREATE_VM."""

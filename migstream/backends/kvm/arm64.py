@@ -21,11 +21,13 @@ from migstream.backends.kvm.arch import ArchHost, ArchVm
 from migstream.backends.kvm.batch import Entry
 from migstream.backends.kvm.operations import ATTRIBUTE, ByAddress, EnabledCap, Operation, Row, Struct, register_list
 from migstream.backends.kvm.uapi import Request
+from migstream.contract import MEASURED, Behaviour
 from migstream.errors import BackendError, UsageError, errno_name
 from migstream.host.profile import SCOPE_CAPABILITY
 from migstream.model import Arch, Layout, Machine, Phase, Scope
 from migstream.registers import arm64 as rows
 from migstream.registers import arm64_ids, gic, ids, vcpu_features
+from migstream.registers import firmware_arm64 as firmware_calls
 from migstream.registers.catalogue import lookup
 
 if TYPE_CHECKING:
@@ -243,6 +245,18 @@ class Arm64Host(ArchHost):
                        writable_masks=writable,
                        scope_flags=tuple(sorted({id & ~ids.KVM_REG_ARM_SCOPE_VM for all in flagged.values()
                                                  for id in all if id & ids.KVM_REG_ARM_SCOPE_VM})))
+
+    def behaviour(self, backend: KvmBackend) -> Behaviour:
+        """As a scratch guest meets it; where that can't run, a line that says why."""
+        from migstream.host import firmware_arm64
+        from migstream.host.behaviour import of_profile
+
+        try:
+            answers = firmware_arm64.ask(backend, firmware_calls.CALLS)
+        except (BackendError, UsageError) as error:
+            known = of_profile(backend.profile())
+            return replace(known, unknown=(*known.unknown, f"no scratch guest could ask this kernel: {error}"))
+        return of_profile(replace(backend.profile(), firmware=dict(answers)), MEASURED)
 
     def vm_type(self, kvm_fd: int) -> int:
         """0 is 40 address bits; a host that has fewer wants to be told its own number."""

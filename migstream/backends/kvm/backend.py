@@ -18,6 +18,7 @@ from migstream.backends.kvm import batch, uapi
 from migstream.backends.kvm.arch import arch_host, host_arch
 from migstream.backends.kvm.operations import ATTRIBUTE, Operation, Rows
 from migstream.backends.kvm.run import Runner
+from migstream.contract import Behaviour
 from migstream.errors import BackendError, BackendUnavailable, UsageError, errno_name
 from migstream.host import profiles
 from migstream.host.profile import HostProfile
@@ -48,6 +49,7 @@ class KvmBackend(Backend):
                                      "or use --backend sim") from error
         self._check_version(path)
         self._profile: HostProfile | None = None
+        self._behaviour: Behaviour | None = None
 
     def _check_version(self, path: str) -> None:
         try:
@@ -76,6 +78,12 @@ class KvmBackend(Backend):
     def know(self, profile: HostProfile) -> None:
         """See `Backend.know`."""
         self._profile = self.profile().measured_by(profile)
+
+    def behaviour(self) -> Behaviour:
+        """Ask the kernel, on arm64 through a scratch guest; once."""
+        if self._behaviour is None:
+            self._behaviour = self.host.behaviour(self)
+        return self._behaviour
 
     def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> KvmVm:
         """Make a VM; see `Backend.create`. Raises: BackendError, UsageError."""
@@ -108,6 +116,7 @@ class KvmBackend(Backend):
         backend = cls.__new__(cls)
         backend.host = arch_host(host_arch())
         backend.arch, backend.fd, backend._profile = backend.host.arch, kvm_fd, None
+        backend._behaviour = None
         vm = KvmVm(backend, machine, vm_fd, owned=False)
         vm.enabled_caps = dict(enabled_caps or {})
         vm.vcpu_fds, vm.device_fds = list(vcpu_fds), dict(device_fds or {})
@@ -251,6 +260,10 @@ class KvmVm(Vm):
 
     def __enter__(self) -> KvmVm:
         return self
+
+    def behaviour(self) -> Behaviour:
+        """See `Backend.behaviour`; of an attached VM, by a scratch VM made through its /dev/kvm."""
+        return self.backend.behaviour()
 
     def start(self) -> None:
         """See `Vm.start`."""

@@ -14,7 +14,9 @@ from migstream.backends.sim.access import AnyColumn, column, enable, operation
 from migstream.backends.sim.guest import Guest, Rows
 from migstream.backends.sim.memory import Memory
 from migstream.backends.sim.runner import Runner
+from migstream.contract import Behaviour
 from migstream.errors import BackendError, UsageError
+from migstream.host.behaviour import of_profile
 from migstream.model import Layout, Machine, Scope
 from migstream.plan import DEVICES
 from migstream.registers import ids, x86_64
@@ -49,6 +51,10 @@ class SimVm(Vm):
         for capability, args in enabled_caps.items():
             if no := enable(self.guest, capability, args):
                 raise BackendError("KVM_ENABLE_CAP", errno=no, register=f"capability {capability}")
+
+    def behaviour(self) -> Behaviour:
+        """As the recorded kernel."""
+        return of_profile(self.guest.profile)
 
     def create_vcpus(self) -> None:
         """See `Vm.create_vcpus`."""

@@ -1,0 +1,292 @@
+"""What a guest was promised: every register of class *feature* or *identity*, by id, with its value. Pure; no I/O.
+
+A contract has two halves. `values` are registers that the saving kernel had: a stream's prologue banks hold them, so
+they are derived from there and stored once. `behaves_as` are feature registers that the saving kernel did *not* have,
+with the value that it behaved as all the same: no bank can say that, so a stream carries it in a section of its own
+(formats/SPEC.md, `CNTR`). A register of either half is pinned for the guest's life: wherever the guest goes, the
+register has this value there, or it is absent and the kernel behaves as this value.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from migstream.errors import Corrupt, UsageError, printable
+from migstream.model import Arch, Bank, Klass
+from migstream.registers import ids
+from migstream.registers.catalogue import fits_arch, lookup
+
+CONTRACT_VERSION = 1
+
+MEASURED = "measured"
+"""A scratch guest asked the saving kernel."""
+
+RECORDED = "recorded"
+"""From a recorded host profile of this kernel and CPU, whose capture had a scratch guest ask."""
+
+DERIVED = "derived"
+"""From registers alone, nobody having asked the kernel: what it behaved as where it has no register isn't known."""
+
+BASELINE = "baseline"
+"""Made by `migstream host baseline` for several hosts: it is what a guest is to be started with."""
+
+FOUND = (MEASURED, RECORDED, DERIVED, BASELINE)
+PINNED = (Klass.FEATURE, Klass.IDENTITY)
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What only the saving side knows of its kernel: the part of a contract that is a section of its own.
+
+    Attributes:
+        found: one of `FOUND`: how it was learnt.
+        behaves_as: by id of a register that the kernel did not have: the value it behaved as, as wide as the register.
+        how: by the same ids: which question had which answer, for people.
+        firmware: arm64: what the kernel answered to a guest's HVC (X0), by SMCCC function number as `firmware_key`
+            makes it of function and first argument.
+        unknown: one line for each thing that could not be found out, by name.
+    """
+
+    found: str = DERIVED
+    behaves_as: Mapping[int, bytes] = field(default_factory=dict)
+    how: Mapping[int, str] = field(default_factory=dict)
+    firmware: Mapping[int, int] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Feature and identity registers of one guest.
+
+    Attributes:
+        arch: architecture. kernel, cpu: whose it was, for people.
+        vcpu_features: arm64: as KVM_ARM_VCPU_INIT took them; 0 on x86-64.
+        values: by id: little-endian value of vCPU 0 (or the VM). On x86-64 CPUID, TSC frequency, MSRs, enabled
+            capabilities too, under their ids.
+        varies: ids of `values` that are not the same on all vCPUs (MPIDR_EL1, CPUID with its APIC ids), ascending.
+        behaviour: the other half.
+    """
+
+    arch: Arch
+    kernel: str
+    cpu: str
+    vcpu_features: int = 0
+    values: Mapping[int, bytes] = field(default_factory=dict)
+    varies: tuple[int, ...] = ()
+    behaviour: Behaviour = field(default_factory=Behaviour)
+
+    @property
+    def behaves_as(self) -> Mapping[int, bytes]:
+        """Registers that the saving kernel did not have, with the value that it behaved as."""
+        return self.behaviour.behaves_as
+
+    @property
+    def registers(self) -> dict[int, bytes]:
+        """Both halves: what the guest has met, by id, ascending."""
+        return dict(sorted({**self.behaves_as, **self.values}.items()))
+
+    @classmethod
+    def of(cls, arch: Arch, banks: Iterable[Bank], *, kernel: str = "", cpu: str = "", vcpu_features: int = 0,
+           behaviour: Behaviour | None = None) -> Contract:
+        """Return the contract of a saved guest.
+
+        Args:
+            banks: the stream's prologue banks, decoded (others have nothing that is pinned, and may be there too); an
+                update bank after the bank that it updates.
+            behaviour: from the stream's contract section; without one the result says `DERIVED`.
+        """
+        seen: dict[int, bytes] = {}
+        varies: set[int] = set()
+        for bank in banks:
+            for column, slot in enumerate(bank.layout.slots):
+                if lookup(slot.id).klass not in PINNED:
+                    continue
+                value = bank.raw(0, column)
+                if _differs(bank, column) or (not bank.update and seen.get(slot.id, value) != value):
+                    varies.add(slot.id)
+                if bank.first_vcpu == 0:
+                    seen[slot.id] = value
+        return cls(arch, kernel, cpu, vcpu_features, dict(sorted(seen.items())), tuple(sorted(varies)),
+                   _only_absent(behaviour or Behaviour(unknown=(_NOBODY_ASKED,)), seen))
+
+
+_NOBODY_ASKED = "what the saving kernel behaved as where it had no register: the stream has no contract section"
+
+
+def _only_absent(behaviour: Behaviour, seen: Mapping[int, bytes]) -> Behaviour:
+    """A register that is there speaks for itself."""
+    return replace(behaviour, behaves_as={id: v for id, v in behaviour.behaves_as.items() if id not in seen})
+
+
+def _differs(bank: Bank, column: int) -> bool:
+    start, end = bank.layout.offsets[column:column + 2]
+    return bool((bank.values[:, start:end] != bank.values[0, start:end]).any())
+
+
+# As JSON: a file of its own, and what `--json` shows.
+
+
+def to_plain(contract: Contract) -> dict[str, Any]:
+    """Return the object that a contract file holds: ids as hexadecimal keys, values as hexadecimal digits."""
+    behaviour = contract.behaviour
+    return {
+        "migstream_contract": CONTRACT_VERSION, "arch": contract.arch.label, "kernel": contract.kernel,
+        "cpu": contract.cpu, "vcpu_features": contract.vcpu_features, "values": _hex_map(contract.values),
+        "varies": [f"{id:#x}" for id in contract.varies], "found": behaviour.found,
+        "behaves_as": _hex_map(behaviour.behaves_as), "how": {f"{id:#x}": text for id, text in behaviour.how.items()},
+        "firmware": {f"{key:#x}": f"{answer:#x}" for key, answer in sorted(behaviour.firmware.items())},
+        "unknown": list(behaviour.unknown),
+    }
+
+
+def _hex_map(values: Mapping[int, bytes]) -> dict[str, str]:
+    return {f"{id:#x}": value.hex() for id, value in sorted(values.items())}
+
+
+def to_json(contract: Contract) -> str:
+    """Return a contract file's text."""
+    return json.dumps(to_plain(contract), indent=1) + "\n"
+
+
+def from_json(text: str, name: str = "contract") -> Contract:
+    """Return the contract in a file's text.
+
+    Raises: UsageError naming `name` and the field: another kind of file, another version, a field that is missing,
+    unknown or wrong.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{name}: not a contract: not JSON: {printable(error)}") from error
+    if not isinstance(data, dict) or "migstream_contract" not in data:
+        raise UsageError(f"{name}: not a contract: field 'migstream_contract' missing{_other_kind(data)}")
+    if data["migstream_contract"] != CONTRACT_VERSION:
+        raise UsageError(f"{name}: field 'migstream_contract': contract version {printable(data['migstream_contract'])}"
+                         f"; this migstream reads {CONTRACT_VERSION}")
+    fields = {key: _field(name, data, key, read) for key, read in _READERS.items()}
+    if unknown := sorted(map(str, data.keys() - _READERS.keys() - {"migstream_contract"})):
+        raise UsageError(f"{name}: not a contract: unknown field {printable(repr(unknown[0]))}")
+    behaviour = Behaviour(*(fields.pop(key) for key in ("found", "behaves_as", "how", "firmware", "unknown")))
+    return _checked(name, Contract(**fields, behaviour=behaviour))
+
+
+def _other_kind(data: Any) -> str:
+    known = [key for key in ("migstream_host_profile", "migstream_json") if isinstance(data, dict) and key in data]
+    return f" (this is a {known[0].removeprefix('migstream_').replace('_', ' ')})" if known else ""
+
+
+def _field(name: str, data: dict[str, Any], key: str, read: Callable[[Any], Any]) -> Any:
+    if key not in data:
+        raise UsageError(f"{name}: not a contract: field {key!r} missing")
+    try:
+        return read(data[key])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{name}: not a contract: field {key!r}: {printable(error)}") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {type(value).__name__}")
+    return value
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 64:
+        raise TypeError(f"expected a number, found {value!r}")
+    return value
+
+
+def _arch(value: Any) -> Arch:
+    labels = {arch.label: arch for arch in Arch}
+    if value not in labels:
+        raise ValueError(f"no architecture {value!r}; there are {', '.join(labels)}")
+    return labels[value]
+
+
+def _found(value: Any) -> str:
+    if value not in FOUND:
+        raise ValueError(f"expected one of {', '.join(FOUND)}, found {value!r}")
+    return str(value)
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "arch": _arch, "kernel": _text, "cpu": _text, "vcpu_features": _number,
+    "values": lambda v: {int(key, 16): bytes.fromhex(value) for key, value in v.items()},
+    "varies": lambda v: tuple(int(key, 16) for key in v),
+    "found": _found,
+    "behaves_as": lambda v: {int(key, 16): bytes.fromhex(value) for key, value in v.items()},
+    "how": lambda v: {int(key, 16): _text(value) for key, value in v.items()},
+    "firmware": lambda v: {int(key, 16): int(value, 16) for key, value in v.items()},
+    "unknown": lambda v: tuple(_text(line) for line in v),
+}
+
+
+def _checked(name: str, contract: Contract) -> Contract:
+    """Raises: UsageError for a register of another architecture, or a value of another size than its register."""
+    for where, values in (("values", contract.values), ("behaves_as", contract.behaves_as)):
+        for id, value in values.items():
+            if why := wrong_register(id, value, contract.arch):
+                raise UsageError(f"{name}: field {where!r}: {lookup(id).name}: {why}")
+    return contract
+
+
+def wrong_register(id: int, value: bytes, arch: Arch) -> str:
+    """Why a register can't be in a contract of this architecture; "" where it can."""
+    if not fits_arch(id, arch):
+        return f"register of another architecture than {arch.label}"
+    size = ids.size_in_id(id) or lookup(id).size
+    return "" if size in (None, len(value)) else f"expected {size} bytes, found {len(value)}"
+
+
+# As plain msgpack types: the payload of the stream's contract section. Its map keys are text, so pairs are lists.
+
+SECTION_FIELDS: dict[str, type] = {"found": str, "behaves_as": list, "firmware": list, "unknown": list}
+
+
+def behaviour_to_section(behaviour: Behaviour) -> dict[str, Any]:
+    """Return the section's fields."""
+    return {
+        "found": behaviour.found, "unknown": list(behaviour.unknown),
+        "behaves_as": [[id, value, behaviour.how.get(id, "")] for id, value in sorted(behaviour.behaves_as.items())],
+        "firmware": [[key, answer] for key, answer in sorted(behaviour.firmware.items())],
+    }
+
+
+def behaviour_from_section(fields: Mapping[str, Any]) -> Behaviour:
+    """Return what a section's fields say; types of the outer fields have been checked. Raises: Corrupt."""
+    if fields["found"] not in FOUND:
+        raise Corrupt("no such way to find a contract", field="found", expected=" | ".join(FOUND),
+                      found=fields["found"])
+    rows = [_typed(row, (int, bytes, str), "behaves_as") for row in fields["behaves_as"]]
+    answers = [_typed(row, (int, int), "firmware") for row in fields["firmware"]]
+    _ascending([row[0] for row in rows], "behaves_as")
+    _ascending([row[0] for row in answers], "firmware")
+    if any(type(line) is not str for line in fields["unknown"]):
+        raise Corrupt("wrong type", field="unknown", expected="list of str")
+    return Behaviour(fields["found"], {row[0]: row[1] for row in rows}, {row[0]: row[2] for row in rows if row[2]},
+                     {row[0]: row[1] for row in answers}, tuple(fields["unknown"]))
+
+
+def check_behaviour(behaviour: Behaviour, arch: Arch) -> None:
+    """Raises: Corrupt for a register of another architecture, or a value of another size than its register."""
+    for id, value in behaviour.behaves_as.items():
+        if why := wrong_register(id, value, arch):
+            raise Corrupt(why, field=f"behaves_as {lookup(id).name}")
+
+
+def _typed(row: Any, kinds: tuple[type, ...], name: str) -> list[Any]:
+    if type(row) is not list or [type(item) for item in row] != list(kinds):
+        raise Corrupt("wrong type", field=name, expected=f"[{', '.join(kind.__name__ for kind in kinds)}]",
+                      found=row)
+    if any(type(item) is int and not 0 <= item < 1 << 64 for item in row):
+        raise Corrupt("number out of range", field=name, found=row)
+    return row
+
+
+def _ascending(numbers: list[int], name: str) -> None:
+    if any(b <= a for a, b in itertools.pairwise(numbers)):
+        raise Corrupt("must be ascending, each once", field=name)
