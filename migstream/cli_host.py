@@ -76,8 +76,10 @@ def _capture(options: argparse.Namespace) -> int:
 
 
 def _made_by(options: argparse.Namespace) -> str:
-    more = " --no-experiment" if options.no_experiment else ""
-    return f"migstream host capture --backend {options.backend}{more}"
+    words = [f"-o {Path(options.output).name}" if options.output != "-" else "",
+             f"--backend {options.backend}" if options.backend != "kvm" else "",
+             "--no-experiment" if options.no_experiment else ""]
+    return " ".join(["migstream host capture", *filter(None, words)])
 
 
 def _list(options: argparse.Namespace) -> int:

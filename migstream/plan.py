@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from migstream.errors import DoesNotFit
-from migstream.host.profile import FIXED, HostProfile
+from migstream.host.profile import HostProfile
 from migstream.model import Arch, Layout, Machine, Scope, Slot
 from migstream.registers import ids, vcpu_features, x86_64
 from migstream.registers.catalogue import Register, lookup
@@ -115,20 +115,20 @@ def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile) ->
 
 
 def scope_notes(layouts: Sequence[Layout], host: HostProfile) -> list[str]:
-    """Registers whose scope in the stream is not what an experiment found on this host, a line each.
+    """Registers whose scope in the stream is not this host's (`HostProfile.known_scopes`), a line each.
 
     They are written as the stream says. Saved once a VM: through one vCPU, and a host that keeps it for each gives the
     others its default. Saved for each vCPU: as often, the last one wins.
     """
-    known = {**host.scopes, **host.feature_scopes}
-    return [_SCOPE_NOTES[layout.scope].format(name=lookup(slot.id).name)
+    known, how = host.known_scopes, "it says so" if host.says_scope else "by experiment"
+    return [_SCOPE_NOTES[layout.scope].format(name=lookup(slot.id).name, how=how)
             for layout in layouts for slot in layout.slots
-            if known.get(slot.id, FIXED) not in (FIXED, layout.scope)]
+            if known.get(slot.id, layout.scope) != layout.scope]
 
 
 _SCOPE_NOTES = {
-    Scope.VM: "{name}: saved once a VM; this kernel keeps it for each vCPU (by experiment): only vCPU 0 gets it",
-    Scope.VCPU: "{name}: saved for each vCPU; this kernel keeps it once a VM (by experiment): the last vCPU's stays",
+    Scope.VM: "{name}: saved once a VM; this kernel keeps it for each vCPU ({how}): only vCPU 0 gets it",
+    Scope.VCPU: "{name}: saved for each vCPU; this kernel keeps it once a VM ({how}): the last vCPU's stays",
 }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from migstream.errors import errno_name
-from migstream.host.compare import Change, Entry, mask_words, scope_counts, show_value
+from migstream.host.compare import Change, Entry, full_words, mask_words, scope_counts, show_value
 from migstream.host.profile import HostProfile
 from migstream.registers import vcpu_features
 from migstream.show import Table
@@ -21,25 +22,27 @@ def host_pairs(profile: HostProfile) -> list[tuple[str, str]]:
         pairs += [("vCPU features", features or "none"), ("registers", _lists(profile)),
                   ("writable masks", f"{len(profile.writable_masks)} told by the kernel")]
     else:
-        pairs.append(("registers", f"{len(profile.msrs)} MSRs, {len(profile.feature_msrs)} feature MSRs"))
+        pairs += [("registers", f"{len(profile.msrs)} MSRs, {len(profile.feature_msrs)} feature MSRs"),
+                  ("XSAVE components", ", ".join(profile.xsave_components) or "not recorded")]
     pairs += [("features refused", f"{', '.join(vcpu_features.names(mask))}: {errno_name(no)}")
               for mask, no in profile.features_refused.items()]
     return [*pairs, *_scope_pairs(profile), *_run_pairs(profile)]
 
 
 def _lists(profile: HostProfile) -> str:
-    base, full = len(profile.registers_base), len(profile.registers_all)
-    return f"{base} with PSCI_0_2 alone, {full} with all vCPU features, {len(profile.registers)} different ones"
+    base, full = profile.listed, profile.with_all_features().listed
+    return (f"{len(base)} with PSCI_0_2 alone, {len(full)} with all vCPU features, {len(base | full)} different ones; "
+            f"{len(profile.attributes)} device attributes")
 
 
 def _scope_pairs(profile: HostProfile) -> list[tuple[str, str]]:
     if not profile.scopes:
         return [("scope", "no experiment")]
-    if not profile.registers_base:
+    if not profile.registers:
         return [("scope", _counts(scope_counts(profile)))]
-    known = profile.scopes.keys() & {*profile.registers_base}
-    base = {scope: sum(profile.scopes[id] == scope for id in known) for scope in ("vm", "vcpu", "fixed")}
-    return [("scope, PSCI_0_2", _counts(base)), ("scope, all", _counts(scope_counts(profile, profile.registers_all)))]
+    base, full = replace(profile, feature_scopes={}), profile.with_all_features()
+    return [(title, _counts(scope_counts(host, host.registers)))
+            for title, host in (("scope, PSCI_0_2", base), ("scope, all", full))]
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -61,6 +64,8 @@ def entry_lines(entry: Entry) -> list[str]:
         lines.append(f"    writable, by trial: {mask_words(entry.id, entry.writable)}")
     if entry.told is not None:
         lines.append(f"    writable, says the kernel: {mask_words(entry.id, entry.told)}")
+    if words := full_words(entry):
+        lines.append(f"    with all vCPU features: {words}")
     if entry.after_run:
         other, alike = (errno_name(no) if no else "taken" for no in entry.after_run)
         lines.append(f"    after a run: another value {other}, the same one {alike}")
@@ -75,13 +80,19 @@ def entry_json(entry: Entry) -> dict[str, Any]:
     return {"name": entry.name, "id": f"{entry.id:#018x}", "default": entry.default and entry.default.hex(),
             "bits": entry.bits, "scope": entry.scope, "how": entry.how, "writable": entry.writable,
             "writable_mask": entry.told, "refused": list(entry.refused),
-            "after_run": entry.after_run and list(entry.after_run)}
+            "after_run": entry.after_run and list(entry.after_run), "with_all_features": _full_json(entry)}
+
+
+def _full_json(entry: Entry) -> dict[str, Any]:
+    default, writable, scope = entry.full
+    return {"default": default and default.hex(), "writable": writable, "scope": scope}
 
 
 def profile_json(profile: HostProfile) -> dict[str, Any]:
     """The first screen for machines."""
     return {"kernel": profile.kernel, "cpu": profile.cpu, "arch": profile.arch.label, "backend": profile.backend,
-            "made_by": profile.made_by, "max_vcpus": profile.max_vcpus, "scopes": scope_counts(profile),
+            "made_by": profile.made_by, "xsave_components": list(profile.xsave_components),
+            "max_vcpus": profile.max_vcpus, "scopes": scope_counts(profile),
             "features_refused": {", ".join(vcpu_features.names(mask)): no
                                  for mask, no in profile.features_refused.items()}}
 

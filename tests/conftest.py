@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 _SIMULATOR = re.compile(r"(^|/)(contract/|test_sim_)")
 """Places whose tests run a simulated kernel unless they are marked for a real one."""
 
-TIERS = ("unit", "simulator", "real KVM x86", "kernel lab")
+TIERS = ("unit", "simulator", "real KVM x86", "real KVM arm64", "kernel lab")
 _counts: Counter[str] = Counter()
 _skipped: Counter[str] = Counter()
 
@@ -21,6 +22,8 @@ def tier(nodeid: str, markers: set[str]) -> str:
     """The tier that a test belongs to: what it needs decides, not where it lies."""
     if "lab" in markers:
         return "kernel lab"
+    if "kvm_arm64" in markers:
+        return "real KVM arm64"
     if "kvm" in markers:
         return "real KVM x86"
     return "simulator" if "sim" in markers or _SIMULATOR.search(nodeid) else "unit"
@@ -52,7 +55,9 @@ def kvm_problem() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    problem = kvm_problem()
-    for item in items:
-        if problem and item.get_closest_marker("kvm"):
-            item.add_marker(pytest.mark.skip(reason=problem))
+    for marker, machine in (("kvm", "x86_64"), ("kvm_arm64", "aarch64")):
+        other = f"real KVM of {machine} is needed, this machine is {platform.machine()}; the lab's rows run it"
+        problem = kvm_problem() if platform.machine() == machine else other
+        for item in items:
+            if problem and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=problem))

@@ -49,7 +49,7 @@ def found(profile: HostProfile, id: int, row: list[str]) -> dict[str, bool]:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_profile_agrees_with_an_independent_experiment(kernel: str) -> None:
     profile, real = profiles.load(f"arm64-{kernel}"), rows(kernel)
-    assert set(profile.registers_base) == real.keys()
+    assert set(profile.registers) == real.keys()
     wrong = [(what, lookup(id).name) for id, row in real.items() for what, good in found(profile, id, row).items()
              if not good and not explained(what, lookup(id).name)]
     assert wrong == []
@@ -58,7 +58,7 @@ def test_the_profile_agrees_with_an_independent_experiment(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", COUNTS)
 def test_counts_of_scopes(kernel: str) -> None:
     profile = profiles.load(f"arm64-{kernel}")
-    counted = [sum(profile.scopes[id] == scope for id in profile.registers_base) for scope in ("vm", "vcpu", "fixed")]
+    counted = [sum(profile.scopes[id] == scope for id in profile.registers) for scope in ("vm", "vcpu", "fixed")]
     assert tuple(counted) == COUNTS[kernel]
     assert "python -m tests.lab run" in profile.made_by
     assert profile.scope_found.keys() == profile.scopes.keys()

@@ -128,6 +128,13 @@ class Vm(ABC):
         """What this VM's kernel behaves as where it has no register; what can't be found out is named in it."""
         return Behaviour(unknown=("what the kernel behaves as where it has no register: this backend can't tell",))
 
+    def has_attribute(self, id: int) -> bool:
+        """Whether the device, vCPU 0 or VM that an attribute's id names knows it (KVM_HAS_DEVICE_ATTR).
+
+        False where this VM has no such device, or the backend none at all.
+        """
+        return False
+
     @abstractmethod
     def exits(self) -> dict[int, str]:
         """vCPUs that stopped by themselves since `start()`, with the reason."""
@@ -152,6 +159,13 @@ class Backend(ABC):
     @abstractmethod
     def profile(self) -> HostProfile:
         """What this host offers, asked without making a VM."""
+
+    def know(self, profile: HostProfile) -> None:
+        """Take the scopes that were found by experiment on this host, as `migstream host capture` records them.
+
+        Raises: UsageError where the profile is of another kernel or CPU: scope is the kernel's doing.
+        """
+        raise UsageError(f"{self.name}: a simulator is its profile; a captured one is for real KVM")
 
     @abstractmethod
     def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> Vm:

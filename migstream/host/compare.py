@@ -6,8 +6,10 @@ import fnmatch
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from migstream.host.attributes_arm64 import name
 from migstream.host.profile import FIXED, HostProfile
-from migstream.registers import ids
+from migstream.model import Klass
+from migstream.registers import ids, vcpu_features
 from migstream.registers.bit_tables import BITS, decode
 from migstream.registers.catalogue import lookup
 
@@ -26,6 +28,7 @@ class Entry:
         writable: bits that read back when flipped, None where none were tried. told: what the kernel calls writable,
             None where it has no word. refused: errnos of the read and of writing the default.
         after_run: errnos of writing another value and the same one after a run; None where nothing can be written.
+        full: the default, the writable bits and the scope on a vCPU with all features, None each where it is the same.
     """
 
     id: int
@@ -36,11 +39,12 @@ class Entry:
     told: int | None
     refused: tuple[int, int]
     after_run: tuple[int, int] | None
+    full: tuple[bytes | None, int | None, str | None] = (None, None, None)
 
     @property
     def name(self) -> str:
-        """As in the catalogue."""
-        return lookup(self.id).name
+        """As in the catalogue, or in KVM's header."""
+        return name(self.id)
 
     @property
     def bits(self) -> list[str]:
@@ -57,16 +61,25 @@ def bit_names(id: int, value: bytes | None) -> list[str]:
 
 
 def entries(profile: HostProfile) -> dict[int, Entry]:
-    """Every register of a profile by id, ascending: those that the host lists, structs that it has, and the refused."""
+    """Every register of a profile by id, ascending: listed ones, structs, the refused, and device attributes."""
     feature_msrs = {ids.msr_id(index): value.to_bytes(8, "little") for index, value in profile.feature_msrs.items()}
-    defaults = {**feature_msrs, **profile.feature_defaults, **profile.defaults}
+    attributes = {id: value or None for id, value in profile.attributes.items()}
+    defaults = {**attributes, **feature_msrs, **profile.feature_defaults, **profile.defaults}
     listed = {*defaults, *profile.registers, *profile.refused, *map(ids.msr_id, profile.msrs)}
     return {id: _entry(profile, id, defaults.get(id)) for id in sorted(listed)}
 
 
 def _entry(profile: HostProfile, id: int, default: bytes | None) -> Entry:
     return Entry(id, default, profile.scopes.get(id, ""), profile.scope_found.get(id, _UNTRIED), _writable(profile, id),
-                 profile.writable_masks.get(id), profile.refused.get(id, (0, 0)), profile.after_run.get(id))
+                 profile.writable_masks.get(id), profile.refused.get(id, (0, 0)), profile.after_run.get(id),
+                 _full(profile, id))
+
+
+def _full(profile: HostProfile, id: int) -> tuple[bytes | None, int | None, str | None]:
+    bits = profile.feature_bits.get(id)
+    runs = lookup(id).klass == Klass.CLOCK
+    default = profile.feature_defaults.get(id) if id in profile.defaults and not runs else None
+    return default, None if bits is None else int.from_bytes(bits[1], "little"), profile.feature_scopes.get(id)
 
 
 def _writable(profile: HostProfile, id: int) -> int | None:
@@ -106,11 +119,12 @@ class Change:
 
 
 def differences(left: HostProfile, right: HostProfile) -> list[Change]:
-    """What differs, by name: capabilities, vCPU features, then registers in the order of their ids.
+    """What differs, by name: of the host, capabilities, then registers and attributes in the order of their ids.
 
     What was not tried on one of the hosts is not compared.
     """
-    out = [Change(name, "capability", str(left.capabilities.get(name, 0)), str(right.capabilities.get(name, 0)))
+    out = [change for what, of in _HOST for change in _only(what, of(left), of(right))]
+    out += [Change(name, "capability", str(left.capabilities.get(name, 0)), str(right.capabilities.get(name, 0)))
            for name in sorted({*left.capabilities, *right.capabilities})
            if left.capabilities.get(name, 0) != right.capabilities.get(name, 0)]
     ours, theirs = entries(left), entries(right)
@@ -119,9 +133,24 @@ def differences(left: HostProfile, right: HostProfile) -> list[Change]:
     return out
 
 
+_HOST: tuple[tuple[str, Callable[[HostProfile], list[str]]], ...] = (
+    ("vCPU features", lambda profile: vcpu_features.names(profile.vcpu_features)),
+    ("devices", lambda profile: list(profile.devices)),
+    ("XSAVE components", lambda profile: list(profile.xsave_components)),
+)
+"""(property of a host, its names)."""
+
+
+def _only(what: str, left: list[str], right: list[str]) -> Iterator[Change]:
+    """What one has and the other hasn't."""
+    if {*left} != {*right}:
+        ours, theirs = ([name for name in a if name not in b] for a, b in ((left, right), (right, left)))
+        yield Change("host", what, _words(ours), _words(theirs))
+
+
 def _register(id: int, left: Entry | None, right: Entry | None) -> Iterator[Change]:
     if left is None or right is None:
-        yield Change(lookup(id).name, "listed", _there(left), _there(right))
+        yield Change(name(id), "listed", _there(left), _there(right))
         return
     for what, differs, show in _COMPARED:
         if differs(left, right):
@@ -135,7 +164,7 @@ def _there(entry: Entry | None) -> str:
 
 def _default_differs(left: Entry, right: Entry) -> bool:
     """Running clocks always do."""
-    return left.default != right.default and lookup(left.id).klass != "clock"
+    return left.default != right.default and lookup(left.id).klass != Klass.CLOCK
 
 
 def _defaults(left: Entry, right: Entry) -> tuple[str, str]:
@@ -145,6 +174,38 @@ def _defaults(left: Entry, right: Entry) -> tuple[str, str]:
     if any(only):
         return _words(only[0]), _words(only[1])
     return show_value(left.default), show_value(right.default)
+
+
+def _full_differs(left: Entry, right: Entry) -> bool:
+    """Only where both have another default with further features."""
+    return None not in (left.full[0], right.full[0]) and left.full != right.full
+
+
+def _fulls(left: Entry, right: Entry) -> tuple[str, str]:
+    """Default, writable bits and scope: of each only what differs."""
+    (ours, mine, scope), (theirs, yours, other) = left.full, right.full
+    words: tuple[list[str], list[str]] = ([], [])
+    if ours != theirs:
+        _add(words, show_value(ours), show_value(theirs))
+    if mine != yours:
+        _add(words, *(f"writable: only {mask_words(left.id, (a or 0) & ~(b or 0))}" for a, b in (
+            (mine, yours), (yours, mine))))
+    if scope != other:
+        _add(words, *(f"scope {entry.full[2] or entry.scope}" for entry in (left, right)))
+    return "; ".join(words[0]), "; ".join(words[1])
+
+
+def _add(words: tuple[list[str], list[str]], ours: str, theirs: str) -> None:
+    words[0].append(ours)
+    words[1].append(theirs)
+
+
+def full_words(entry: Entry) -> str:
+    """What the register is on a vCPU with all features, where that is something else."""
+    default, writable, scope = entry.full
+    words = [show_value(default)] if default is not None else []
+    words += [f"writable: {mask_words(entry.id, writable)}"] if writable is not None else []
+    return "; ".join(words + ([f"scope {scope}"] if scope else []))
 
 
 def _words(names: list[str]) -> str:
@@ -197,6 +258,7 @@ _COMPARED: tuple[tuple[str, Callable[[Entry, Entry], bool], Callable[[Entry, Ent
     ("scope", lambda a, b: bool(a.scope and b.scope) and a.scope != b.scope, lambda a, b: (a.scope, b.scope)),
     ("after a run", lambda a, b: None not in (a.after_run, b.after_run) and a.after_run != b.after_run,
      lambda a, b: (str(a.after_run), str(b.after_run))),
+    ("with all features", _full_differs, _fulls),
     ("refused", lambda a, b: a.refused != b.refused, lambda a, b: (str(a.refused), str(b.refused))),
 )
 """(property, whether it differs, how both are worded)."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from migstream.errors import BackendError
-from migstream.host import experiment, firmware_arm64
+from migstream.host import attributes_arm64, experiment, firmware_arm64
 from migstream.host.profile import HostProfile
 from migstream.host.scratch import Host, Scratch, scratch_vm
 from migstream.model import Klass
@@ -21,7 +21,8 @@ from migstream.registers import gic, ids, vcpu_features
 from migstream.registers.catalogue import lookup
 from migstream.registers.firmware_arm64 import CALL_NAMES
 
-_GIC = {"gic_distributor": 0x800_0000, "gic_redistributors": 0x80A_0000}
+_IRQS, _ITS = 64, 0x808_0000
+_GIC = {"gic_distributor": 0x800_0000, "gic_redistributors": 0x80A_0000, "gic_irqs": _IRQS}
 _PMU_IRQ = (23).to_bytes(4, "little")
 """A private interrupt; a vCPU with a PMU runs only when the PMU has one."""
 
@@ -38,11 +39,6 @@ class Room:
     values: Mapping[int, bytes]
     refused: Mapping[int, int]
 
-    @property
-    def listed(self) -> tuple[int, ...]:
-        """Ids that KVM_GET_REG_LIST names, ascending."""
-        return tuple(sorted({*self.values, *self.refused}))
-
 
 def probe(host: Host, experiments: bool) -> HostProfile:
     """Return the profile of an arm64 host. Raises: BackendError."""
@@ -51,7 +47,7 @@ def probe(host: Host, experiments: bool) -> HostProfile:
     full = _room(host, vcpu_features.DEFAULT | vcpu_features.together(base.vcpu_features))
     defaults = dict(plain.values)
     profile = dataclasses.replace(
-        base, scopes={}, defaults=defaults, registers_base=plain.listed, registers_all=full.listed,
+        base, scopes={}, feature_scopes={}, defaults=defaults, attributes=_attributes(host, full.features),
         feature_defaults={id: value for id, value in full.values.items() if defaults.get(id) != value},
         refused={id: (no, 0) for id, no in {**full.refused, **plain.refused}.items()},
         features_refused=_features_refused(host), **_seen_by_a_guest(host))
@@ -79,6 +75,15 @@ def _with_features(host: Host, profile: HostProfile, full: Room) -> HostProfile:
     return dataclasses.replace(
         profile, feature_bits={id: experiment.bits_of(trial) for id, trial in trials.items()},
         feature_scopes={id: one.scope for id, one in found.items() if one.scope != profile.scopes[id]})
+
+
+def _attributes(host: Host, features: int) -> dict[int, bytes]:
+    """Of a vCPU with all features and an interrupt controller with all that the kernel can make of one."""
+    made = host.profile().devices
+    devices = {**(_GIC if "gicv3" in made else {}), **({"its": _ITS} if "its" in made else {})}
+    with scratch_vm(host, devices={"vcpu_features": features, **devices}) as scratch:
+        scratch.vm.layouts()  # closes the set of registers: SVE
+        return attributes_arm64.ask(scratch, _IRQS)
 
 
 def _room(host: Host, features: int) -> Room:

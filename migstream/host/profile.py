@@ -11,10 +11,15 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from migstream.errors import StreamError, UsageError
-from migstream.model import Arch
+from migstream.errors import UsageError
+from migstream.model import Arch, Scope
+from migstream.registers import vcpu_features
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
+"""1 had two more lists of registers, which followed from `registers` and `feature_registers`; capture it again."""
+
+SCOPE_CAPABILITY = "ARM_REG_SCOPE"
+"""A kernel with it says which registers are the VM's (KVM_CAP_ARM_REG_SCOPE, proposed)."""
 
 FIXED = "fixed"
 """The scope of a register that no write changes: the catalogue's scope serves."""
@@ -41,19 +46,23 @@ class HostProfile:
         enable_caps: VM capabilities that KVM_ENABLE_CAP takes, by number: the bits that its first argument may have.
         behaviour: what other trials found, by name; `migstream.host.probe_x86_64.TRAITS` says what each means.
         made_by: the command that made it.
-        registers: arm64: KVM_GET_REG_LIST of a vCPU without optional features, ascending.
+        registers: arm64: KVM_GET_REG_LIST of a vCPU with PSCI_0_2 alone, ascending, without scope flags.
+        scope_flags: arm64: those of `registers` (with any features) that the list flags as the VM's; the kernel flags
+            only where `capabilities` has ARM_REG_SCOPE, which was proposed for Linux and never merged.
         feature_registers: arm64: by vCPU feature mask, the ids that this feature adds to `registers` (those that are
             not there) or hides (those that are), ascending.
         vcpu_features: arm64: bits that KVM_ARM_VCPU_INIT takes. devices: arm64: what KVM_CREATE_DEVICE makes.
         writable_masks: arm64: KVM_ARM_GET_REG_WRITABLE_MASKS, by register id; empty where the kernel has none.
         scopes: `vm`, `vcpu` or `fixed` (no other value sticks) by register id, found by experiment; empty where there
             was none. scope_found: how, in words, likewise.
-        registers_base: arm64: what KVM_GET_REG_LIST names for a vCPU with PSCI_0_2 alone, ascending.
-            registers_all: with all features together.
         feature_defaults: arm64: as `defaults` with all features, where that differs or is only there then.
         feature_bits: arm64: as `register_bits` with all features, of what is in both and has another default then.
             feature_scopes: as `scopes`, of these, where it differs.
         features_refused: arm64: by mask of one vCPU feature: errno of KVM_ARM_VCPU_INIT.
+        attributes: arm64: device attributes that KVM_HAS_DEVICE_ATTR knows, of interrupt controllers, vCPUs and the VM,
+            by id: the value on a VM that never ran, of vCPU 0; empty for what can't be read (orders, write-only ones).
+        xsave_components: x86-64: what guests may have in KVM_XSAVE, by name, in the order of their bits: CPUID leaf
+            0xD and KVM_X86_XCOMP_GUEST_SUPP, which also has what a process must ask for first.
         register_bits: by register id, found by flipping bits of the default: bits that the kernel takes, and of these
             the ones that read back flipped, as bytes. x86-64: of all MSRs, feature MSRs too.
         bit_errnos: by register id: errnos of the flips that were refused, ascending.
@@ -87,8 +96,6 @@ class HostProfile:
     writable_masks: dict[int, int] = field(default_factory=dict)
     scopes: dict[int, str] = field(default_factory=dict)
     scope_found: dict[int, str] = field(default_factory=dict)
-    registers_base: tuple[int, ...] = ()
-    registers_all: tuple[int, ...] = ()
     feature_defaults: dict[int, bytes] = field(default_factory=dict)
     feature_bits: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
     feature_scopes: dict[int, str] = field(default_factory=dict)
@@ -99,6 +106,9 @@ class HostProfile:
     after_run: dict[int, tuple[int, int]] = field(default_factory=dict)
     firmware: dict[int, int] = field(default_factory=dict)
     guest_registers: dict[int, int] = field(default_factory=dict)
+    scope_flags: tuple[int, ...] = ()
+    attributes: dict[int, bytes] = field(default_factory=dict)
+    xsave_components: tuple[str, ...] = ()
 
     @property
     def max_vcpus(self) -> int:
@@ -109,6 +119,37 @@ class HostProfile:
         """arm64: the same host with `registers` as KVM_GET_REG_LIST names them for a vCPU with these features."""
         changed = (ids for mask, ids in self.feature_registers.items() if mask & ~vcpu_features == 0)
         return replace(self, registers=tuple(sorted(self.listed ^ frozenset().union(*changed))))
+
+    def with_all_features(self) -> HostProfile:
+        """arm64: `with_features` of all those that one vCPU can have together."""
+        return self.with_features(vcpu_features.DEFAULT | vcpu_features.together(self.vcpu_features))
+
+    def measured_by(self, other: HostProfile | None) -> HostProfile:
+        """The same with the scopes that `other` has by experiment. Raises: UsageError where that is another host's."""
+        if other is None:
+            return self
+        for name in ("arch", "kernel", "cpu"):
+            here, there = getattr(self, name), getattr(other, name)
+            if here != there:
+                raise UsageError(f"the host profile is of {name} {there}, this host is {here}; capture it here")
+        return replace(self, scopes=other.scopes, scope_found=other.scope_found, feature_scopes=other.feature_scopes)
+
+    @property
+    def says_scope(self) -> bool:
+        """Whether the kernel says which registers are the VM's."""
+        return bool(self.capabilities.get(SCOPE_CAPABILITY))
+
+    @cached_property
+    def known_scopes(self) -> dict[int, Scope]:
+        """By register id: what the kernel says where it says (`scope_flags`), else what an experiment found.
+
+        Fixed registers are left out: the catalogue's scope serves.
+        """
+        found = {id: Scope(name) for id, name in {**self.scopes, **self.feature_scopes}.items() if name != FIXED}
+        if not self.says_scope:
+            return found
+        told = {id: Scope.VCPU for id in self.with_all_features().listed | self.listed}
+        return {**found, **told, **dict.fromkeys(self.scope_flags, Scope.VM)}
 
     @cached_property
     def listed(self) -> frozenset[int]:
@@ -138,7 +179,7 @@ def _hex(values: tuple[int, ...]) -> tuple[str, ...]:
 _WRITERS: dict[str, Any] = {
     "firmware": lambda answers: dict(zip(answers, _hex(tuple(answers.values())), strict=True)),
     "guest_registers": lambda values: dict(zip(values, _hex(tuple(values.values())), strict=True)),
-    "registers": _hex, "registers_base": _hex, "registers_all": _hex,
+    "registers": _hex, "scope_flags": _hex,
     "feature_registers": lambda changed: {mask: _hex(ids) for mask, ids in changed.items()},
     "writable_masks": lambda masks: dict(zip(masks, _hex(tuple(masks.values())), strict=True)),
 }
@@ -161,13 +202,41 @@ def from_json(text: str, name: str = "profile") -> HostProfile:
     """Return the profile in JSON text. Raises: UsageError naming `name` and the field."""
     try:
         data = json.loads(text)
-        version = data.pop("migstream_host_profile")
-        if version != PROFILE_VERSION:
-            raise UsageError(f"{name}: host profile version {version}; this migstream reads {PROFILE_VERSION}")
-        arch = Arch[str(data.pop("arch")).upper()]
-        return HostProfile(arch=arch, **{key: _read(key, value) for key, value in data.items()})
-    except (ValueError, KeyError, TypeError, AttributeError, StreamError) as error:
-        raise UsageError(f"{name}: not a host profile: {type(error).__name__}: {error}") from error
+        if not isinstance(data, dict) or "migstream_host_profile" not in data:
+            raise ValueError("no object with a field 'migstream_host_profile'")
+        _check_version(data.pop("migstream_host_profile"))
+        read = {key: _read(key, value) for key, value in data.items()}
+        if missing := [key for key in _REQUIRED if key not in read]:
+            raise ValueError(f"no field {missing[0]!r}")
+        return HostProfile(**read)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{name}: not a host profile: {error}") from error
+
+
+def _check_version(version: Any) -> None:
+    if version != PROFILE_VERSION:
+        older = "; capture it again" if isinstance(version, int) and version < PROFILE_VERSION else ""
+        raise ValueError(f"field 'migstream_host_profile': version {version!r}; this migstream reads "
+                         f"{PROFILE_VERSION}{older}")
+
+
+_REQUIRED = ("arch", "kernel", "cpu", "backend")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.60} is no text")
+    return value
+
+
+def _int(value: Any) -> int:
+    if not isinstance(value, int):
+        raise ValueError(f"{value!r:.60} is no whole number")
+    return value
+
+
+def _arch(value: Any) -> Arch:
+    return next(arch for arch in Arch if arch.label == value)
 
 
 def _byte_pairs(value: Any) -> dict[int, tuple[bytes, bytes]]:
@@ -185,42 +254,46 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _pairs(value: Any) -> dict[int, tuple[int, int]]:
-    return {int(key, 16): (int(pair[0]), int(pair[1])) for key, pair in value.items()}
+    return {int(key, 16): (_int(pair[0]), _int(pair[1])) for key, pair in value.items()}
 
 
 _READERS: dict[str, Any] = {
-    "kernel": str, "cpu": str, "backend": str, "made_by": str,
-    "capabilities": lambda v: {str(k): int(n) for k, n in v.items()},
-    "msrs": lambda v: tuple(int(n) for n in v),
-    "feature_msrs": lambda v: {int(k, 16): int(n) for k, n in v.items()},
-    "sizes": lambda v: {int(k, 16): int(n) for k, n in v.items()},
+    "arch": _arch, "kernel": _text, "cpu": _text, "backend": _text, "made_by": _text,
+    "capabilities": lambda v: {str(k): _int(n) for k, n in v.items()},
+    "msrs": lambda v: tuple(_int(n) for n in v),
+    "feature_msrs": lambda v: {int(k, 16): _int(n) for k, n in v.items()},
+    "sizes": lambda v: {int(k, 16): _int(n) for k, n in v.items()},
     "cpuid": bytes.fromhex,
     "defaults": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
     "refused": _pairs, "msr_bits": _pairs, "cpuid_forced": _pairs,
-    "enable_caps": lambda v: {int(k, 16): int(n) for k, n in v.items()},
-    "behaviour": lambda v: {str(k): int(n) for k, n in v.items()},
+    "enable_caps": lambda v: {int(k, 16): _int(n) for k, n in v.items()},
+    "behaviour": lambda v: {str(k): _int(n) for k, n in v.items()},
     "registers": _ids,
     "feature_registers": lambda v: {int(k, 16): _ids(listed) for k, listed in v.items()},
-    "vcpu_features": int,
-    "devices": lambda v: tuple(str(n) for n in v),
+    "vcpu_features": _int,
+    "devices": lambda v: tuple(_text(n) for n in v),
     "writable_masks": lambda v: {int(k, 16): int(n, 16) for k, n in v.items()},
     "scopes": _scope_names,
-    "scope_found": lambda v: {int(k, 16): str(n) for k, n in v.items()},
-    "registers_base": _ids, "registers_all": _ids,
+    "scope_found": lambda v: {int(k, 16): _text(n) for k, n in v.items()},
+    "scope_flags": _ids,
+    "attributes": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
+    "xsave_components": lambda v: tuple(_text(n) for n in v),
     "feature_defaults": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
-    "features_refused": lambda v: {int(k, 16): int(n) for k, n in v.items()},
+    "features_refused": lambda v: {int(k, 16): _int(n) for k, n in v.items()},
     "register_bits": _byte_pairs, "feature_bits": _byte_pairs, "feature_scopes": _scope_names,
     "firmware": lambda v: {int(k, 16): int(n, 16) for k, n in v.items()},
     "guest_registers": lambda v: {int(k, 16): int(n, 16) for k, n in v.items()},
     "readback": _byte_pairs, "after_run": _pairs,
-    "bit_errnos": lambda v: {int(k, 16): tuple(int(n) for n in errnos) for k, errnos in v.items()},
+    "bit_errnos": lambda v: {int(k, 16): tuple(_int(n) for n in errnos) for k, errnos in v.items()},
 }
 
 
 def _read(key: str, value: Any) -> Any:
+    if key not in _READERS:
+        raise ValueError(f"unknown field {key!r}")
     try:
         return _READERS[key](value)
-    except KeyError as error:
-        raise ValueError(f"unknown field {key!r}") from error
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+    except StopIteration as error:
+        raise ValueError(f"field {key!r}: no architecture {value!r:.60}") from error
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(f"field {key!r}: {error}") from error

@@ -62,6 +62,9 @@ class ScratchVm(Protocol):
     def enter(self, vcpu: int) -> None:
         """Begin to run a vCPU and leave before its first instruction."""
 
+    def has_attribute(self, id: int) -> bool:
+        """Whether the device, vCPU 0 or VM that an attribute's id names knows it."""
+
     def __enter__(self) -> Any:
         """Give the VM itself."""
 

@@ -133,19 +133,23 @@ def _msr(index: int) -> Register:
 
 
 def layouts(capabilities: Mapping[str, int], sizes: Mapping[int, int], msr_list: Iterable[int],
-            kvm_registers: Iterable[int] = (), enabled_caps: Iterable[int] = ()) -> tuple[Layout, ...]:
+            kvm_registers: Iterable[int] = (), enabled_caps: Iterable[int] = (),
+            scopes: Mapping[int, Scope] | None = None) -> tuple[Layout, ...]:
     """The layouts of a VM on a kernel that offers this, in restore order; empty ones are left out.
 
     Args:
         capabilities: by name, as in a host profile; a row whose capability is 0 or absent is left out.
         sizes: bytes of the rows whose size the host tells (CPUID2, XSAVE, nested state), by id.
         msr_list: MSRs to save. kvm_registers: ids from KVM_GET_REG_LIST. enabled_caps: VM capabilities told.
+        scopes: of MSRs, as an experiment found them, by id; the catalogue's scope otherwise.
     """
     by_place: dict[tuple[Phase, Scope], list[Slot]] = {}
     for row in _ordered(capabilities, list(msr_list), kvm_registers, enabled_caps):
         size = row.size if row.size is not None else sizes.get(row.id)
         if size:
-            by_place.setdefault((row.phase, row.scope), []).append(Slot(row.id, size))
+            scope = (scopes or {}).get(row.id, row.scope)
+            phase = row.phase if scope == row.scope else _MSR_PHASES[scope, row.klass]
+            by_place.setdefault((phase, scope), []).append(Slot(row.id, size))
     return tuple(Layout(scope, phase, tuple(slots))
                  for (phase, scope), slots in sorted(by_place.items(), key=lambda kv: _place(*kv[0])))
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from migstream.backends.base import Backend, Refusal, Vm
-from migstream.demo import guest_x86_64 as guest
+from migstream.demo.run import guest_for
 from migstream.model import Arch, Layout, Machine, MemoryRegion, Scope, Slot
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
@@ -82,6 +82,7 @@ def still(id: int, value: bytes) -> bytes:
 
 def run_a_little(vm: Vm, steps: int = 20) -> None:
     """Run the demo guest, which is installed, until every vCPU has counted so many steps more; then pause it."""
+    guest = guest_for(vm.machine.arch)
     before = guest.counts(vm)
     vm.start()
     deadline = time.monotonic() + 30

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.lab import image, kernels, tools
 from tests.lab.console import Console
@@ -108,18 +109,19 @@ def run(
     on_stdout: Sink = ignore,
     on_stderr: Sink = ignore,
     console_log: Path | None = None,
+    bring: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Result:
     """Boot a kernel, run a command in the project's folder there, and return what came of it.
 
-    Raises LabError when the kernel is not fetched, does not boot or ends early, and TimeLimitError when the
-    command was not done in time; QEMU is gone in every case.
+    `bring` are further files for the guest, by path from its root. Raises LabError when the kernel is not fetched,
+    does not boot or ends early, and TimeLimitError when the command was not done in time; QEMU is gone in every case.
     """
     arch = kernels.arch(kernel.arch)
     tools.require((arch.emulator, "setpriv"))
     vmlinuz = image.ready(kernel) / "vmlinuz"
     # A file without a name: even if this process is killed, nothing of it stays on the disk.
     with tempfile.TemporaryFile(prefix="migstream-lab-") as initrd:
-        image.write(kernel, command, environment(kernel, machine), initrd)
+        image.write(kernel, command, environment(kernel, machine), initrd, bring)
         initrd.flush()
         path = Path(f"/dev/fd/{initrd.fileno()}")
         emulator = [arch.emulator, *emulator_arguments(kernel, machine, vmlinuz, path)]

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 from tests.lab import cache, fetch, project
@@ -47,17 +48,18 @@ def fetch_command(kernel: Kernel) -> str:
     return f"{cache.FETCH} --arch {kernel.arch} --kernel {kernel.version}"
 
 
-def write(kernel: Kernel, command: Sequence[str], environment: Mapping[str, str], out: BinaryIO) -> None:
-    """Write the initrd for one run of a command."""
+def write(kernel: Kernel, command: Sequence[str], environment: Mapping[str, str], out: BinaryIO,
+          bring: Mapping[str, bytes] = MappingProxyType({})) -> None:
+    """Write the initrd for one run of a command; `bring` are further files by path from the guest's root."""
     root = cache.cache_root()
     for layer in (f"root/{kernel.arch}/root.cpio", f"wheels/{kernel.arch}/site.cpio"):
         with (root / layer).open("rb") as source:
             shutil.copyfileobj(source, out, 1 << 20)
-    write_top(out, kernel, root / "kernels" / kernel.name / "modules", command, environment)
+    write_top(out, kernel, root / "kernels" / kernel.name / "modules", command, environment, bring)
 
 
 def write_top(out: BinaryIO, kernel: Kernel, modules: Path, command: Sequence[str],
-              environment: Mapping[str, str]) -> None:  # fmt: skip
+              environment: Mapping[str, str], bring: Mapping[str, bytes] = MappingProxyType({})) -> None:  # fmt: skip
     """The archive with what differs from run to run: init, modules, this project, the command."""
     archive = CpioWriter(out)
     archive.file("init", _INIT.read_bytes(), 0o755)
@@ -65,6 +67,8 @@ def write_top(out: BinaryIO, kernel: Kernel, modules: Path, command: Sequence[st
     for position, name in enumerate(kernel.modules):
         # The number keeps the order in which init loads them.
         archive.file(f"lab/modules/{position:02}-{name}.ko", (modules / f"{name}.ko").read_bytes())
+    for path, data in bring.items():
+        archive.file(path, data)
     _add_project(archive, project.CHECKOUT)
     archive.close()
 

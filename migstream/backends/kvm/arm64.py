@@ -22,8 +22,7 @@ from migstream.backends.kvm.operations import ATTRIBUTE, ByAddress, EnabledCap, 
 from migstream.backends.kvm.uapi import Request
 from migstream.contract import MEASURED, Behaviour
 from migstream.errors import BackendError, UsageError, errno_name
-from migstream.host import profiles
-from migstream.host.profile import FIXED
+from migstream.host.profile import SCOPE_CAPABILITY
 from migstream.model import Arch, Layout, Machine, Phase, Scope
 from migstream.registers import arm64 as rows
 from migstream.registers import arm64_ids, gic, ids, vcpu_features
@@ -225,16 +224,18 @@ class Arm64Host(ArchHost):
     def complete(self, backend: KvmBackend, profile: HostProfile) -> HostProfile:
         """Register list, vCPU features, devices, writable masks. Raises: BackendError."""
         offered = _taken(backend, vcpu_features.offered(profile.capabilities))
-        listed = _listed(backend, vcpu_features.DEFAULT)
-        changed = {mask: listed ^ _listed(backend, vcpu_features.DEFAULT | mask)
-                   for mask in vcpu_features.GROUPS if mask & ~offered == 0}
+        flagged = {mask: _listed(backend, vcpu_features.DEFAULT | mask)
+                   for mask in (0, *vcpu_features.GROUPS) if mask & ~offered == 0}
+        plain = {mask: frozenset(id & ~ids.KVM_REG_ARM_SCOPE_VM for id in listed) for mask, listed in flagged.items()}
+        listed = plain.pop(0)
         with backend.create(_scratch(0)) as vm:
             devices = tuple(name for name, number in _DEVICE_TYPES.items() if _can_make(vm.fd, number))
             writable = _writable_masks(vm.fd) if profile.capabilities["ARM_SUPPORTED_REG_MASK_RANGES"] & 1 else {}
         return replace(profile, registers=tuple(sorted(listed)), vcpu_features=offered, devices=devices,
-                       feature_registers={mask: tuple(sorted(ids)) for mask, ids in changed.items()},
+                       feature_registers={mask: tuple(sorted(listed ^ more)) for mask, more in plain.items()},
                        writable_masks=writable,
-                       scopes=profiles.scopes_of(self.arch.label, profile.kernel, profile.cpu))
+                       scope_flags=tuple(sorted({id & ~ids.KVM_REG_ARM_SCOPE_VM for all in flagged.values()
+                                                 for id in all if id & ids.KVM_REG_ARM_SCOPE_VM})))
 
     def behaviour(self, backend: KvmBackend) -> Behaviour:
         """As a scratch guest meets it; where that can't run, a line that says why."""
@@ -286,7 +287,7 @@ def _listed(backend: KvmBackend, features: int) -> frozenset[int]:
         vm.create_vcpus()
         part = vm.arch
         assert isinstance(part, Arm64Vm)
-        return frozenset(part.registers())
+        return frozenset(part.listed())
 
 
 def _can_make(vm_fd: int, device_type: int) -> bool:
@@ -319,7 +320,13 @@ class Arm64Vm(ArchVm):
         return int(self.vm.machine.devices.get("vcpu_features", vcpu_features.DEFAULT))
 
     def make_devices(self) -> None:
-        """Nothing: the interrupt controller comes after the vCPUs."""
+        """Ask a kernel that can say which registers are the VM's to do so; the interrupt controller comes later.
+
+        Raises: BackendError.
+        """
+        if uapi.check_extension(self.vm.backend.fd, SCOPE_CAPABILITY):
+            argument = bytearray(struct.pack("<II96x", uapi.ARM64_CAPABILITIES[SCOPE_CAPABILITY], 0))
+            uapi.call(self.vm.fd, uapi.ENABLE_CAP, argument, register=SCOPE_CAPABILITY)
 
     def vcpus_created(self) -> None:
         """KVM_ARM_VCPU_INIT for each, then the interrupt controller, whose size is the number of vCPUs.
@@ -372,6 +379,10 @@ class Arm64Vm(ArchVm):
         set_attribute(fd, gic.CONTROL, gic.INIT)
 
     def registers(self) -> tuple[int, ...]:
+        """What the first vCPU has, by the ids that every kernel takes: without scope flags. Raises: BackendError."""
+        return tuple(id & ~ids.KVM_REG_ARM_SCOPE_VM for id in self.listed())
+
+    def listed(self) -> tuple[int, ...]:
         """KVM_GET_REG_LIST of the first vCPU; SVE lengths that nobody has chosen become the host's.
 
         Raises: BackendError.
@@ -389,9 +400,7 @@ class Arm64Vm(ArchVm):
 
     def layouts(self) -> tuple[Layout, ...]:
         """The kernel's list, structs, interrupt lines and the interrupt controller."""
-        profile = self.vm.backend.profile()
-        known = {**profile.scopes, **profile.feature_scopes}
-        scopes = {id: Scope(name) for id, name in known.items() if name != FIXED}
+        scopes = self.vm.backend.profile().known_scopes
         found = (*rows.layouts(self.registers(), scopes, self._extra()), *self._gic_layouts())
         return tuple(sorted(found, key=lambda layout: layout.phase))
 
@@ -464,6 +473,12 @@ class Arm64Vm(ArchVm):
     def read_order(self, layout: Layout, program: list[Operation]) -> list[Operation]:
         """As they are written: nothing on arm64 changes by being read."""
         return program
+
+    def attribute_fd(self, id: int) -> int | None:
+        """By the id's device type. A vCPU's attributes of the interrupt controller are the first vCPU's: affinity 0."""
+        fds = {gic.GICV3: self._gic_fd, gic.ITS: self.vm.device_fds.get("its"), ids.ARM64_VM_FD: self.vm.fd,
+               ids.ARM64_VCPU_FD: self.vm.vcpu_fds[0] if self.vm.vcpu_fds else None}
+        return fds.get(id >> 40 & 0xFF)
 
     def through_vcpu(self, layout: Layout) -> bool:
         """Everything but what comes before the vCPUs: KVM has no VM-wide ONE_REG."""

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from migstream.backends.base import Backend, GuestMemory, Refusal, Vm
 from migstream.backends.kvm import uapi
 from migstream.backends.kvm.arch import arch_host, host_arch
-from migstream.backends.kvm.operations import Operation, Row
+from migstream.backends.kvm.operations import ATTRIBUTE, Operation, Row
 from migstream.backends.kvm.run import Runner
 from migstream.contract import Behaviour
 from migstream.errors import BackendError, BackendUnavailable, UsageError, errno_name
+from migstream.host import profiles
 from migstream.host.profile import HostProfile
 from migstream.model import Layout, Machine, MemoryRegion, Scope
 from migstream.plan import DEVICES
@@ -65,9 +66,10 @@ class KvmBackend(Backend):
         """Ask the system fd, and a scratch VM where only a VM knows; once. Raises: BackendError."""
         if self._profile is None:
             capabilities = {name: uapi.check_extension(self.fd, name) for name in self.host.capabilities}
-            self._profile = self.host.complete(self, HostProfile(
+            told = self.host.complete(self, HostProfile(
                 arch=self.arch, kernel=f"Linux {platform.release()}", cpu=cpu_model(), backend=self.name,
                 capabilities=capabilities))
+            self._profile = told.measured_by(profiles.recorded(told))
         return self._profile
 
     def behaviour(self) -> Behaviour:
@@ -75,6 +77,10 @@ class KvmBackend(Backend):
         if self._behaviour is None:
             self._behaviour = self.host.behaviour(self)
         return self._behaviour
+
+    def know(self, profile: HostProfile) -> None:
+        """See `Backend.know`."""
+        self._profile = self.profile().measured_by(profile)
 
     def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> KvmVm:
         """Make a VM; see `Backend.create`. Raises: BackendError, UsageError."""
@@ -255,6 +261,17 @@ class KvmVm(Vm):
                 raise
         finally:
             page[uapi.RUN_IMMEDIATE_EXIT] = 0
+
+    def has_attribute(self, id: int) -> bool:
+        """KVM_HAS_DEVICE_ATTR on the device's, the first vCPU's or the VM's fd."""
+        fd = self.arch.attribute_fd(id)
+        if fd is None:
+            return False
+        try:
+            uapi.call(fd, uapi.HAS_DEVICE_ATTR, bytearray(ATTRIBUTE.pack(0, id >> 32 & 0xFF, id & 0xFFFF_FFFF, 0)))
+        except BackendError:
+            return False
+        return True
 
     def pause(self) -> None:
         """See `Vm.pause`."""

@@ -6,6 +6,8 @@ refuses.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import fcntl
 import struct
@@ -30,6 +32,7 @@ from migstream.errors import BackendError
 from migstream.model import Arch, Layout, Phase, Scope
 from migstream.registers import ids
 from migstream.registers import x86_64 as rows
+from migstream.registers.bit_tables import decode
 
 if TYPE_CHECKING:
     from migstream.backends.kvm.backend import KvmBackend, KvmVm
@@ -257,7 +260,8 @@ class X86Host(ArchHost):
         features = _msr_list(backend.fd, uapi.GET_MSR_FEATURE_INDEX_LIST) if capabilities["GET_MSR_FEATURES"] else ()
         return replace(profile, msrs=_msr_list(backend.fd, uapi.GET_MSR_INDEX_LIST),
                        feature_msrs={index: _feature_msr(backend.fd, index) for index in features},
-                       sizes=_sizes(capabilities), cpuid=_supported_cpuid(backend.fd))
+                       sizes=_sizes(capabilities), cpuid=(cpuid := _supported_cpuid(backend.fd)),
+                       xsave_components=tuple(decode("XCR0", _xsave_mask(backend.fd, capabilities, cpuid))))
 
     def vm(self, vm: KvmVm) -> X86Vm:
         """The x86-64 part of a VM."""
@@ -282,7 +286,8 @@ class X86Vm(ArchVm):
         sizes = {**profile.sizes, rows.CPUID2.id: self._cpuid_size()}
         msr_list = profile.msrs + tuple(i for i in profile.feature_msrs if i not in profile.msrs)
         capabilities = {**profile.capabilities, **self._devices_offered()}
-        return rows.layouts(capabilities, sizes, msr_list, self._kvm_registers(), self.vm.enabled_caps)
+        return rows.layouts(capabilities, sizes, msr_list, self._kvm_registers(), self.vm.enabled_caps,
+                            profile.known_scopes)
 
     def operations(self, layout: Layout) -> list[Operation]:
         """See `operations`."""
@@ -341,6 +346,25 @@ def _supported_cpuid(fd: int) -> bytes:
     uapi.call(fd, uapi.GET_SUPPORTED_CPUID, buffer)
     (count,) = struct.unpack_from("<I", buffer)
     return bytes(buffer[:8 + CPUID_ENTRY * count])
+
+
+_XSAVE_LEAF, _XCOMP_GUEST_SUPP = 0xD, 0
+"""CPUID leaf; attribute of group 0 of the system fd."""
+
+
+def _xsave_mask(fd: int, capabilities: Mapping[str, int], cpuid: bytes) -> int:
+    """Components that guests may have: bits of XCR0 and IA32_XSS."""
+    mask = ctypes.c_uint64()
+    if capabilities["SYS_ATTRIBUTES"]:
+        argument = bytearray(ATTRIBUTE.pack(0, 0, _XCOMP_GUEST_SUPP, ctypes.addressof(mask)))
+        with contextlib.suppress(BackendError):
+            uapi.call(fd, uapi.GET_SYSTEM_ATTR, argument)
+    found = mask.value
+    for offset in range(8, len(cpuid), CPUID_ENTRY):
+        leaf, index, _, eax, _, ecx, edx = struct.unpack_from("<7I", cpuid, offset)
+        if leaf == _XSAVE_LEAF and index < 2:
+            found |= edx << 32 | (ecx if index else eax)
+    return found
 
 
 def _sizes(capabilities: Mapping[str, int]) -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -34,14 +35,17 @@ def load(name: str) -> HostProfile:
     return from_json(text, name)
 
 
-def scopes_of(arch: str, kernel: str, cpu: str) -> dict[int, str]:
-    """Scopes that an experiment found on this very kernel and CPU, by register id; empty where none was recorded.
+def recorded(host: HostProfile) -> HostProfile | None:
+    """The profile that was recorded of this very kernel and CPU, None where there is none.
 
-    Scope is the kernel's doing: another version's profile is no answer.
+    Another version's is no answer: scope is the kernel's doing. Files are compared as text before one is read.
     """
+    from importlib import resources
+
+    wanted = [f"{key}: {json.dumps(value)}" for key, value in (('"kernel"', host.kernel), ('"cpu"', host.cpu))]
     for name in names():
-        if name.startswith(f"{arch}-"):
-            known = load(name)
-            if (known.kernel, known.cpu) == (kernel, cpu):
-                return {**known.scopes, **known.feature_scopes}
-    return {}
+        if name.startswith(f"{host.arch.label}-"):
+            text = resources.files(__name__).joinpath(name + _SUFFIX).read_text(encoding="utf-8")
+            if all(line in text for line in wanted):
+                return load(name)
+    return None

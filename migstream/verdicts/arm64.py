@@ -1,0 +1,181 @@
+"""Rules for arm64, the exceptions before what they are exceptions from. Measured on the lab's kernels 5.10 to 7.2."""
+
+from __future__ import annotations
+
+from migstream.registers import vcpu_features
+from migstream.registers.bits import describe
+from migstream.verdicts import facts
+from migstream.verdicts.facts import (
+    NEVER_WRITTEN,
+    Case,
+    above_default,
+    absent,
+    bits_clear,
+    both,
+    constant,
+    differs,
+    guest_lacks,
+    loses_bits,
+    no_feature,
+    saved_with,
+    value,
+)
+from migstream.verdicts.model import Answer, Kernel
+from migstream.verdicts.rule import Rule
+
+_FITS, _AS, _HARMLESS, _NOTICED, _REFUSED = Answer
+_SYSREGS = "arch/arm64/kvm/sys_regs.c"
+_HYPERCALLS = "arch/arm64/kvm/hypercalls.c; Documentation/virt/kvm/arm/fw-pseudo-registers.rst"
+_LAB = "measured in the lab"
+_TIMER_ON, _OS_LOCK_CLEAR, _PMUV3P5 = 1, 8, 6
+
+
+def _never_written(case: Case) -> bool:
+    """The saving kernel never had it written, and the host's own reset value is another."""
+    return case.known.only(NEVER_WRITTEN) and case.default not in (None, NEVER_WRITTEN)
+
+
+def _counters_of_32_bits(dfr0: Case) -> bool:
+    return max(dfr0.known.numbers) >> 8 & 0xF < _PMUV3P5
+
+
+def _host_default(case: Case) -> int:
+    assert case.default is not None
+    return case.default
+
+
+def _behaves_as(case: Case) -> int | None:
+    """What the host behaves as where it has no such register; None where its profile does not say."""
+    known = getattr(case.host, "behaves_as", {}).get(case.slot.id)
+    return int.from_bytes(known, "little") if known is not None else BEHAVES_AS.get(case.row.name)
+
+
+BEHAVES_AS: dict[str, int] = {"VENDOR_HYP_BMAP_2": 0}
+"""What every kernel without the register behaves as, where that is one and the same (hypercalls.c before 6.15)."""
+
+
+def _like_the_host(case: Case) -> bool:
+    """The value is what the host behaves as without the register."""
+    meant = _behaves_as(case)
+    return meant is not None and case.known.only(meant)
+
+
+def _lost_calls(case: Case) -> str:
+    meant = _behaves_as(case)
+    lost = case.known.numbers[-1] & ~(meant or 0)
+    names = ", ".join(describe(case.fields, lost)) or "nothing"
+    if meant is None:
+        return f"this kernel has no such register, and nobody has asked what it behaves as; the guest has {names}"
+    return f"hypercalls go away ({names})" if lost else f"new hypercalls appear; this kernel can't hide {meant:#x}"
+
+
+def _listed_for(case: Case) -> str:
+    needed = [name for mask, changed in case.host.feature_registers.items() if case.slot.id in changed
+              for name in vcpu_features.names(mask & ~vcpu_features.DEFAULT)]
+    where = f" for a vCPU like this; it depends on {' and '.join(needed)}" if needed else ""
+    return f"this kernel does not list the register{where}"
+
+
+def _dropped(case: Case) -> str:
+    bits, default = case.pair.bits(case.slot.id), case.default
+    assert bits is not None and default is not None
+    lost = case.known.differing(default) & bits[0] & ~bits[1]
+    return f"{', '.join(describe(case.fields, lost))} read as on this host: {default & lost:#x}"
+
+
+def _bad_mode(case: Case) -> bool:
+    modes = {number & 0x1F for number in case.known.numbers}
+    allowed = {0, 4, 5} | ({8, 9} if case.pair.features & 1 << 7 else set())
+    aarch32 = bool(case.pair.features & 1 << 1)
+    return any(mode not in allowed for mode in modes if not (aarch32 and mode & 0x10))
+
+
+def _bitmap_above(case: Case) -> bool:
+    return case.default is not None and bool(case.known.differing(case.default) & ~(case.pair.bits(case.slot.id)
+                                                                                    or (0, 0))[0])
+
+
+def _revision_above(case: Case) -> bool:
+    return case.default is not None and case.known.numbers[-1] >> 12 & 0xF > case.default >> 12 & 0xF
+
+
+def _unequal_identity(case: Case) -> bool:
+    return facts.differs(case) and constant(case)
+
+
+RULES: tuple[Rule, ...] = (
+    # not there, and the guest can't tell
+    Rule("PM*", both(absent, no_feature(vcpu_features.PMU_V3)), _HARMLESS,
+         "its vCPUs have no PMU; the saving kernel lists PMU registers all the same",
+         f"{_SYSREGS} pmu_visibility (since 5.11); 5.10 lists 74 which read 0x1de7ec7edbadc0de, {_LAB}"),
+    Rule("TCR2_EL1 TCR2_EL2", both(absent, guest_lacks("ID_AA64MMFR3_EL1", "TCRX")), _HARMLESS,
+         "the guest's ID_AA64MMFR3_EL1 has no TCRX", f"{_SYSREGS} tcr2_visibility (6.13, 0fcb4eea5345)"),
+    Rule("PIR_EL? PIRE0_EL?", both(absent, guest_lacks("ID_AA64MMFR3_EL1", "S1PIE")), _HARMLESS,
+         "the guest's ID_AA64MMFR3_EL1 has no S1PIE", f"{_SYSREGS} s1pie_visibility (6.13, a68cddbe47ef)"),
+    Rule("POR_EL?", both(absent, guest_lacks("ID_AA64MMFR3_EL1", "S1POE")), _HARMLESS,
+         "the guest's ID_AA64MMFR3_EL1 has no S1POE", f"{_SYSREGS} s1poe_visibility"),
+    Rule("SCTLR2_EL?", both(absent, guest_lacks("ID_AA64MMFR3_EL1", "SCTLRX")), _HARMLESS,
+         "the guest's ID_AA64MMFR3_EL1 has no SCTLRX", f"{_SYSREGS} sctlr2_visibility"),
+    Rule("ID_AA64ZFR0_EL1", both(absent, guest_lacks("ID_AA64PFR0_EL1", "SVE"), value(0)), _HARMLESS,
+         "the guest's ID_AA64PFR0_EL1 has no SVE, and the register reads 0 without it",
+         f"{_SYSREGS} (73433762fcae hid it without SVE: a register list that differs)"),
+    Rule("ID_* S3_0_0_* MVFR?_EL1", both(absent, value(0)), _HARMLESS,
+         "an ID register that is not listed reads 0, as the guest saw it", f"{_SYSREGS} ID_UNALLOCATED, ID_HIDDEN"),
+    Rule("OSLSR_EL1", both(absent, value(_OS_LOCK_CLEAR)), _HARMLESS,
+         "the OS lock is clear, and kernels without the register show it clear",
+         f"{_SYSREGS} trap_oslsr_el1; writable since 5.18 (d42e26716d03)"),
+    Rule("OSLSR_EL1", absent, _NOTICED, "the OS lock is set, and this kernel shows it clear", _SYSREGS),
+    Rule("PTIMER_CTL", both(absent, bits_clear(_TIMER_ON)), _HARMLESS, "the physical timer is off",
+         "arch/arm64/kvm/arch_timer.c; listed since 6.4"),
+    Rule("PTIMER_CVAL", both(absent, saved_with("PTIMER_CTL", bits_clear(_TIMER_ON))), _HARMLESS,
+         "the physical timer is off", "arch/arm64/kvm/arch_timer.c; listed since 6.4"),
+    Rule("PTIMER_CTL PTIMER_CVAL", absent, _NOTICED, "the physical timer runs, and this kernel can't set it: it never "
+         "fires", "arch/arm64/kvm/arch_timer.c; listed since 6.4"),
+    Rule("PTIMER_CNT", absent, _NOTICED, "CNTPCT_EL0 jumps: this kernel shows the host's physical counter",
+         "arch/arm64/kvm/arch_timer.c; a physical offset since 6.4"),
+    Rule("CCSIDR*", absent, _HARMLESS, "cache geometry is the host's; set/way maintenance by a guest is trapped",
+         f"{_SYSREGS} demux_c15_set; design: not the guest's business unless policy says so"),
+    # firmware
+    Rule("*_BMAP *_BMAP_2 KVM_REG_ARM_FW_FEAT_BMAP_REG*", both(absent, _like_the_host), _HARMLESS,
+         "a kernel without the register behaves as {value}", _HYPERCALLS),
+    Rule("*_BMAP *_BMAP_2 KVM_REG_ARM_FW_FEAT_BMAP_REG*", absent, _NOTICED, _lost_calls, _HYPERCALLS),
+    Rule("*_BMAP *_BMAP_2 KVM_REG_ARM_FW_FEAT_BMAP_REG*", _bitmap_above, _NOTICED,
+         "hypercalls that this kernel has not: {bits}", _HYPERCALLS),
+    Rule("PSCI_VERSION", above_default, _REFUSED, "PSCI {value}, this kernel has at most {host}", _HYPERCALLS),
+    Rule("SMCCC_ARCH_WORKAROUND_?", absent, _NOTICED, "this kernel does not say whether the guest needs the "
+         "workaround; the guest was told {value}", _HYPERCALLS),
+    Rule("SMCCC_ARCH_WORKAROUND_?", above_default, _NOTICED,
+         "the guest was told level {value}, this host has {host}; a write only checks", _HYPERCALLS),
+    Rule("SMCCC_ARCH_WORKAROUND_?", differs, _FITS,
+         "level {value} is checked against the host's {host} and not stored", _HYPERCALLS, Kernel.DROPS),
+    # identity and geometry
+    Rule("CLIDR_EL1 CCSIDR*", _unequal_identity, _HARMLESS,
+         "cache geometry {value} is not this host's {host}, which it lets nobody change; a guest's set/way maintenance "
+         "is trapped", f"{_SYSREGS} set_invariant_sys_reg, demux_c15_set: a constant up to 6.2"),
+    Rule("MIDR_EL1 REVIDR_EL1 AIDR_EL1", _unequal_identity, _NOTICED,
+         "{value}, this host's CPU is {host}: errata that a guest works around go by it",
+         f"{_SYSREGS} set_imp_id_reg; writable with KVM_CAP_ARM_WRITABLE_IMP_ID_REGS (6.15) only"),
+    Rule("SVE_VLS", _unequal_identity, _NOTICED,
+         "vector lengths {value}, this host has {host}", "Documentation/virt/kvm/api.rst, KVM_REG_ARM64_SVE_VLS",
+         Kernel.UNKNOWN),
+    # interrupt controller
+    Rule("GICD_IIDR", _revision_above, _NOTICED, "{value}, this kernel's interrupt controller is an older revision "
+         "({host})", "Documentation/virt/kvm/devices/arm-vgic-v3.rst"),
+    Rule("GICR_CTLR", saved_with("GICD_IIDR", _revision_above), _NOTICED,
+         "CES and IR read 0 before revision 3", "arch/arm64/kvm/vgic/vgic-mmio-v3.c", Kernel.DROPS),
+    # state
+    Rule("PMEVCNTR*", both(_never_written, saved_with("ID_AA64DFR0_EL1", _counters_of_32_bits)), _AS,
+         "{host}: never written by the guest, and its counters have 32 bits",
+         "arch/arm64/kvm/pmu-emul.c kvm_pmc_is_64bit: PMUVer below V3P5", Kernel.DROPS, write=_host_default),
+    Rule("PM*", both(_never_written, loses_bits), _AS,
+         "{host}: never written by the guest, so UNKNOWN after reset; this kernel's own reset value",
+         f"{_SYSREGS} reset_unknown, reset_pmu_reg (5.14)", Kernel.DROPS, write=_host_default),
+    Rule("PSTATE", _bad_mode, _REFUSED, "a mode that a vCPU with these features can't be in",
+         "arch/arm64/kvm/guest.c set_core_reg"),
+    Rule("PM*", loses_bits, _NOTICED, _dropped, "profile: bits that read back, by trial", Kernel.DROPS),
+    # and what is left
+    Rule("*", absent, _REFUSED, _listed_for, "profile: KVM_GET_REG_LIST"),
+)
+
+ID_REGISTERS = "ID_* S3_0_0_* MVFR?_EL1 CTR_EL0"
+"""Judged field by field, after the rows above."""

@@ -1,0 +1,161 @@
+"""Rules for x86-64, the exceptions before what they are exceptions from. Measured on the lab's kernels 6.1 to 7.2."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from functools import lru_cache
+
+from migstream.registers import ids
+from migstream.verdicts.facts import Case, absent, both, loses_bits, refuses_bits, value
+from migstream.verdicts.model import Answer, Kernel
+from migstream.verdicts.rule import Rule
+
+_FITS, _AS, _HARMLESS, _NOTICED, _REFUSED = Answer
+_X86 = "arch/x86/kvm/x86.c kvm_set_msr_common"
+_MSR_BITS = "profile: bits that KVM_SET_MSRS takes, by trial"
+_FLAGS = ("MSR_IA32_SPEC_CTRL MSR_IA32_FEAT_CTL MSR_IA32_MISC_ENABLE MSR_MISC_FEATURES_ENABLES MSR_IA32_XSS "
+          "MSR_IA32_TSX_CTRL MSR_IA32_ARCH_CAPABILITIES MSR_IA32_PERF_CAPABILITIES MSR_PLATFORM_INFO MSR_K7_HWCR "
+          "MSR_KVM_POLL_CONTROL MSR_KVM_MIGRATION_CONTROL MSR_AMD64_DE_CFG MSR_VM_CR MSR_IA32_VMX_MISC "
+          "MSR_IA32_VMX_EPT_VPID_CAP MSR_IA32_VMX_BASIC MSR_IA32_VMX_VMFUNC HV_X64_MSR_TSC_INVARIANT_CONTROL "
+          "HV_X64_MSR_TSC_EMULATION_CONTROL")
+"""MSRs that are sets of flags: of these, trials of single bits tell of any value. Of addresses (canonical or not),
+memory types and counters they don't; their values are the guest's state, and KVM takes what it has put out."""
+
+_TSC_ADJUSTABLE = 250
+"""Parts in a million: tsc_tolerance_ppm of kvm.ko."""
+
+_VMX_CONTROLS = ("MSR_IA32_VMX_PINBASED_CTLS MSR_IA32_VMX_PROCBASED_CTLS MSR_IA32_VMX_EXIT_CTLS "
+                 "MSR_IA32_VMX_ENTRY_CTLS MSR_IA32_VMX_PROCBASED_CTLS2 MSR_IA32_VMX_TRUE_*")
+
+CpuidKey = tuple[int, int]
+
+FEATURE_WORDS: dict[CpuidKey, tuple[int, ...]] = {
+    (1, 0): (2, 3), (6, 0): (0,), (7, 0): (1, 2, 3), (7, 1): (0, 1, 3), (7, 2): (3,), (0xD, 0): (0, 3),
+    (0xD, 1): (0, 2, 3), (0x14, 0): (1, 2), (0x1E, 1): (0,), (0x24, 0): (1,), (0x4000_0001, 0): (0,),
+    (0x8000_0001, 0): (2, 3), (0x8000_0007, 0): (3,), (0x8000_0008, 0): (1,), (0x8000_000A, 0): (3,),
+    (0x8000_001F, 0): (0,), (0x8000_0021, 0): (0,),
+}
+"""Words of CPUID that are sets of features, one bit each: leaf and subleaf, EAX to EDX as 0 to 3 (Intel SDM 2A, AMD
+APM 3; KVM's own at 0x40000001). A bit that the guest saw and this KVM does not support was a promise."""
+
+RUNTIME_BITS: dict[tuple[int, int, int], int] = {
+    (1, 0, 2): 1 << 27 | 1 << 31 | 1 << 24 | 1 << 21 | 1 << 3,  # OSXSAVE, hypervisor, TSC_DEADLINE, x2APIC; MONITOR
+    (1, 0, 3): 1 << 9 | 1 << 28,                                # APIC follows APICBASE; HTT is topology
+    (7, 0, 2): 1 << 4,                                          # OSPKE follows CR4.PKE
+}
+"""Bits that a guest's own registers, its VMM or the topology decide, whatever KVM_GET_SUPPORTED_CPUID says."""
+
+
+@lru_cache(maxsize=64)
+def entries(cpuid: bytes) -> dict[CpuidKey, tuple[int, int, int, int]]:
+    """struct kvm_cpuid2 as a table: EAX, EBX, ECX, EDX by leaf and subleaf."""
+    count = struct.unpack_from("<I", cpuid)[0] if len(cpuid) >= 8 else 0
+    rows = (struct.unpack_from("<7I", cpuid, 8 + 40 * k) for k in range(min(count, (len(cpuid) - 8) // 40)))
+    return {(function, index): tuple(words) for function, index, _, *words in rows}  # type: ignore[misc]
+
+
+def _promised(case: Case) -> Iterator[str]:
+    """Features that the guest's CPUID has and this KVM does not support."""
+    here = entries(case.host.cpuid)
+    missing: dict[tuple[int, int, int], int] = {}
+    for cpuid in case.known.distinct:
+        guest = entries(cpuid)
+        for key, words in FEATURE_WORDS.items():
+            for word in words if key in guest else ():
+                bits = guest[key][word] & ~here.get(key, (0, 0, 0, 0))[word] & ~RUNTIME_BITS.get((*key, word), 0)
+                missing[(*key, word)] = missing.get((*key, word), 0) | bits
+    for (leaf, index, word), bits in missing.items():
+        for bit in (bit for bit in range(32) if bits >> bit & 1):
+            yield f"CPUID {leaf:#x}.{index}:{('EAX', 'EBX', 'ECX', 'EDX')[word]} bit {bit}"
+
+
+def _missing_features(case: Case) -> bool:
+    return bool(case.host.cpuid) and next(_promised(case), None) is not None
+
+
+def _cpuid_text(case: Case) -> str:
+    found = list(_promised(case))
+    return f"{', '.join(found[:6])}{f' and {len(found) - 6} more' if len(found) > 6 else ''}: not supported here"
+
+
+def _wider(case: Case) -> bool:
+    size = case.host.sizes.get(case.slot.id, 0)
+    return 0 < size < case.slot.size
+
+
+def _controls_missing(case: Case) -> bool:
+    """A control that the guest may set (high half) and the host may not, or must set here and the guest need not."""
+    here = case.host.feature_msrs.get(ids.msr_index(case.slot.id) or 0)
+    if here is None:
+        return False
+    high, low = here >> 32, here & 0xFFFF_FFFF
+    return any(number >> 32 & ~high or low & ~(number & 0xFFFF_FFFF) for number in case.known.numbers)
+
+
+def _controls(case: Case) -> str:
+    here = case.host.feature_msrs[ids.msr_index(case.slot.id) or 0]
+    lost = {number >> 32 & ~(here >> 32) for number in case.known.numbers}
+    return f"VMX controls {max(lost):#x} that a nested hypervisor was offered are not here"
+
+
+def _evmcs(case: Case) -> bool:
+    """The guest's CPUID has an enlightened VMCS version (0x4000000A.EAX), and this KVM has none."""
+    versions = [entries(cpuid).get((0x4000_000A, 0), (0, 0, 0, 0))[0] & 0xFFFF for cpuid in case.known.distinct]
+    return any(versions) and not case.host.capabilities.get("HYPERV_ENLIGHTENED_VMCS")
+
+
+def _other_rate(case: Case) -> bool:
+    """Another TSC frequency than the host's, by more than KVM lets pass, without a TSC that can be scaled."""
+    host = case.default
+    if not host or case.host.capabilities.get("TSC_CONTROL"):
+        return False
+    return any(abs(number - host) * 1_000_000 > _TSC_ADJUSTABLE * host for number in case.known.numbers)
+
+
+def _bad_types(case: Case) -> bool:
+    """A PAT entry that is no memory type: 0, 1, 4, 5, 6 and 7 are."""
+    return any(byte not in (0, 1, 4, 5, 6, 7) for value in case.known.distinct for byte in value)
+
+
+
+def _efer_refused(case: Case) -> bool:
+    taken = case.host.behaviour.get("efer_taken")
+    return taken is not None and any(number & ~taken for number in case.known.numbers)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("KVM_VCPU_TSC_OFFSET", lambda case: True, _HARMLESS,
+         "it is relative to one host's TSC; MSR_IA32_TSC restores the guest's, and offsets that differ are moved",
+         "Documentation/virt/kvm/devices/vcpu.rst", Kernel.UNKNOWN),
+    Rule("KVM_CPUID2", _evmcs, _REFUSED, "its guest uses the enlightened VMCS, which this KVM hasn't",
+         "KVM_CAP_HYPERV_ENLIGHTENED_VMCS; CPUID 0x4000000A.EAX", Kernel.TAKES),
+    Rule("KVM_CPUID2", _missing_features, _NOTICED, _cpuid_text,
+         "KVM_GET_SUPPORTED_CPUID; KVM_SET_CPUID2 takes more and then an instruction of it ends in #UD", Kernel.TAKES),
+    Rule("KVM_TSC_KHZ", _other_rate, _NOTICED, "{value} kHz, this host's TSC runs at {host} and can't be scaled",
+         "arch/x86/kvm/x86.c set_tsc_khz; KVM_CAP_TSC_CONTROL", Kernel.UNKNOWN),
+    Rule("KVM_XSAVE", _wider, _REFUSED, lambda case: f"{case.slot.size} bytes of XSAVE components, this host has "
+         f"{case.host.sizes[case.slot.id]}", "KVM_CAP_XSAVE2", Kernel.UNKNOWN),
+    Rule(_VMX_CONTROLS, _controls_missing, _NOTICED, _controls,
+         "Intel SDM 3D, A.3: the high half may be 1, the low half must be; filtered sets differ under eVMCS"),
+    # not listed: KVM gives the number no state, and most answer 0 to a read
+    Rule("MSR_K7_EVNTSEL* MSR_K7_PERFCTR*", both(absent, value(0)), _HARMLESS,
+         "its counters were never used; this kernel has no vPMU and ignores a write of 0",
+         f"{_X86}: K7 numbers are taken and dropped without a vPMU; measured in the lab", Kernel.TAKES),
+    Rule("MSR_IA32_DEBUGCTLMSR", both(absent, value(0)), _HARMLESS,
+         "no branch tracing was on; older kernels take the MSR without listing it",
+         "arch/x86/kvm/svm/svm.c svm_set_msr, listed since 6.18 or so; measured in the lab", Kernel.TAKES),
+    Rule("MSR_* HV_X64_MSR_* X2APIC_*", both(absent, value(0)), _HARMLESS,
+         "this kernel has no such MSR, and the guest's is 0: what it was never given a value reads as",
+         "profile: KVM_GET_MSR_INDEX_LIST"),
+    Rule("MSR_* HV_X64_MSR_* X2APIC_*", absent, _REFUSED, "this kernel does not list the MSR, and the guest's is "
+         "{value}", "profile: KVM_GET_MSR_INDEX_LIST"),
+    Rule("KVM_*", absent, _REFUSED,
+         lambda case: f"this kernel has no KVM_CAP_{case.row.needs}", "profile: capabilities"),
+    # values
+    Rule("MSR_IA32_CR_PAT", _bad_types, _REFUSED, "{value} has a memory type that there is not", f"{_X86} kvm_pat_valid"),
+    Rule("MSR_EFER", _efer_refused, _REFUSED, "{value}: bits that this kernel does not take", "profile: efer_taken"),
+    Rule(_FLAGS, refuses_bits, _REFUSED, "{value}: bits that this kernel refuses: {bits}", _MSR_BITS),
+    Rule(_FLAGS, loses_bits, _NOTICED, "{value}: bits of it read back as here: {bits}", _MSR_BITS, Kernel.DROPS),
+)
+
