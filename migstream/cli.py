@@ -174,6 +174,8 @@ def _inspect_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--vm", action="store_true", help="show VM-scoped registers")
     sub.add_argument("--vcpu", metavar="K|all", help="show registers of a vCPU; equal values of several together")
     sub.add_argument("--reg", metavar="GLOB", help="only registers or fields whose name (or id) matches")
+    sub.add_argument("--contract", action="store_true",
+                     help="what the guest was promised: feature and identity registers by name and field")
     sub.add_argument("--section", type=int, metavar="N", help="show one section")
     sub.add_argument("--hex", action="store_true", help="with --section: its payload, decompressed, in hexadecimal")
 
@@ -189,7 +191,9 @@ def _inspect(options: argparse.Namespace) -> int:
         raise seen.error.in_file(options.file)
     document = show.survey_json(seen)
     _check_inspect(options)
-    if options.section is not None:
+    if options.contract:
+        document["contract"] = _contract(options, seen)
+    elif options.section is not None:
         document["section"] = _section(options, seen)
     elif options.vm or options.vcpu or options.reg is not None:
         document["registers"] = _registers(options, seen)
@@ -204,7 +208,23 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _contract(options: argparse.Namespace, seen: Survey) -> dict[str, Any]:
+    from migstream import show, show_contract
+
+    contract = seen.contract()
+    if contract is None:
+        raise UsageError(f"{options.file}: no machine, so no contract")
+    if not options.json:
+        show.print_pairs(show_contract.head(contract))
+        show.print_table(show_contract.table(contract), 0)
+        if zeros := show_contract.zeros(contract):
+            show.print_pairs([("", f"{show.count(zeros, 'register')} more of these classes: 0")])
+    return show_contract.document(contract)
+
+
 def _check_inspect(options: argparse.Namespace) -> None:
+    if options.contract and (options.vm or options.vcpu or options.reg is not None or options.section is not None):
+        raise UsageError("--contract shows the contract alone: not with --vm, --vcpu, --reg or --section")
     if options.hex and options.section is None:
         raise UsageError("--hex goes with --section")
     if options.reg == "":
