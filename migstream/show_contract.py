@@ -6,11 +6,12 @@ from typing import Any
 
 from migstream.contract import DERIVED, Contract, to_plain
 from migstream.describe import fields
+from migstream.host.baseline import Baseline
 from migstream.model import Arch, Slot
 from migstream.registers import vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.registers.firmware_arm64 import CALL_NAMES, words
-from migstream.show import Table
+from migstream.show import Table, count
 
 _NUMBER_BYTES = 8
 
@@ -74,7 +75,7 @@ def cpuid_words(value: bytes) -> dict[tuple[int, int, int], int]:
     import struct
 
     (count,) = struct.unpack_from("<I", value)
-    out = {}
+    out: dict[tuple[int, int, int], int] = {}
     for at in range(8, min(8 + 40 * count, len(value) - 39), 40):
         function, index, _, *words = struct.unpack_from("<7I", value, at)
         out |= {(function, index, n): word for n, word in enumerate(words)}
@@ -101,3 +102,31 @@ def _register(contract: Contract, id: int, value: bytes) -> dict[str, Any]:
             "varies": id in contract.varies,
             "fields": {f.path or "value": f.value.hex() if isinstance(f.value, bytes) else f.value for f in shown},
             "bits": {f.path or "value": list(f.bits) for f in shown if f.bits}}
+
+
+# baseline
+
+
+def baseline_pairs(found: Baseline, output: str | None) -> list[tuple[str, str]]:
+    """The result, what no value would do for, and what is not in it."""
+    pinned = len(found.contract.values)
+    result = "no contract that all of these hosts accept" if found.refusals else \
+        f"{count(pinned, 'register')} pinned, for a guest that may go to each of these hosts and back"
+    pairs = [("baseline", result + (f", in {output}" if output and not found.refusals else ""))]
+    if found.contract.arch == Arch.ARM64:
+        pairs.append(("vCPU features", ", ".join(vcpu_features.names(found.contract.vcpu_features))))
+    pairs += [("stands in the way" if k == 0 else "", line) for k, line in enumerate(found.refusals)]
+    return pairs + [("not pinned" if k == 0 else "", line) for k, line in enumerate(found.left_out)]
+
+
+def losses(found: Baseline) -> Table:
+    """What each host gives up."""
+    rows = [(loss.host, loss.name, loss.has, loss.gets) for loss in found.losses]
+    return Table(("host", "gives up", "has", "gets"), rows)
+
+
+def baseline_document(found: Baseline) -> dict[str, Any]:
+    """For machines."""
+    return {"contract": None if found.refusals else to_plain(found.contract), "refusals": list(found.refusals),
+            "losses": [{"host": loss.host, "name": loss.name, "has": loss.has, "gets": loss.gets}
+                       for loss in found.losses], "left_out": list(found.left_out)}
