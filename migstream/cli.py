@@ -18,6 +18,7 @@ from migstream.cli_host import BACKENDS, Parser
 from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
 
 if TYPE_CHECKING:
+    from migstream.contract import Contract
     from migstream.model import Arch, Machine
     from migstream.report import Report
     from migstream.survey import Survey
@@ -139,6 +140,7 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--backend", default="auto", metavar="NAME", help=BACKENDS)
     sub.add_argument("--vcpu-features", type=_vcpu_features, default=0, metavar="LIST",
                      help="arm64: vCPU features by name, such as sve,pmu_v3,ptrauth")
+    sub.add_argument("--contract", metavar="FILE", help="start the guest under a contract, as `host baseline -o` makes it")
     sub.add_argument("-o", dest="output", metavar="FILE", help="keep the stream in FILE")
     sub.add_argument("--run", dest="seconds", type=_seconds, default=0.2, metavar="SECONDS",
                      help="run on at least this long (0.2)")
@@ -152,11 +154,16 @@ def _demo(options: argparse.Namespace) -> int:
     if options.output == "-":
         raise UsageError("-o -: the demo's own result goes to standard output; name a file")
 
+    contract = _open_contract(options.contract) if options.contract else None
+    if contract and options.vcpu_features:
+        raise UsageError("--vcpu-features: the contract says them")
+    features = contract.vcpu_features if contract else options.vcpu_features
+
     def machine(arch: Arch) -> Machine:
-        return run.machine(arch, options.vcpus, options.memory, options.vcpu_features)
+        return run.machine(arch, options.vcpus, options.memory, features)
 
     with progress() as tell:
-        result = screen.demo(options.backend, machine, options.output, options.seconds, options.level, tell)
+        result = screen.demo(options.backend, machine, options.output, options.seconds, options.level, tell, contract)
     if options.json:
         from migstream.show import print_json
 
@@ -164,6 +171,19 @@ def _demo(options: argparse.Namespace) -> int:
     else:
         result.print()
     return 10 if result.lossy else 0
+
+
+def _open_contract(path: str) -> Contract:
+    from pathlib import Path
+
+    from migstream.contract import from_json
+
+    try:
+        return from_json(Path(path).read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a contract: not text") from error
 
 
 # inspect and verify

@@ -10,6 +10,7 @@ from migstream.host.baseline import Baseline
 from migstream.model import Arch, Slot
 from migstream.registers import vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
+from migstream.registers.cpuid import cpuid_words
 from migstream.registers.firmware_arm64 import CALL_NAMES, words
 from migstream.show import Table, count
 
@@ -68,18 +69,6 @@ def _cpuid(value: bytes) -> str:
     entries = cpuid_words(value)
     components = entries.get((0xD, 0, 0), 0) | entries.get((0xD, 0, 3), 0) << 32
     return f"{len(entries) // 4} entries; XSAVE: {', '.join(decode('XCR0', components)) or 'none'}"
-
-
-def cpuid_words(value: bytes) -> dict[tuple[int, int, int], int]:
-    """Words of a `struct kvm_cpuid2` by leaf, subleaf and 0 to 3 for EAX to EDX."""
-    import struct
-
-    (count,) = struct.unpack_from("<I", value)
-    out: dict[tuple[int, int, int], int] = {}
-    for at in range(8, min(8 + 40 * count, len(value) - 39), 40):
-        function, index, _, *words = struct.unpack_from("<7I", value, at)
-        out |= {(function, index, n): word for n, word in enumerate(words)}
-    return out
 
 
 def calls(contract: Contract) -> Table:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from migstream.host.profile import HostProfile
+from migstream.host.profile import HostProfile, cpuid_word
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from migstream.host.baseline import Draft
 
 _EAX, _EBX, _ECX, _EDX = range(4)
+_REGISTERS = ("EAX", "EBX", "ECX", "EDX")
 _ENTRY = struct.Struct("<7I12x")
 _Entries = dict[tuple[int, int], tuple[int, list[int]]]
 """(leaf, subleaf) -> flags and the four words."""
@@ -44,6 +45,9 @@ MASKED: dict[tuple[int, int, int], int] = {
 }
 """Bits that are each vCPU's own (APIC ids) or that KVM computes (sizes of what is enabled): not compared."""
 
+RUNTIME = {(1, 0, _ECX): 1 << 27, (1, 0, _EDX): 1 << 9, (7, 0, _ECX): 1 << 4}
+"""Bits that KVM computes from the vCPU's state: OSXSAVE, APIC, OSPKE."""
+
 SIZES = {(0x8000_0008, 0, _EAX): 0xFFFF}
 """Words of numbers of eight bits (physical and linear address bits) of which the lowest serves all; which bits."""
 
@@ -65,8 +69,23 @@ def fill(draft: Draft, hosts: Mapping[str, HostProfile]) -> None:
         gone = [_leaf(key) for key in table if key not in common]
         if gone:
             _lose(draft, name, "CPUID leaves", ", ".join(gone), "none")
+    _forced(draft, hosts, common)
     draft.values[x86_64.CPUID2.id] = packed(common)
     _msrs(draft, hosts)
+
+
+def _forced(draft: Draft, hosts: Mapping[str, HostProfile], common: _Entries) -> None:
+    """Words that some kernel does not keep as they are written."""
+    for name, host in hosts.items():
+        for key, (_, words) in common.items():
+            for n, word in enumerate(words):
+                kept, put = host.cpuid_forced.get(cpuid_word(*key, n), (0xFFFF_FFFF, 0))
+                changed = (word ^ (word & kept | put)) & ~MASKED.get((*key, n), 0) & ~RUNTIME.get((*key, n), 0)
+                label = f"CPUID {_leaf(key)} {_REGISTERS[n]}"
+                if changed and draft.is_free(label):
+                    draft.left_out.append(f"{label}: not the same everywhere, as asked")
+                elif changed:
+                    draft.refusals.append(f"{label}: {name} shows {_bits(changed)} otherwise, whatever is written")
 
 
 def _lose(draft: Draft, host: str, name: str, has: str, gets: str) -> None:
@@ -83,7 +102,7 @@ def _word(draft: Draft, key: tuple[int, int], n: int, has: Mapping[str, int]) ->
     values = list(has.values())
     if len(set(values)) == 1:
         return values[0]
-    name = f"CPUID {_leaf(key)} {('EAX', 'EBX', 'ECX', 'EDX')[n]}"
+    name = f"CPUID {_leaf(key)} {_REGISTERS[n]}"
     if draft.is_free(name):
         draft.left_out.append(f"{name}: the first host's, as asked")
         return values[0]
