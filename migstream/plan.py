@@ -1,62 +1,38 @@
 """(saved VM, host profile) -> a verdict for every register and the layouts to write. Pure: nothing is touched.
 
-The plan is made from the prologue, before the pause and before a VM exists: it knows which registers come, not yet
-all their values. Each rule is a row with its reason; the first that applies to a register decides.
+The plan is made from the prologue, before the pause and before a VM exists: it knows which registers come, and of
+the prologue's their values. The rules are in `migstream.verdicts`; what depends on a value that comes with the pause
+is judged again then (`Plan.at_the_pause`).
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from migstream.errors import DoesNotFit
 from migstream.host.profile import HostProfile
-from migstream.model import Arch, Layout, Machine, Scope, Slot
-from migstream.registers import ids, vcpu_features, x86_64
-from migstream.registers.catalogue import Register, lookup
+from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
+from migstream.registers import vcpu_features, x86_64
+from migstream.registers.catalogue import lookup
+from migstream.verdicts.facts import Pair
+from migstream.verdicts.judge import Addition, additions, judge, unexplained
+from migstream.verdicts.model import Answer, Saved, Verdict
+from migstream.verdicts.policy import Policy
 
 if TYPE_CHECKING:
+    from migstream.contract import Contract
     from migstream.model import Words
+
+__all__ = ["DEVICES", "Addition", "Answer", "Plan", "Step", "Verdict", "added_bank", "make_plan", "plan_for",
+           "scope_notes"]
 
 DEVICES: dict[Arch, frozenset[str]] = {
     Arch.X86_64: frozenset(("irqchip", "pit", "tss_address")),
     Arch.ARM64: frozenset(("gic_distributor", "gic_redistributors", "gic_irqs", "its", "vcpu_features")),
 }
 """What a machine section may ask a backend to make, in this version; `formats/SPEC.md` says what each value means."""
-
-
-class Answer(enum.StrEnum):
-    """What the plan says of one register."""
-
-    FITS = "fits"
-    WRITTEN_AS = "written as"
-    SKIPPED = "skipped"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The plan's answer for one register, with its reason.
-
-    Attributes:
-        target: the column that is written, None where nothing is.
-        reason: "" for a plain fit.
-    """
-
-    slot: Slot
-    answer: Answer
-    target: Slot | None
-    reason: str = ""
-
-    @property
-    def name(self) -> str:
-        """The register's name."""
-        return lookup(self.slot.id).name
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.answer}{': ' + self.reason if self.reason else ''}"
 
 
 @dataclass(frozen=True)
@@ -74,28 +50,39 @@ class Step:
 
     def fit(self, values: Words) -> Words:
         """Return the matrix for `target`: `values` itself where the layouts are equal."""
-        if self.target == self.source:
+        if self.target == self.source and all(v.value is None for v in self.verdicts):
             return values
         return _convert(self, values)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The ordered steps of a restore, one a layout of the stream, and what stands in its way."""
+    """The ordered steps of a restore, one a layout of the stream, and what stands in its way.
+
+    Attributes:
+        additions: feature registers that the saving kernel did not have, written after the prologue.
+        notes: warnings, a line each.
+        pair: the guest and the host that were judged; None where they are of two architectures.
+    """
 
     steps: tuple[Step, ...]
     obstacles: tuple[str, ...] = field(default=())
+    additions: tuple[Addition, ...] = ()
+    notes: tuple[str, ...] = ()
+    pair: Pair | None = None
+    policy: Policy = Policy()
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """All registers' verdicts, in restore order."""
-        return [verdict for step in self.steps for verdict in step.verdicts]
+        """All registers' verdicts, in restore order; additions last."""
+        return [*(verdict for step in self.steps for verdict in step.verdicts),
+                *(addition.verdict for addition in self.additions)]
 
     @property
     def refusals(self) -> list[str]:
-        """Why it can't be done, one line each; empty where it can."""
-        refused = [str(v) for v in self.verdicts if v.answer == Answer.REFUSED]
-        return [*self.obstacles, *refused]
+        """Why it can't be done, one line each, what is refused first; empty where it can."""
+        bad = [v for v in self.verdicts if v.stands_in_the_way]
+        return [*self.obstacles, *(str(v) for v in sorted(bad, key=lambda v: v.answer != Answer.REFUSED))]
 
     def require(self) -> Plan:
         """Return the plan itself. Raises: DoesNotFit with all reasons."""
@@ -103,15 +90,47 @@ class Plan:
             raise DoesNotFit(self.refusals)
         return self
 
+    def at_the_pause(self, number: int, bank: Bank) -> Step:
+        """The step for a bank of layout `number`, whose values are known now: pending verdicts are given again.
 
-def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile) -> Plan:
-    """Judge a saved VM against a host. Never raises for what doesn't fit: ask `refusals` or call `require()`."""
-    obstacles = tuple(reason for rule in _MACHINE_RULES if (reason := rule(machine, host)))
-    if machine.arch != host.arch:
+        Raises: DoesNotFit.
+        """
+        step = self.steps[number]
+        if self.pair is None or not any(v.pending for v in step.verdicts):
+            return step
+        columns = {**self.pair.saved.columns, **Saved.of(self.pair.saved.machine, (), [bank]).columns}
+        pair = Pair(replace(self.pair.saved, columns=columns), self.pair.host)
+        verdicts = tuple(self.policy.apply(pair, judge(pair, v.slot)) if v.pending else v for v in step.verdicts)
+        return Plan((_step(step.source, verdicts),)).require().steps[0]
+
+
+def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile, *, banks: Sequence[Bank] = (),
+              contract: Contract | None = None, policy: Policy = Policy()) -> Plan:
+    """Judge a saved VM against a host. Never raises for what doesn't fit: ask `refusals` or call `require()`.
+
+    Args:
+        machine, layouts: of the stream. host: what the target offers.
+        banks: values that are known: a stream's prologue, or all of it.
+        contract: what the guest was promised by a kernel that lacked registers.
+        policy: the operator's.
+
+    Raises: PolicyError where the policy lets a guest notice something without saying so.
+    """
+    return plan_for(Saved.of(machine, layouts, banks, contract), host, policy)
+
+
+def plan_for(saved: Saved, host: HostProfile, policy: Policy = Policy()) -> Plan:
+    """The same for a guest whose values are collected already. Raises: PolicyError."""
+    obstacles = tuple(reason for rule in _MACHINE_RULES if (reason := rule(saved.machine, host)))
+    if saved.machine.arch != host.arch:
         return Plan((), obstacles)
-    if machine.arch == Arch.ARM64 and not obstacles:
-        host = host.with_features(machine.devices.get("vcpu_features", vcpu_features.DEFAULT))
-    return Plan(tuple(_step(layout, host) for layout in layouts), obstacles)
+    if obstacles:
+        saved = replace(saved, machine=replace(saved.machine, devices={}))
+    pair = Pair(saved, host)
+    steps = tuple(_step(layout, tuple(policy.apply(pair, judge(pair, slot)) for slot in layout.slots))
+                  for layout in saved.layouts)
+    added = tuple(replace(one, verdict=policy.apply(pair, one.verdict)) for one in additions(pair))
+    return Plan(steps, obstacles, added, tuple(unexplained(pair)), pair, policy)
 
 
 def scope_notes(layouts: Sequence[Layout], host: HostProfile) -> list[str]:
@@ -132,88 +151,23 @@ _SCOPE_NOTES = {
 }
 
 
-def _step(layout: Layout, host: HostProfile) -> Step:
-    verdicts = tuple(_judge(slot, host) for slot in layout.slots)
+def _step(layout: Layout, verdicts: tuple[Verdict, ...]) -> Step:
     targets = tuple(v.target for v in verdicts if v.target is not None)
     return Step(layout, Layout(layout.scope, layout.phase, targets) if targets else None, verdicts)
 
 
-def _judge(slot: Slot, host: HostProfile) -> Verdict:
-    row = lookup(slot.id)
-    for rule in _RULES:
-        verdict = rule(slot, row, host)
-        if verdict is not None:
-            return verdict
-    return Verdict(slot, Answer.FITS, slot)
+def added_bank(added: Sequence[Addition], scope: Scope, vcpus: int) -> tuple[Step, Bank] | None:
+    """What `Plan.additions` of one scope are written with; None where there is nothing to write."""
+    import numpy as np
 
-
-def _refuse(slot: Slot, reason: str) -> Verdict:
-    return Verdict(slot, Answer.REFUSED, None, reason)
-
-
-def _unknown(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    if row.known or ids.msr_index(slot.id) is not None or slot.id in host.listed:
+    wanted = [one.verdict for one in added if one.scope == scope and one.verdict.target]
+    if not wanted:
         return None
-    return _refuse(slot, "no row in the catalogue; a newer migstream may know how to write it")
-
-
-def _written_by_clock_step(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    """TSC offsets need both hosts' clocks; `transport` writes them where the vCPUs' offsets differ."""
-    if slot.id != x86_64.TSC_OFFSET.id:
-        return None
-    return Verdict(slot, Answer.SKIPPED, None, "relative to one host's TSC; MSR_IA32_TSC restores the guest's")
-
-
-def _as_sregs(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    if slot.id != x86_64.SREGS2.id or host.capabilities.get("SREGS2"):
-        return None
-    return Verdict(slot, Answer.WRITTEN_AS, Slot(x86_64.SREGS.id, 312), "KVM_SREGS: this kernel has no KVM_CAP_SREGS2")
-
-
-def _xsave_size(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    size = host.sizes.get(slot.id, 0)
-    if slot.id != x86_64.XSAVE.id or size == slot.size or not host.capabilities.get("XSAVE"):
-        return None
-    if size < slot.size:
-        return _refuse(slot, f"{slot.size} bytes of XSAVE components, this host has {size}")
-    return Verdict(slot, Answer.WRITTEN_AS, Slot(slot.id, size),
-                   f"{size} bytes: the host's further components start out unused")
-
-
-def _capability(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    if not row.needs or host.capabilities.get(row.needs):
-        return None
-    return _refuse(slot, f"this kernel has no KVM_CAP_{row.needs}")
-
-
-def _listed_msr(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    index = ids.msr_index(slot.id)
-    if index is None or index in host.msrs or index in host.feature_msrs:
-        return None
-    return _refuse(slot, "this kernel does not list the MSR")
-
-
-def _unlisted(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    if not host.registers or slot.id >> 56 == ids.OURS or slot.id in host.listed:
-        return None
-    needed = [name for mask, changed in host.feature_registers.items() if slot.id in changed
-              for name in vcpu_features.names(mask & ~vcpu_features.DEFAULT)]
-    where = f" for a vCPU like this; it depends on {' and '.join(needed)}" if needed else ""
-    return _refuse(slot, f"this kernel does not list the register{where}")
-
-
-def _other_size(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    size = ids.size_in_id(slot.id)
-    if size is None or size == slot.size:
-        return None
-    return _refuse(slot, f"{slot.size} bytes for a register of {size}: KVM would read or write past its value")
-
-
-_Rule = Callable[[Slot, Register, HostProfile], Verdict | None]
-
-_RULES: tuple[_Rule, ...] = (_written_by_clock_step, _other_size, _unlisted, _unknown, _as_sregs, _xsave_size,
-                             _capability, _listed_msr)
-"""In order: exceptions that say how before the general rules that say no."""
+    layout = Layout(scope, Phase.FEATURE, tuple(v.slot for v in wanted))
+    row = np.frombuffer(b"".join((v.value or b"").ljust(v.slot.words * 8, b"\0") for v in wanted), np.uint64)
+    values = np.tile(row, (vcpus if scope == Scope.VCPU else 1, 1))
+    plain = tuple(replace(v, value=None) for v in wanted)
+    return Step(layout, layout, plain), Bank(layout, 0, values)
 
 
 def _other_arch(machine: Machine, host: HostProfile) -> str:
@@ -269,6 +223,9 @@ def _convert(step: Step, values: Words) -> Words:
         source, target = step.source.offsets[column], step.target.offsets[place]
         assert verdict.target is not None
         words = verdict.slot.words
+        if verdict.value is not None:
+            out[:, target:target + words] = np.frombuffer(verdict.value.ljust(words * 8, b"\0"), np.uint64)
+            continue
         if verdict.target.id != verdict.slot.id:
             words = _SHARED_WORDS[verdict.slot.id, verdict.target.id]
         out[:, target:target + words] = values[:, source:source + words]

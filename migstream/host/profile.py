@@ -134,6 +134,13 @@ class HostProfile:
                 raise UsageError(f"the host profile is of {name} {there}, this host is {here}; capture it here")
         return replace(self, scopes=other.scopes, scope_found=other.scope_found, feature_scopes=other.feature_scopes)
 
+    def completed_by(self, other: HostProfile | None) -> HostProfile:
+        """The same with what `other`, captured from this very kernel and CPU, has and this one was never asked."""
+        if other is None:
+            return self
+        missing = (item.name for item in fields(self) if not getattr(self, item.name) and item.name != "arch")
+        return replace(self, **{name: getattr(other, name) for name in missing})
+
     @property
     def says_scope(self) -> bool:
         """Whether the kernel says which registers are the VM's."""

@@ -196,6 +196,11 @@ def lookup(id: int) -> Register | None:
     return found[0] if found else LINES.get(id)
 
 
+def names() -> tuple[str, ...]:
+    """Names of all registers of the interrupt controller."""
+    return tuple(register.name for register, _ in _all().values())
+
+
 def access(id: int) -> GicRow | None:
     """How a register of the interrupt controller is reached; None for any other id."""
     found = _all().get(id)

@@ -51,9 +51,8 @@ class Pair:
         """The value that a fresh vCPU with the guest's features has on the host; None where nobody has recorded it."""
         needed = FEATURE_OF.get(lookup(id).name, 0)
         wide = needed & self.features or id not in self.host.defaults
-        attributes: dict[int, bytes] = getattr(self.host, "attributes", {})
         value = (self.host.feature_defaults.get(id) if wide else None) or self.host.defaults.get(id) \
-            or attributes.get(id)
+            or self.host.attributes.get(id)
         return None if value is None else int.from_bytes(value, "little")
 
     def bits(self, id: int) -> tuple[int, int] | None:

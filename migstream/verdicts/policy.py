@@ -1,0 +1,182 @@
+"""The operator's say: which verdicts are overruled, register by register, each with a reason. Never from a stream.
+
+    migstream_policy = 1
+
+    [[tolerate]]                         # go on although the guest would notice, or the target refuses
+    register = "ID_AA64DFR0_EL1"         # a name, a glob, or a list of them
+    reason = "no guest of ours reads PMUVer without a PMU"
+    guest_notices = true                 # has to be said where it is so
+
+    [[clamp]]                            # write the nearest value that the target takes
+    [[ignore]]                           # write nothing: the target's own value stays
+    [[require]]                          # as saved, and nothing else: whatever the rules would let pass
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from migstream.errors import MigstreamError, UsageError, printable
+from migstream.model import Klass
+from migstream.registers import arm64, gic, x86_64
+from migstream.registers.catalogue import lookup
+from migstream.registers.msrs import MSRS
+from migstream.verdicts import id_fields
+from migstream.verdicts.facts import Case, NotYet, Pair
+from migstream.verdicts.model import Answer, Kernel, Verdict
+
+POLICY_VERSION = 1
+VERBS = ("tolerate", "clamp", "ignore", "require")
+_ROW_FIELDS = {"register", "reason", "guest_notices"}
+
+
+class PolicyError(MigstreamError):
+    """A policy would let a guest notice something and does not say so."""
+
+    exit_status = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Clause:
+    """One row of a policy: what, for which registers (globs), why, and whether a guest may notice."""
+
+    verb: str
+    registers: tuple[str, ...]
+    reason: str
+    guest_notices: bool = False
+
+    def names(self, register: str) -> bool:
+        """Whether the row is about a register of this name."""
+        return any(fnmatch.fnmatchcase(register, glob) for glob in self.registers)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Rows in the file's order; of one verb's the first that names a register counts, of several verbs the strictest.
+
+    Attributes:
+        name: of the file, for errors.
+    """
+
+    clauses: tuple[Clause, ...] = ()
+    name: str = "policy"
+
+    def apply(self, pair: Pair, verdict: Verdict) -> Verdict:
+        """Return the verdict as the policy wants it. Raises: PolicyError."""
+        for verb in ("require", "ignore", "clamp", "tolerate"):
+            clause = next((c for c in self.clauses if c.verb == verb and c.names(verdict.name)), None)
+            if clause is not None:
+                changed = _APPLY[verb](pair, verdict, clause)
+                if changed is not verdict:
+                    return self._checked(changed, clause)
+        return verdict
+
+    def _checked(self, verdict: Verdict, clause: Clause) -> Verdict:
+        if verdict.loses and not clause.guest_notices:
+            raise PolicyError(f"{self.name}: {clause.verb} {verdict.name}: a guest would notice: {verdict.reason}; "
+                              "say guest_notices = true in the row, or take it out")
+        return verdict
+
+
+def _require(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
+    if verdict.answer == Answer.FITS:
+        return verdict
+    return replace(verdict, answer=Answer.REFUSED, target=None, value=None,
+                   reason=f"the policy requires it as saved ({clause.reason}); it is: {verdict.answer} {verdict.reason}")
+
+
+def _ignore(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
+    """Nothing is written. The guest would notice where the target's own value is another, or nobody knows."""
+    case = Case(pair, verdict.slot)
+    try:
+        same = case.default is not None and case.known.only(case.default)
+    except NotYet:
+        same = False
+    state = case.row.klass == Klass.CLOCK
+    if verdict.answer == Answer.HARMLESS or same or state:
+        return replace(verdict, answer=Answer.HARMLESS, target=None, value=None, kernel=verdict.kernel,
+                       reason=f"the policy ignores it ({clause.reason})", pending=False)
+    return replace(verdict, answer=Answer.NOTICED, target=None, value=None, tolerated=clause.reason, pending=False,
+                   reason=verdict.reason or "the target's own value stays")
+
+
+def _clamp(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
+    """The nearest value that the target takes: of an ID register field by field, else the host's own."""
+    if not verdict.stands_in_the_way or verdict.pending:
+        return verdict
+    case = Case(pair, verdict.slot)
+    nearest = id_fields.nearest(case) if case.fields and case.listed else case.default
+    if nearest is None or not case.listed:
+        return verdict
+    value = nearest.to_bytes(verdict.slot.size, "little")
+    return replace(verdict, answer=Answer.NOTICED, target=verdict.slot, value=value, tolerated=clause.reason,
+                   reason=f"{verdict.reason}; written as {nearest:#x}")
+
+
+def _tolerate(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
+    if not verdict.stands_in_the_way:
+        return verdict
+    written = verdict.target if verdict.kernel in (Kernel.TAKES, Kernel.DROPS) else None
+    return replace(verdict, answer=Answer.NOTICED, target=written, tolerated=clause.reason)
+
+
+_APPLY = {"require": _require, "ignore": _ignore, "clamp": _clamp, "tolerate": _tolerate}
+
+
+# Reading the file.
+
+
+def parse(text: str, name: str = "policy") -> Policy:
+    """Return the policy in TOML text. Raises: UsageError naming `name`, the row and the field."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{name}: not a policy: not TOML: {printable(error)}") from error
+    version = data.pop("migstream_policy", None)
+    if version is None:
+        raise UsageError(f"{name}: not a policy: no migstream_policy = {POLICY_VERSION}")
+    if version != POLICY_VERSION:
+        raise UsageError(f"{name}: policy version {printable(version)}; this migstream reads {POLICY_VERSION}")
+    if unknown := sorted(data.keys() - {*VERBS}):
+        raise UsageError(f"{name}: unknown word {printable(repr(unknown[0]))}; there are {', '.join(VERBS)}")
+    return Policy(tuple(_clause(name, verb, row) for verb in VERBS for row in _rows(name, verb, data)), name)
+
+
+def _rows(name: str, verb: str, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    rows = data.get(verb, [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"{name}: {verb}: rows are written [[{verb}]]")
+    yield from rows
+
+
+def _clause(name: str, verb: str, row: dict[str, Any]) -> Clause:
+    where = f"{name}: [[{verb}]]"
+    if unknown := sorted(row.keys() - _ROW_FIELDS):
+        raise UsageError(f"{where}: unknown field {printable(repr(unknown[0]))}; there are register, reason, "
+                         "guest_notices")
+    registers = row.get("register")
+    globs = [registers] if isinstance(registers, str) else registers
+    if not isinstance(globs, list) or not globs or not all(isinstance(glob, str) for glob in globs):
+        raise UsageError(f"{where}: register: expected a name, a glob, or a list of them")
+    reason, notices = row.get("reason"), row.get("guest_notices", False)
+    if not isinstance(reason, str) or not reason.strip():
+        raise UsageError(f"{where} {printable(globs[0])}: no reason; every row of a policy has one")
+    if not isinstance(notices, bool):
+        raise UsageError(f"{where} {printable(globs[0])}: guest_notices: expected true or false")
+    for glob in globs:
+        if not fnmatch.filter(known_names(), glob):
+            raise UsageError(f"{where}: no register is called {printable(repr(glob))}")
+    return Clause(verb, tuple(globs), reason.strip(), notices)
+
+
+@cache
+def known_names() -> tuple[str, ...]:
+    """Names of all registers of the catalogue, of both architectures."""
+    lines = (lookup(id).name for id in gic.LINES)
+    return tuple({*(row.name for row in (*arm64.ROWS, *x86_64.ROWS)), *(row.name for row in MSRS), *lines,
+                  *gic.names()})
