@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from migstream import __version__, cli_host
+from migstream import __version__, cli_convert, cli_host
 from migstream.cli_host import BACKENDS, Parser
 from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
 
@@ -140,7 +140,7 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--backend", default="auto", metavar="NAME", help=BACKENDS)
     sub.add_argument("--vcpu-features", type=_vcpu_features, default=0, metavar="LIST",
                      help="arm64: vCPU features by name, such as sve,pmu_v3,ptrauth")
-    sub.add_argument("--contract", metavar="FILE", help="start the guest under a contract, as `host baseline -o` makes it")
+    sub.add_argument("--contract", metavar="FILE", help="start the guest under a contract (`host baseline -o FILE`)")
     sub.add_argument("-o", dest="output", metavar="FILE", help="keep the stream in FILE")
     sub.add_argument("--run", dest="seconds", type=_seconds, default=0.2, metavar="SECONDS",
                      help="run on at least this long (0.2)")
@@ -385,6 +385,10 @@ _COMMANDS: dict[str, tuple[Any, Any, str, tuple[str, str]]] = {
              ("migstream demo", "migstream demo --vcpus 240 --backend kvm -o v.mig")),
     "inspect": (_inspect, _inspect_arguments, "show what is in a stream; FILE - is standard input",
                 ("migstream inspect v.mig", "migstream inspect v.mig --vcpu all --reg 'MSR_*TSC*'")),
+    "convert": (cli_convert.run, cli_convert.arguments,
+                "a stream for another host or an older format; only what the guest can't have seen is changed",
+                ("migstream convert v.mig -o w.mig --for-host arm64-7.2",
+                 "migstream convert v.mig -o w.mig --format-minor 0")),
     "verify": (_verify, _verify_arguments, "check every byte of a stream",
                ("migstream verify v.mig", "cat v.mig | migstream verify -q -")),
     "replay": (_replay, _replay_arguments, "restore a stream into a fresh VM and report what was written",
