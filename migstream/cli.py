@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from migstream import __version__, cli_host, native
+from migstream import __version__, cli_convert, cli_host, native
 from migstream.cli_host import BACKENDS, Parser, open_profile
 from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
 
 if TYPE_CHECKING:
+    from migstream.contract import Contract
     from migstream.model import Arch, Machine
     from migstream.report import Report
     from migstream.survey import Survey
@@ -150,6 +151,7 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--backend", default="auto", metavar="NAME", help=BACKENDS)
     sub.add_argument("--vcpu-features", type=_vcpu_features, default=0, metavar="LIST",
                      help="arm64: vCPU features by name, such as sve,pmu_v3,ptrauth")
+    sub.add_argument("--contract", metavar="FILE", help="start the guest under a contract (`host baseline -o FILE`)")
     sub.add_argument("-o", dest="output", metavar="FILE", help="keep the stream in FILE")
     sub.add_argument("--run", dest="seconds", type=_seconds, default=0.2, metavar="SECONDS",
                      help="run on at least this long (0.2)")
@@ -164,12 +166,17 @@ def _demo(options: argparse.Namespace) -> int:
     if options.output == "-":
         raise UsageError("-o -: the demo's own result goes to standard output; name a file")
 
+    contract = _open_contract(options.contract) if options.contract else None
+    if contract and options.vcpu_features:
+        raise UsageError("--vcpu-features: the contract says them")
+    features = contract.vcpu_features if contract else options.vcpu_features
+
     def machine(arch: Arch) -> Machine:
-        return run.machine(arch, options.vcpus, options.memory, options.vcpu_features)
+        return run.machine(arch, options.vcpus, options.memory, features)
 
     with progress() as tell:
         result = screen.demo(options.backend, machine, options.output, options.seconds, options.level,
-                             options.threads, tell)
+                             options.threads, tell, contract)
     if options.json:
         from migstream.show import print_json
 
@@ -177,6 +184,19 @@ def _demo(options: argparse.Namespace) -> int:
     else:
         result.print()
     return 10 if result.lossy else 0
+
+
+def _open_contract(path: str) -> Contract:
+    from pathlib import Path
+
+    from migstream.contract import from_json
+
+    try:
+        return from_json(Path(path).read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not a contract: not text") from error
 
 
 # inspect and verify
@@ -187,6 +207,8 @@ def _inspect_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--vm", action="store_true", help="show VM-scoped registers")
     sub.add_argument("--vcpu", metavar="K|all", help="show registers of a vCPU; equal values of several together")
     sub.add_argument("--reg", metavar="GLOB", help="only registers or fields whose name (or id) matches")
+    sub.add_argument("--contract", action="store_true",
+                     help="what the guest was promised: feature and identity registers by name and field")
     sub.add_argument("--section", type=int, metavar="N", help="show one section")
     sub.add_argument("--hex", action="store_true", help="with --section: its payload, decompressed, in hexadecimal")
 
@@ -202,7 +224,9 @@ def _inspect(options: argparse.Namespace) -> int:
         raise seen.error.in_file(options.file)
     document = show.survey_json(seen)
     _check_inspect(options)
-    if options.section is not None:
+    if options.contract:
+        document["contract"] = _contract(options, seen)
+    elif options.section is not None:
         document["section"] = _section(options, seen)
     elif options.vm or options.vcpu or options.reg is not None:
         document["registers"] = _registers(options, seen)
@@ -217,7 +241,23 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _contract(options: argparse.Namespace, seen: Survey) -> dict[str, Any]:
+    from migstream import show, show_contract
+
+    contract = seen.contract()
+    if contract is None:
+        raise UsageError(f"{options.file}: no machine, so no contract")
+    if not options.json:
+        show.print_pairs(show_contract.head(contract))
+        show.print_table(show_contract.table(contract), 0)
+        if zeros := show_contract.zeros(contract):
+            show.print_pairs([("", f"{show.count(zeros, 'register')} more of these classes: 0")])
+    return show_contract.document(contract)
+
+
 def _check_inspect(options: argparse.Namespace) -> None:
+    if options.contract and (options.vm or options.vcpu or options.reg is not None or options.section is not None):
+        raise UsageError("--contract shows the contract alone: not with --vm, --vcpu, --reg or --section")
     if options.hex and options.section is None:
         raise UsageError("--hex goes with --section")
     if options.reg == "":
@@ -369,6 +409,10 @@ _COMMANDS: dict[str, tuple[Any, Any, str, tuple[str, str]]] = {
              ("migstream demo", "migstream demo --vcpus 240 --backend kvm -o v.mig")),
     "inspect": (_inspect, _inspect_arguments, "show what is in a stream; FILE - is standard input",
                 ("migstream inspect v.mig", "migstream inspect v.mig --vcpu all --reg 'MSR_*TSC*'")),
+    "convert": (cli_convert.run, cli_convert.arguments,
+                "a stream for another host or an older format; only what the guest can't have seen is changed",
+                ("migstream convert v.mig -o w.mig --for-host arm64-7.2",
+                 "migstream convert v.mig -o w.mig --format-minor 0")),
     "verify": (_verify, _verify_arguments, "check every byte of a stream",
                ("migstream verify v.mig", "cat v.mig | migstream verify -q -")),
     "replay": (_replay, _replay_arguments, "restore a stream into a fresh VM and report what was written",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from migstream.errors import UsageError
+from migstream.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
     from migstream.host.profile import HostProfile
@@ -39,7 +39,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     diff = verbs.add_parser("diff", help="what differs between two profiles, by register name and bit")
     diff.add_argument("left", metavar="A")
     diff.add_argument("right", metavar="B")
-    for verb in (listing, show, diff):  # the word may stand before the verb or behind it
+    baseline = verbs.add_parser("baseline", help="the strongest contract that all these hosts accept")
+    baseline.add_argument("profiles", nargs="+", metavar="P", help="captured files, or names from `host list`")
+    baseline.add_argument("-o", dest="output", metavar="FILE", help="write the contract; - is standard output")
+    baseline.add_argument("--vcpu-features", metavar="LIST", help="arm64: by name, `none` for none; all common ones")
+    baseline.add_argument("--free", action="append", default=[], metavar="GLOB",
+                          help="a REGISTER or REGISTER.FIELD that is not pinned; may be given several times")
+    for verb in (listing, show, diff, baseline):  # the word may stand before the verb or behind it
         verb.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON object")
 
 
@@ -138,4 +144,39 @@ def _diff(options: argparse.Namespace) -> int:
     return 0
 
 
-_VERBS = {"capture": _capture, "list": _list, "show": _show, "diff": _diff}
+def _baseline(options: argparse.Namespace) -> int:
+    from migstream import show, show_contract
+    from migstream.contract import to_json
+    from migstream.host.baseline import baseline
+    from migstream.transport import open_output
+
+    if len(set(options.profiles)) < 2:
+        raise UsageError("host baseline: name two hosts or more")
+    hosts = {name: open_profile(name) for name in dict.fromkeys(options.profiles)}
+    found = baseline(hosts, _features(options.vcpu_features), options.free)
+    if options.output is not None and not found.refusals:
+        with open_output(options.output) as file:
+            file.write(to_json(found.contract).encode())
+    if options.json:
+        show.print_json("host baseline", show_contract.baseline_document(found))
+    elif options.output != "-":
+        show.print_pairs(show_contract.baseline_pairs(found, options.output))
+        show.print_table(show_contract.losses(found), 0)
+    if found.refusals:
+        raise DoesNotFit(list(found.refusals), "no contract that all of these hosts accept")
+    return 0
+
+
+def _features(words: str | None) -> int | None:
+    from migstream.registers import vcpu_features
+
+    if words is None:
+        return None
+    try:
+        return vcpu_features.parse("" if words == "none" else words)
+    except KeyError as error:
+        raise UsageError(f"--vcpu-features: no vCPU feature {error}; there are "
+                         f"{', '.join(vcpu_features.WORDS)}") from error
+
+
+_VERBS = {"capture": _capture, "list": _list, "show": _show, "diff": _diff, "baseline": _baseline}

@@ -67,6 +67,7 @@ class Contract:
         vcpu_features: arm64: as KVM_ARM_VCPU_INIT took them; 0 on x86-64.
         values: by id: little-endian value of vCPU 0 (or the VM). On x86-64 CPUID, TSC frequency, MSRs, enabled
             capabilities too, under their ids.
+        free: by id of `values`: bits that are not pinned, because whoever made the contract said so.
         varies: ids of `values` that are not the same on all vCPUs (MPIDR_EL1, CPUID with its APIC ids), ascending.
         behaviour: the other half.
     """
@@ -77,6 +78,7 @@ class Contract:
     vcpu_features: int = 0
     values: Mapping[int, bytes] = field(default_factory=dict)
     varies: tuple[int, ...] = ()
+    free: Mapping[int, int] = field(default_factory=dict)
     behaviour: Behaviour = field(default_factory=Behaviour)
 
     @property
@@ -111,7 +113,7 @@ class Contract:
                 if bank.first_vcpu == 0:
                     seen[slot.id] = value
         return cls(arch, kernel, cpu, vcpu_features, dict(sorted(seen.items())), tuple(sorted(varies)),
-                   _only_absent(behaviour or Behaviour(unknown=(_NOBODY_ASKED,)), seen))
+                   behaviour=_only_absent(behaviour or Behaviour(unknown=(_NOBODY_ASKED,)), seen))
 
 
 _NOBODY_ASKED = "what the saving kernel behaved as where it had no register: the stream has no contract section"
@@ -136,7 +138,8 @@ def to_plain(contract: Contract) -> dict[str, Any]:
     return {
         "migstream_contract": CONTRACT_VERSION, "arch": contract.arch.label, "kernel": contract.kernel,
         "cpu": contract.cpu, "vcpu_features": contract.vcpu_features, "values": _hex_map(contract.values),
-        "varies": [f"{id:#x}" for id in contract.varies], "found": behaviour.found,
+        "varies": [f"{id:#x}" for id in contract.varies],
+        "free": {f"{id:#x}": f"{mask:#x}" for id, mask in sorted(contract.free.items())}, "found": behaviour.found,
         "behaves_as": _hex_map(behaviour.behaves_as), "how": {f"{id:#x}": text for id, text in behaviour.how.items()},
         "firmware": {f"{key:#x}": f"{answer:#x}" for key, answer in sorted(behaviour.firmware.items())},
         "unknown": list(behaviour.unknown),
@@ -217,6 +220,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "arch": _arch, "kernel": _text, "cpu": _text, "vcpu_features": _number,
     "values": lambda v: {int(key, 16): bytes.fromhex(value) for key, value in v.items()},
     "varies": lambda v: tuple(int(key, 16) for key in v),
+    "free": lambda v: {int(key, 16): int(mask, 16) for key, mask in v.items()},
     "found": _found,
     "behaves_as": lambda v: {int(key, 16): bytes.fromhex(value) for key, value in v.items()},
     "how": lambda v: {int(key, 16): _text(value) for key, value in v.items()},

@@ -165,7 +165,7 @@ class DoesNotFit(MigstreamError):
 
     exit_status = 11
 
-    def __init__(self, reasons: list[str]) -> None:
+    def __init__(self, reasons: list[str], what: str = "does not fit this host") -> None:
         self.reasons = reasons
         more = f" (and {len(reasons) - 1} more: see `--json`)" if len(reasons) > 1 else ""
-        super().__init__(f"does not fit this host: {reasons[0]}{more}")
+        super().__init__(f"{what}: {reasons[0]}{more}")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from migstream.errors import MigstreamError, RestoreFailed, StreamError, printable
+from migstream.errors import DoesNotFit, MigstreamError, RestoreFailed, StreamError, printable
 from migstream.model import Scope, Slot
 from migstream.registers.catalogue import lookup
 from migstream.report import Report
@@ -323,6 +323,8 @@ def error_json(error: MigstreamError) -> dict[str, Any]:
     if isinstance(error, StreamError):
         out |= {"offset": error.offset, "section": error.section, "field": error.field, "expected": error.expected,
                 "found": error.found}
+    if isinstance(error, DoesNotFit):
+        out["reasons"] = error.reasons
     if isinstance(error, RestoreFailed) and isinstance(error.report, Report):
         out["report"] = report_json(error.report)
     return out

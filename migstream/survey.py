@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from migstream.contract import Contract
 from migstream.errors import StreamError
 from migstream.frames import Section
-from migstream.model import Layout, OpaqueState, RamRun
+from migstream.model import Arch, Layout, OpaqueState, RamRun
 from migstream.reader import StreamReader
+from migstream.registers import vcpu_features
 from migstream.sections import EncodedBank, End, Item, RamPages
 from migstream.transport import Source, read_items
 
@@ -52,6 +54,16 @@ class Survey:
         """Register values: bytes as stored, bytes as id+value records (16 a register of 8 bytes), the plain way."""
         records = sum((slot.size + 8) * bank.rows for bank in self.banks for slot in bank.layout.slots)
         return sum(len(bank.section.stored) for bank in self.banks), records
+
+    def contract(self) -> Contract | None:
+        """What the guest was promised; None where the stream broke off before its machine. Raises: StreamError."""
+        machine, host = self.reader.machine, self.reader.host
+        if machine is None:
+            return None
+        features = machine.devices.get("vcpu_features", vcpu_features.DEFAULT) if machine.arch == Arch.ARM64 else 0
+        return Contract.of(machine.arch, (bank.decode() for bank in self.banks if bank.layout.phase.prologue),
+                           kernel=host.kernel if host else "", cpu=host.cpu if host else "",
+                           vcpu_features=features if type(features) is int else 0, behaviour=self.reader.behaviour)
 
 
 def survey(source: Source, pick: int | None = None) -> Survey:

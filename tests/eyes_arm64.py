@@ -6,10 +6,13 @@
     after = eyes.look(restored)              # by name: {"PSCI_VERSION": 0x10001, "ID_AA64PFR0_EL1": ...}
     eyes.differences(before, after)          # [] where the guest can't tell; else a line each
 
-The code is in guest RAM, so it travels in the stream. `python -m tests.eyes_arm64 [--features LIST]` in a lab guest
-prints what a guest of that kernel sees, as JSON; with `--save FILE` it saves the guest that has looked, with
-`--restore FILE` it restores one blindly (no plan: what a VMM without verdicts does is `tests.verdicts`' own business)
-and looks again.
+The code is in guest RAM, so it travels in the stream; what the guest has seen can, too, as opaque state (`SEEN`).
+In a lab guest, each prints one JSON object and ends with 10 where the guest could tell something apart:
+
+    python -m tests.eyes_arm64 [--features LIST]          what a guest of this kernel sees
+    python -m tests.eyes_arm64 --contract FILE            started under a contract: what it sees otherwise
+    python -m tests.eyes_arm64 --save FILE                saves the guest that has looked
+    python -m tests.eyes_arm64 --restore FILE             restores it, lets it look again and compares
 """
 
 from __future__ import annotations
@@ -18,12 +21,18 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from migstream.backends import open_backend
-from migstream.backends.base import Vm
+from migstream.backends.base import Backend, Vm
+from migstream.contract import Contract, from_json
 from migstream.host import firmware_arm64
-from migstream.model import Arch, Machine, MemoryRegion
+from migstream.host.scratch import Scratch
+from migstream.model import Arch, HostSummary, Machine, MemoryRegion, OpaqueState
+from migstream.registers import firmware_arm64 as firmware_arm64_calls
 from migstream.registers import gic, vcpu_features
+from migstream.registers.catalogue import lookup
+from migstream.transport import apply_contract, capture_prologue, restore, save
 
 RAM = 0x4000_0000
 CODE = RAM + 0x4000
@@ -40,8 +49,6 @@ def machine(features: int = vcpu_features.DEFAULT, vcpus: int = 1) -> Machine:
 
 def install(vm: Vm) -> None:
     """Put the program into RAM, and give a PMU its interrupt, without which its vCPU does not run."""
-    from migstream.host.scratch import Scratch
-
     firmware_arm64.install(vm.memory, QUESTIONS, CODE)
     features = int(vm.machine.devices.get("vcpu_features", 0))
     vm.layouts()  # closes the set of registers: SVE
@@ -69,26 +76,66 @@ def differences(before: Mapping[str, int], after: Mapping[str, int]) -> list[str
             for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
+def contradictions(contract: Contract, seen: Mapping[str, int]) -> list[str]:
+    """What a guest sees otherwise than its contract says: ID registers by MRS, firmware registers by their calls."""
+    wrong = []
+    for id, value in contract.registers.items():
+        wanted, mask = int.from_bytes(value, "little"), ~contract.free.get(id, 0)
+        row = _ABSENT.get(id)
+        found = row.value(*(seen[call.name] for call in row.asked)) if row else seen.get(lookup(id).name, wanted)
+        if (wanted ^ found) & mask:
+            wrong.append(f"{lookup(id).name}: {wanted:#x} in the contract, the guest sees {found:#x}")
+    return wrong
+
+
+_ABSENT = {row.register: row for row in firmware_arm64_calls.ABSENT}
+SEEN = "tests.eyes_arm64"
+"""Name of the opaque state that carries what the guest had seen."""
+
+
+def save_seen(vm: Vm, path: str, host: HostSummary) -> dict[str, int]:
+    """Look, then save the VM with what was seen."""
+    seen = look(vm)
+    with open(path, "wb") as out:
+        save(vm, out, host=host, pause=vm.pause, prologue=capture_prologue(vm),
+             opaque=[OpaqueState(SEEN, json.dumps(seen).encode())])
+    return seen
+
+
+def restore_and_look(path: str, backend: Backend) -> tuple[dict[str, int], dict[str, int]]:
+    """Restore what `save_seen` saved: what the guest had seen, and what it sees now."""
+    with open(path, "rb") as source:
+        vm, report = restore(source, backend)
+    with vm:
+        return json.loads(next(state.data for state in report.opaque if state.name == SEEN)), look(vm)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """See the head of this module."""
     parser = argparse.ArgumentParser(prog="python -m tests.eyes_arm64")
     parser.add_argument("--features", type=vcpu_features.parse, default=vcpu_features.DEFAULT)
-    parser.add_argument("--save", metavar="FILE")
+    for name in ("--contract", "--save", "--restore"):
+        parser.add_argument(name, metavar="FILE")
     options = parser.parse_args(argv)
     backend = open_backend("kvm")
-    with backend.create(machine(options.features)) as vm:
-        vm.create_vcpus()
-        install(vm)
-        seen = look(vm)
-        if options.save:
-            from migstream.transport import capture_prologue, save
-
-            with open(options.save, "wb") as out:
-                save(vm, out, host=backend.summary(), pause=vm.pause, prologue=capture_prologue(vm))
-    json.dump({"kernel": backend.profile().kernel, "sees": {name: f"{value:#x}" for name, value in seen.items()}},
-              sys.stdout, indent=1)
+    wrong: list[str] = []
+    if options.restore:
+        before, seen = restore_and_look(options.restore, backend)
+        wrong = differences(before, seen)
+    else:
+        contract = from_json(Path(options.contract).read_text(), options.contract) if options.contract else None
+        with backend.create(machine(contract.vcpu_features if contract else options.features)) as vm:
+            vm.create_vcpus()
+            if contract:
+                apply_contract(vm, contract)
+            install(vm)
+            seen = save_seen(vm, options.save, backend.summary()) if options.save else look(vm)
+        wrong = contradictions(contract, seen) if contract else []
+    document = {"kernel": backend.profile().kernel, "wrong": wrong,
+                "sees": {name: f"{value:#x}" for name, value in seen.items()}}
+    json.dump(document, sys.stdout, indent=1)
     print()
-    return 0
+    return 10 if wrong else 0
 
 
 if __name__ == "__main__":

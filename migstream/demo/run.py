@@ -13,10 +13,12 @@ from importlib import import_module
 from types import ModuleType
 
 from migstream.backends.base import Backend, Vm
+from migstream.contract import Contract
 from migstream.errors import BackendError, MigstreamError, UsageError
 from migstream.model import PAGE, Arch, Machine, MemoryRegion, OpaqueState
+from migstream.registers import x86_64
 from migstream.report import Report
-from migstream.transport import Sink, capture_prologue, save
+from migstream.transport import Sink, apply_contract, capture_prologue, save
 
 KVM_CAP_X2APIC_API = 129
 X2APIC_32BIT_IDS = 3
@@ -81,17 +83,22 @@ def machine(arch: Arch, vcpus: int, memory: int, vcpu_features: int = 0) -> Mach
 
 @dataclass(frozen=True)
 class Saved:
-    """The first half's result: how far each vCPU had counted at the pause, and the save's report."""
+    """The first half's result: each vCPU's count at the pause, the save's report, registers compared with a contract."""
 
     steps: list[int]
     report: Report
+    pinned: int = 0
 
 
 def run_and_save(backend: Backend, wanted: Machine, out: Sink, *, steps: int = 50, level: int = 1,
-                 threads: int = 0, progress: Callable[[str], None] = lambda _: None) -> Saved:
+                 threads: int = 0, progress: Callable[[str], None] = lambda _: None,
+                 contract: Contract | None = None) -> Saved:
     """Make the VM, let every vCPU do at least `steps` steps, save it mid-run, check it, destroy it.
 
-    Raises: DemoFailed, BackendError, OutputError.
+    Args:
+        contract: what the guest is started under.
+
+    Raises: DemoFailed, BackendError, OutputError; DoesNotFit for a contract that this host can't keep.
     """
     guest, most = guest_for(wanted.arch), backend.profile().max_vcpus
     if wanted.vcpus > most:
@@ -99,14 +106,18 @@ def run_and_save(backend: Backend, wanted: Machine, out: Sink, *, steps: int = 5
     progress(f"making a VM of {wanted.vcpus} vCPUs on {backend.name}")
     with backend.create(wanted, BOARDS[wanted.arch].caps) as vm:
         vm.create_vcpus()
-        guest.install(vm, backend.profile().cpuid, backend.profile().capabilities)
+        cpuid = contract.values.get(x86_64.CPUID2.id) if contract else None
+        if contract and wanted.arch == Arch.ARM64:
+            apply_contract(vm, contract)
+        guest.install(vm, cpuid or backend.profile().cpuid, backend.profile().capabilities)
+        pinned = apply_contract(vm, contract) if contract else 0
         prologue = capture_prologue(vm)
         vm.start()
         wait_for(vm, guest, [steps] * wanted.vcpus, progress)
         marker = OpaqueState(guest.NAME, struct.pack("<II", guest.CODE, guest.CELLS))
         report = save(vm, out, host=backend.summary(), pause=vm.pause, prologue=prologue, level=level,
                       opaque=[marker], threads=threads)
-        return Saved(check(vm, guest), report)
+        return Saved(check(vm, guest), report, pinned)
 
 
 def wait_for(vm: Vm, guest: ModuleType, targets: list[int], progress: Callable[[str], None],

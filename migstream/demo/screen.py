@@ -12,10 +12,11 @@ from typing import Any
 from migstream import show
 from migstream.backends import open_backend
 from migstream.backends.base import Backend
+from migstream.contract import Contract
 from migstream.demo import run
 from migstream.errors import BackendUnavailable
 from migstream.model import Arch, Machine, Phase
-from migstream.transport import open_output, verify
+from migstream.transport import check_host, open_output, verify
 from migstream.transport.streams import Source
 
 
@@ -50,7 +51,7 @@ class DemoResult:
         return {"backend": self.backend, "fallback": self.fallback, "file": self.output,
                 "vcpus": self.machine.vcpus, "memory": self.memory,
                 "save": show.report_json(self.saved.report), "replay": self.replayed,
-                "blackout_ns": self.blackout_ns(),
+                "blackout_ns": self.blackout_ns(), "pinned": self.saved.pinned,
                 "steps_at_save": self.saved.steps, "steps_after": self.replayed["run"]["steps_after"]}
 
     def blackout_writes(self) -> dict[str, dict[str, int]]:
@@ -75,6 +76,9 @@ class DemoResult:
             pairs.append(("", f"not on real KVM: {self.fallback}"))
         parts = (f"{what} {show.size(raw)} as {show.size(save.stored_bytes[what])} "
                  f"({raw / save.stored_bytes[what]:.1f}:1)" for what, raw in save.raw_bytes.items())
+        if save_pinned := self.saved.pinned:
+            pairs.append(("contract", f"{save_pinned} registers written or found as it says before the first run, and "
+                                      "read back"))
         place = f", in {self.output}" if self.output else ""
         pairs.append(("stream", f"{show.size(save.bytes)}: {', '.join(parts)}{place}"))
         pairs += [("save", _times(save.times)), ("restore", _times(self.replayed["times_ns"]))]
@@ -107,17 +111,20 @@ def _times(times: dict[str, int]) -> str:
 
 
 def demo(backend_name: str, wanted: Callable[[Arch], Machine], output: str | None, seconds: float, level: int,
-         threads: int, tell: Callable[[str], None]) -> DemoResult:
+         threads: int, tell: Callable[[str], None], contract: Contract | None = None) -> DemoResult:
     """Run the demo; see `migstream demo --help`. Raises: MigstreamError and below; DemoFailed for a counter.
 
     The restoring process is given a file of this demo's own: another may be writing to the same `output`.
     """
     backend, fallback = _open(backend_name)
+    if contract:
+        check_host(contract, backend)
     machine = wanted(backend.arch)
     with tempfile.TemporaryDirectory(prefix="migstream-") as folder:
         path = os.path.join(folder, "demo.mig")
         with open_output(path, _check) as out:
-            saved = run.run_and_save(backend, machine, out, level=level, threads=threads, progress=tell)
+            saved = run.run_and_save(backend, machine, out, level=level, threads=threads, progress=tell,
+                                     contract=contract)
         if output is not None:
             with open(path, "rb") as source, open_output(output) as kept:
                 shutil.copyfileobj(source, kept)

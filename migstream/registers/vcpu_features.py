@@ -41,6 +41,12 @@ PTRAUTH = 1 << 5 | 1 << 6
 GROUPS = (PMU_V3, SVE, PTRAUTH)
 """Features that change what a kernel lists, as they can be asked for."""
 
+DEPENDENT: dict[str, int] = {
+    "ID_AA64PFR0_EL1": SVE, "ID_AA64ZFR0_EL1": SVE, "ID_AA64DFR0_EL1": PMU_V3, "ID_DFR0_EL1": PMU_V3,
+    "ID_AA64ISAR1_EL1": PTRAUTH, "ID_AA64ISAR2_EL1": PTRAUTH,
+}
+"""ID registers whose default and writable bits depend on a feature (arch/arm64/kvm/sys_regs.c, sanitized per vCPU)."""
+
 DEFAULT = PSCI_0_2
 """What a machine has that doesn't say."""
 

@@ -5,9 +5,12 @@ registers; RAM; banks; end. Of a restore: prologue, plan, refuse here with nothi
 then RAM and the rest as the bytes arrive, the clock last.
 """
 
+from migstream.transport.converter import convert, plan_conversion
+from migstream.transport.pinned import apply_contract, check_host
 from migstream.transport.restorer import Restorer, restore
 from migstream.transport.saver import Prologue, capture, capture_prologue, save
 from migstream.transport.streams import Sink, Source, open_output, open_source, read_items, verify
 
-__all__ = ["Prologue", "Restorer", "Sink", "Source", "capture", "capture_prologue", "open_output", "open_source",
+__all__ = ["Prologue", "Restorer", "Sink", "Source", "apply_contract", "capture",
+           "capture_prologue", "check_host", "convert", "open_output", "open_source", "plan_conversion",
            "read_items", "restore", "save", "verify"]

@@ -13,7 +13,7 @@ from migstream.frames import FrameWriter, Section
 from migstream.model import Bank, HostSummary, Layout, OpaqueState, Phase, Scope
 from migstream.report import Report
 from migstream.sections import RamLayout
-from migstream.transport.streams import Sink
+from migstream.transport.streams import Sink, write_all
 
 
 @dataclass(frozen=True)
@@ -169,23 +169,7 @@ class Saver:
         self._write(self._frames.send(section))
 
     def _write(self, buffers: Sequence[bytes | memoryview]) -> None:
-        try:
-            for buffer in buffers:
-                _write_all(self._out, buffer)
-        except OSError as error:
-            raise OutputError(f"writing the stream: {error.strerror or error}") from error
-
-
-def _write_all(out: Sink, buffer: bytes | memoryview) -> None:
-    """Write all of a buffer: a raw pipe or socket may take less at once, and says how much."""
-    rest = memoryview(buffer).cast("B")
-    while rest:
-        taken = out.write(rest)
-        if taken is None:
-            return
-        if not isinstance(taken, int) or not 0 < taken <= len(rest):
-            raise OutputError(f"the sink took {taken!r} of {len(rest)} bytes")
-        rest = rest[taken:]
+        write_all(self._out, buffers)
 
 
 def save(vm: Vm, out: Sink, *, host: HostSummary, pause: Callable[[], None], prologue: Prologue | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol, TextIO, cast
@@ -48,6 +48,27 @@ def _read(source: Source, size: int) -> bytes:
         return source.read(size)
     except OSError as error:
         raise OutputError(f"reading the stream: {error.strerror or error}") from error
+
+
+def write_all(out: Sink, buffers: Sequence[bytes | memoryview]) -> None:
+    """Write all of some buffers, in order. Raises: OutputError."""
+    try:
+        for buffer in buffers:
+            _write_whole(out, buffer)
+    except OSError as error:
+        raise OutputError(f"writing the stream: {error.strerror or error}") from error
+
+
+def _write_whole(out: Sink, buffer: bytes | memoryview) -> None:
+    """A raw pipe or socket may take less at once, and says how much."""
+    rest = memoryview(buffer).cast("B")
+    while rest:
+        taken = out.write(rest)
+        if taken is None:
+            return
+        if not isinstance(taken, int) or not 0 < taken <= len(rest):
+            raise OutputError(f"the sink took {taken!r} of {len(rest)} bytes")
+        rest = rest[taken:]
 
 
 def verify(source: Source, reader: StreamReader) -> int:
