@@ -15,7 +15,7 @@ from migstream.sections import EncodedBank, Item, RamPages
 from migstream.transport import readback as check
 from migstream.transport.streams import Source, read_items
 from migstream.transport.tsc import restore_offsets
-from migstream.transport.written import Written, columns
+from migstream.transport.written import Written, columns, repeats
 
 
 class Restorer:
@@ -24,10 +24,11 @@ class Restorer:
     A context manager: the VM is closed unless `finish()` gave it to the caller.
     """
 
-    def __init__(self, backend: Backend, *, readback: bool = False) -> None:
+    def __init__(self, backend: Backend, *, readback: bool = False, vm_scope_per_vcpu: bool = False) -> None:
+        """See `restore`."""
         self.reader = StreamReader()
         self.report = Report()
-        self._backend, self._readback = backend, readback
+        self._backend, self._readback, self._per_vcpu = backend, readback, vm_scope_per_vcpu
         self._plan: Plan | None = None
         self._vm: Vm | None = None
         self._written: list[Written] = []
@@ -102,10 +103,11 @@ class Restorer:
 
     def _write(self, vm: Vm, done: Written) -> None:
         assert done.values is not None
-        name = done.target.phase.name.lower()
+        name, times = done.target.phase.name.lower(), repeats(vm, done.target, self._per_vcpu)
         with self.report.phase(f"{name} ({done.target.scope})"):
-            refused = vm.write(done.target, done.bank.first_vcpu, done.values)
-        self.report.count(name, done.target.scope, done.bank.rows * len(done.target.slots))
+            for _ in range(times):
+                refused = vm.write(done.target, done.bank.first_vcpu, done.values)
+        self.report.count(name, done.target.scope, done.bank.rows * len(done.target.slots) * times)
         self._refused += [(no, done) for no in refused]
         self._written.append(done)
 
@@ -152,16 +154,19 @@ def _harmless(vm: Vm, refusal: Refusal, done: Written) -> str:
     return "it runs by itself" if lookup(refusal.register).klass == Klass.CLOCK else ""
 
 
-def restore(source: Source, backend: Backend, *, readback: bool = False) -> tuple[Vm, Report]:
+def restore(source: Source, backend: Backend, *, readback: bool = False,
+            vm_scope_per_vcpu: bool = False) -> tuple[Vm, Report]:
     """Restore a stream into a fresh VM, which is complete and paused; `vm.start()` lets it run.
 
     Args:
         source: read in order to the end of the stream. backend: where the VM is made.
         readback: read every register back and compare.
+        vm_scope_per_vcpu: write VM-scoped registers once for each vCPU, as a VMM that knows no scope does: the same
+            values again and again. For measuring, or for a kernel whose scope turned out to be the vCPU's.
 
     Raises: StreamError and below, DoesNotFit (nothing was made), RestoreFailed (the VM was closed), BackendError.
     """
-    with Restorer(backend, readback=readback) as restorer:
+    with Restorer(backend, readback=readback, vm_scope_per_vcpu=vm_scope_per_vcpu) as restorer:
         for section, item in read_items(source, restorer.reader):
             restorer.take(section, item)
         return restorer.finish()

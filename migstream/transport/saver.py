@@ -13,6 +13,7 @@ from migstream.model import Bank, HostSummary, Layout, OpaqueState, Phase, Scope
 from migstream.report import Report
 from migstream.sections import RamLayout
 from migstream.transport.streams import Sink
+from migstream.transport.written import repeats
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,11 @@ def _raise_first(refused: Sequence[Refusal]) -> None:
 class Saver:
     """One save onto a sink, in two calls: `prologue()` while the guest may run, `state()` once it is paused."""
 
-    def __init__(self, vm: Vm, out: Sink, *, host: HostSummary, level: int = codec.DEFAULT_LEVEL) -> None:
+    def __init__(self, vm: Vm, out: Sink, *, host: HostSummary, level: int = codec.DEFAULT_LEVEL,
+                 vm_scope_per_vcpu: bool = False) -> None:
+        """See `save`; `vm_scope_per_vcpu` reads VM-scoped registers once for each vCPU, for measuring."""
         self.vm, self.host, self.report = vm, host, Report()
+        self._per_vcpu = vm_scope_per_vcpu
         self._out, self._level = out, codec.check_level(level)
         self._frames = FrameWriter(vm.machine.arch)
         self._prologue: Prologue | None = None
@@ -88,7 +92,7 @@ class Saver:
         assert self._prologue is not None
         with self.report.phase("registers"):
             banks = [bank for layout in self._prologue.layouts if not layout.phase.prologue
-                     for bank in capture(self.vm, layout)]
+                     for bank in self._capture(layout)]
             updates = self._changed(self._prologue)
         with self.report.phase("encode"):
             for bank in updates:
@@ -104,6 +108,11 @@ class Saver:
             self._write(self._frames.end())
         self.report.bytes = self._frames.offset
         return self.report
+
+    def _capture(self, layout: Layout) -> list[Bank]:
+        for _ in range(repeats(self.vm, layout, self._per_vcpu)):
+            banks = capture(self.vm, layout)
+        return banks
 
     def _changed(self, prologue: Prologue) -> list[Bank]:
         """VM-wide registers that a guest may write are sent early and looked at again: changed ones go twice."""
