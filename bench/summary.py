@@ -1,0 +1,113 @@
+"""From samples to the document that `--json` prints, and to tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bench.fit import TERMS, fit_curve
+from bench.journal import Journal
+from bench.measure import Timing
+from migstream.show import Table, print_pairs, print_table
+
+_TIMES = ("total", "save", "load")
+_COUNTS = ("vm_writes", "vcpu_writes", "early_writes", "bytes", "stream")
+
+
+def summarize(journal: Journal, things: Sequence[str], vcpus: Iterable[int]) -> dict[str, Any]:
+    """Curves by thing: at each vCPU count p50, p99 and max, phases and counts; base, slope, curvature. Times in ns."""
+    counts = list(vcpus)
+    return {thing: _curve(journal, thing, counts) for thing in things
+            if any(True for n in counts for _ in journal.of(n, thing))}
+
+
+def _curve(journal: Journal, thing: str, vcpus: list[int]) -> dict[str, Any]:
+    found = {n: samples for n in vcpus if (samples := list(journal.of(n, thing)))}
+    fits = {}
+    for name in _TIMES:
+        fit = fit_curve({n: [s[name] for s in samples] for n, samples in found.items()})
+        fits[name] = fit and fit.document()
+    return {"points": [{"vcpus": n, **_point(samples)} for n, samples in found.items()], "fit": fits}
+
+
+def _point(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    first = samples[0]
+    out: dict[str, Any] = {"samples": len(samples)}
+    for name in _TIMES:
+        timing = Timing(tuple(s[name] for s in samples))
+        out[name] = {"p50": timing.median, "p99": timing.p99, "max": max(timing.samples)}
+    out["phases"] = {name: statistics.median(s["phases"][name] for s in samples) for name in first["phases"]}
+    out["before"], out["made"] = (statistics.median(s[name] for s in samples) for name in ("before", "made"))
+    return out | {name: statistics.median(s[name] for s in samples) for name in _COUNTS}
+
+
+def point(document: dict[str, Any], thing: str, vcpus: int) -> dict[str, Any] | None:
+    """One point of a document's curve."""
+    curve = document["curves"].get(thing, {"points": []})
+    return next((at for at in curve["points"] if at["vcpus"] == vcpus), None)
+
+
+def ratios(document: dict[str, Any], things: Sequence[str]) -> list[dict[str, Any]]:
+    """Medians of every strategy against everything that is no strategy, at each vCPU count that both have."""
+    others = [name for name in document["curves"] if name not in things]
+    return [{"vcpus": at["vcpus"], "thing": thing, "against": other,
+             **{name: at[name]["p50"] / there[name]["p50"] for name in _TIMES},
+             "bytes": at["bytes"] / there["bytes"] if there["bytes"] else None}
+            for thing in things if thing in document["curves"] for at in document["curves"][thing]["points"]
+            for other in others if (there := point(document, other, at["vcpus"])) and there["total"]["p50"]]
+
+
+def print_document(document: dict[str, Any]) -> None:
+    """The document as tables."""
+    machine = document["machine"]
+    kind = "modelled time, not measured" if document["modelled"] else "wall time"
+    print_pairs([("blackout", f"{document['backend']}, {kind}; {document['date']}"),
+                 ("machine", f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['kernel']}"),
+                 *(("left out", reason) for reason in document["left_out"])])
+    _print_points(document)
+    _print_fits(document)
+    _print_ratios(document)
+
+
+def _ms(ns: float) -> str:
+    return f"{ns / 1e6:,.3f}"
+
+
+def _print_points(document: dict[str, Any]) -> None:
+    head = ("vCPUs", "way", ">p50 ms", ">p99", ">max", ">save", ">load", ">n", ">VM-scoped writes in the blackout",
+            ">vCPU-scoped", ">bytes in the blackout")
+    rows = sorted((at["vcpus"], number, name, at) for number, (name, curve) in enumerate(document["curves"].items())
+                  for at in curve["points"])
+    print_table(Table(head, [
+        (str(vcpus), name, *(_ms(at["total"][key]) for key in ("p50", "p99", "max")), _ms(at["save"]["p50"]),
+         _ms(at["load"]["p50"]), str(at["samples"]),
+         *(f"{at[key]:.0f}" if at[key] else "" for key in ("vm_writes", "vcpu_writes", "bytes")))
+        for vcpus, _, name, at in rows]))
+
+
+_SCALE = {"base": (1e3, "us"), "slope": (1e3, "us a vCPU"), "curvature": (1.0, "ns a vCPU²")}
+
+
+def _print_fits(document: dict[str, Any]) -> None:
+    rows = []
+    for name, curve in document["curves"].items():
+        if fit := curve["fit"]["total"]:
+            rows.append((name, *(_term(fit, term) for term in TERMS), f"{fit['worst_relative_error']:.0%}"))
+    if rows:
+        print_table(Table(("least squares", *(f">{term}, {_SCALE[term][1]} [95 %]" for term in TERMS), ">worst point"),
+                          rows))
+
+
+def _term(fit: dict[str, Any], term: str) -> str:
+    value, low, high = (fit[term][key] / _SCALE[term][0] for key in ("value", "low", "high"))
+    return f"{value:,.1f} [{low:,.1f}..{high:,.1f}]"
+
+
+def _print_ratios(document: dict[str, Any]) -> None:
+    if not document["ratios"]:
+        return
+    print_table(Table(("vCPUs", "ratio", ">save+load", ">save", ">load", ">bytes"), [
+        (str(one["vcpus"]), f"{one['thing']} / {one['against']}", *(f"{one[key]:.2f}" for key in _TIMES),
+         f"{one['bytes']:.3f}" if one["bytes"] else "") for one in sorted(
+             document["ratios"], key=lambda one: (one["vcpus"], one["against"]))]))
