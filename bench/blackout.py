@@ -19,7 +19,7 @@ from typing import Any
 from bench import measure, summary
 from bench.floor import MODES, Floor
 from bench.journal import Journal
-from bench.native import LeftOut
+from bench.program import LeftOut
 from bench.qemu import Qemu
 from bench.strategies import STRATEGIES, source_vm
 from bench.subjects import CProgram, Library, Peer, Subject

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from bench.native import Talk, build
+from bench.program import Talk, build
 from migstream.backends.base import Vm
 from migstream.model import Arch, Bank, Layout, Phase, Scope
 from migstream.registers import ids
@@ -92,7 +92,7 @@ class Floor:
     """The running C program with the source VMs that it was given. A context manager. Raises: LeftOut."""
 
     def __init__(self, folder: Path, arch: Arch) -> None:
-        from bench.native import LeftOut
+        from bench.program import LeftOut
 
         if arch != Arch.X86_64:
             raise LeftOut(f"floor.c: it is for x86-64, this host is {arch.label}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.native import LeftOut
+from bench.program import LeftOut
 from bench.strategies import PHASES, STRATEGIES
 
 _COLOURS = {"per-vCPU": "#d62728", "scoped": "#ff9f1c", "prologue": "#1f77b4", "prologue+threads": "#2ca02c",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.native import LeftOut
+from bench.program import LeftOut
 
 PROGRAM = "qemu-system-x86_64"
 MACHINE = ("-accel", "kvm", "-M", "pc,suppress-vmdesc=on", "-cpu", "host,arch-capabilities=off", "-m", "64M",
