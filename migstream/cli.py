@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from migstream import __version__, cli_host
+from migstream import __version__, cli_host, native
 from migstream.cli_host import BACKENDS, Parser
 from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
 
@@ -82,7 +82,7 @@ def _say(error: MigstreamError, as_json: bool) -> int:
 def _parser() -> argparse.ArgumentParser:
     epilog = "exit status: " + " · ".join(f"{number} {what}" for number, what in EXIT_STATUS.items())
     parser = Parser(prog="migstream", description="Save and restore the register state of KVM guests.", epilog=epilog)
-    parser.add_argument("--version", action="version", version=f"migstream {__version__}")
+    parser.add_argument("--version", action="version", version=f"migstream {__version__} ({native.DESCRIPTION})")
     parser.add_argument("--debug", action="store_true", help="show a traceback instead of the one-line error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for name, (run, build, text, examples) in _COMMANDS.items():
@@ -108,6 +108,17 @@ def _vcpus(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= MAX_VCPUS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_VCPUS}")
     return int(text)
+
+
+def _threads(text: str) -> int:
+    if not text.isdigit() or int(text) > 256:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of threads from 1 to 256, or 0")
+    return int(text)
+
+
+def _add_threads(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--threads", type=_threads, default=0, metavar="N",
+                     help="threads that read and write vCPUs; 0 = one for every 4 vCPUs, as many as CPUs (0)")
 
 
 def _seconds(text: str) -> float:
@@ -143,6 +154,7 @@ def _demo_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--run", dest="seconds", type=_seconds, default=0.2, metavar="SECONDS",
                      help="run on at least this long (0.2)")
     sub.add_argument("--level", type=int, default=1, metavar="N", help="zstd level, 0 = none (1)")
+    _add_threads(sub)
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -156,7 +168,8 @@ def _demo(options: argparse.Namespace) -> int:
         return run.machine(arch, options.vcpus, options.memory, options.vcpu_features)
 
     with progress() as tell:
-        result = screen.demo(options.backend, machine, options.output, options.seconds, options.level, tell)
+        result = screen.demo(options.backend, machine, options.output, options.seconds, options.level,
+                             options.threads, tell)
     if options.json:
         from migstream.show import print_json
 
@@ -294,6 +307,7 @@ def _replay_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--readback", action="store_true", help="read every register back and compare")
     sub.add_argument("--run", dest="seconds", type=_seconds, metavar="SECONDS",
                      help="let the guest run on, then stop it")
+    _add_threads(sub)
 
 
 def _replay(options: argparse.Namespace) -> int:
@@ -305,7 +319,8 @@ def _replay(options: argparse.Namespace) -> int:
     backend = open_backend(options.backend)
     ran: dict[str, Any] = {}
     try:
-        with open_source(options.file) as source, Restorer(backend, readback=options.readback) as restorer:
+        with (open_source(options.file) as source,
+              Restorer(backend, readback=options.readback, threads=options.threads) as restorer):
             for section, item in read_items(source, restorer.reader):
                 restorer.take(section, item)
             vm, report = restorer.finish()

@@ -209,6 +209,7 @@ def kvm(monkeypatch: pytest.MonkeyPatch) -> FakeKvm:
     for module in (operations, arm64, uapi):
         monkeypatch.setattr(module.fcntl, "ioctl", fake.ioctl)
     monkeypatch.setattr(backend, "host_arch", lambda: Arch.ARM64)
+    monkeypatch.setattr(backend.KvmBackend, "batched", False)
     return fake
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import migstream
+from migstream import native
 from migstream.errors import EXIT_STATUS, MigstreamError
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +63,7 @@ def test_the_version_costs_no_heavy_import() -> None:
     code = ("import sys; from migstream.cli import main\ntry: main(['--version'])\nexcept SystemExit: pass\n"
             f"print([m for m in {HEAVY!r} if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines() == [f"migstream {migstream.__version__}", "[]"]
+    assert out.splitlines() == [f"migstream {migstream.__version__} ({native.DESCRIPTION})", "[]"]
 
 
 def _modules() -> list[Path]:

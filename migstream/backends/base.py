@@ -8,7 +8,7 @@ decides what a refusal means; only a broken request raises.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,16 @@ class Refusal:
         where = "VM" if self.vcpu is None else f"vCPU {self.vcpu}"
         why = "stopped here (short count)" if self.errno == SHORT_COUNT else errno_name(self.errno)
         return f"{where}: {lookup(self.register).name}: {self.operation}: {why}"
+
+
+MAX_THREADS = 256
+
+
+def check_threads(threads: int) -> int:
+    """Return `threads` if a backend can be asked for so many; 0 leaves it to the backend. Raises: UsageError."""
+    if not 0 <= threads <= MAX_THREADS:
+        raise UsageError(f"{threads} threads; 1 to {MAX_THREADS}, 0 for what the backend chooses")
+    return threads
 
 
 class GuestMemory:
@@ -91,6 +101,8 @@ class Vm(ABC):
 
     machine: Machine
     memory: GuestMemory
+    threads: int = 0
+    """How many threads a read or write may use; 0 leaves it to the backend."""
 
     @abstractmethod
     def create_vcpus(self) -> None:
@@ -107,6 +119,12 @@ class Vm(ABC):
     @abstractmethod
     def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """Write all columns of all rows, in the layout's order within a row; goes on after a refusal."""
+
+    def prepare(self, layouts: Sequence[Layout]) -> None:  # noqa: B027 - most backends have nothing to do
+        """Make what reading and writing these layouts takes, so that it is not made while the guest stands still."""
+
+    def warm(self) -> None:  # noqa: B027
+        """Have the threads awake: the next call is a read or write of many vCPUs."""
 
     @abstractmethod
     def start(self) -> None:

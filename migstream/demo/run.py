@@ -88,7 +88,7 @@ class Saved:
 
 
 def run_and_save(backend: Backend, wanted: Machine, out: Sink, *, steps: int = 50, level: int = 1,
-                 progress: Callable[[str], None] = lambda _: None) -> Saved:
+                 threads: int = 0, progress: Callable[[str], None] = lambda _: None) -> Saved:
     """Make the VM, let every vCPU do at least `steps` steps, save it mid-run, check it, destroy it.
 
     Raises: DemoFailed, BackendError, OutputError.
@@ -105,7 +105,7 @@ def run_and_save(backend: Backend, wanted: Machine, out: Sink, *, steps: int = 5
         wait_for(vm, guest, [steps] * wanted.vcpus, progress)
         marker = OpaqueState(guest.NAME, struct.pack("<II", guest.CODE, guest.CELLS))
         report = save(vm, out, host=backend.summary(), pause=vm.pause, prologue=prologue, level=level,
-                      opaque=[marker])
+                      opaque=[marker], threads=threads)
         return Saved(check(vm, guest), report)
 
 
@@ -154,10 +154,10 @@ def continue_guest(vm: Vm, opaque: list[OpaqueState], seconds: float) -> dict[st
     return {"exits": vm.exits(), "steps_before": before, "steps_after": check(vm, guest)}
 
 
-def replay_elsewhere(path: str, backend_name: str, seconds: float) -> dict[str, object]:
+def replay_elsewhere(path: str, backend_name: str, seconds: float, threads: int = 0) -> dict[str, object]:
     """Run `migstream replay` on a file in a process of its own and return its JSON. Raises: DemoFailed."""
     command = [sys.executable, "-m", "migstream", "replay", path, "--backend", backend_name, "--readback",
-               "--run", str(seconds), "--json"]
+               "--run", str(seconds), "--threads", str(threads), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         document = json.loads(result.stdout)

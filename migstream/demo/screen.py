@@ -60,7 +60,7 @@ class DemoResult:
 
     def blackout_ns(self) -> int:
         """From pause to running again, without the file between: both halves' phases after the prologue, ns."""
-        late = {*self.blackout_writes(), "ram"}
+        late = {*self.blackout_writes(), "ram", "decode"}
         times: dict[str, int] = self.replayed["times_ns"]
         restored = (ns for name, ns in times.items() if name.split(" ")[0] in late)
         return sum(ns for name, ns in self.saved.report.times.items() if name != "prologue") + sum(restored)
@@ -107,7 +107,7 @@ def _times(times: dict[str, int]) -> str:
 
 
 def demo(backend_name: str, wanted: Callable[[Arch], Machine], output: str | None, seconds: float, level: int,
-         tell: Callable[[str], None]) -> DemoResult:
+         threads: int, tell: Callable[[str], None]) -> DemoResult:
     """Run the demo; see `migstream demo --help`. Raises: MigstreamError and below; DemoFailed for a counter.
 
     The restoring process is given a file of this demo's own: another may be writing to the same `output`.
@@ -117,12 +117,12 @@ def demo(backend_name: str, wanted: Callable[[Arch], Machine], output: str | Non
     with tempfile.TemporaryDirectory(prefix="migstream-") as folder:
         path = os.path.join(folder, "demo.mig")
         with open_output(path, _check) as out:
-            saved = run.run_and_save(backend, machine, out, level=level, progress=tell)
+            saved = run.run_and_save(backend, machine, out, level=level, threads=threads, progress=tell)
         if output is not None:
             with open(path, "rb") as source, open_output(output) as kept:
                 shutil.copyfileobj(source, kept)
         tell("restoring in another process")
-        replayed = run.replay_elsewhere(path, backend.name, seconds)
+        replayed = run.replay_elsewhere(path, backend.name, seconds, threads)
     run.compare(saved.steps, replayed)
     return DemoResult(backend.name, fallback, output, machine, saved, replayed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from migstream import ram
-from migstream.backends.base import Backend, Refusal, Vm
+from migstream.backends.base import Backend, Refusal, Vm, check_threads
 from migstream.errors import RestoreFailed, UsageError
 from migstream.frames import Section
 from migstream.model import Klass, Layout, OpaqueState, Phase, Scope
@@ -24,9 +24,11 @@ class Restorer:
     A context manager: the VM is closed unless `finish()` gave it to the caller.
     """
 
-    def __init__(self, backend: Backend, *, readback: bool = False, vm_scope_per_vcpu: bool = False) -> None:
-        """See `restore`."""
+    def __init__(self, backend: Backend, *, readback: bool = False, threads: int = 0,
+                 vm_scope_per_vcpu: bool = False) -> None:
+        """See `restore`. Raises: UsageError."""
         self.reader = StreamReader()
+        self._threads = check_threads(threads)
         self.report = Report()
         self._backend, self._readback, self._per_vcpu = backend, readback, vm_scope_per_vcpu
         self._plan: Plan | None = None
@@ -80,6 +82,7 @@ class Restorer:
                 self.report.notes += scope_notes(self.reader.layouts, self._backend.profile())
             with self.report.phase("create"):
                 self._vm = self._backend.create(machine)
+                self._vm.threads = self._threads
         return self._vm
 
     def _with_vcpus(self, vm: Vm) -> Vm:
@@ -90,7 +93,7 @@ class Restorer:
     def _bank(self, vm: Vm, number: int, encoded: EncodedBank) -> None:
         assert self._plan is not None
         step = self._plan.steps[number]
-        with self.report.phase("decode"):
+        with self.report.phase("prologue decode" if step.source.phase.prologue else "decode"):
             bank = encoded.decode()
         if (step.source.scope, step.source.phase) != (Scope.VM, Phase.CREATE):
             self._with_vcpus(vm)
@@ -154,19 +157,20 @@ def _harmless(vm: Vm, refusal: Refusal, done: Written) -> str:
     return "it runs by itself" if lookup(refusal.register).klass == Klass.CLOCK else ""
 
 
-def restore(source: Source, backend: Backend, *, readback: bool = False,
+def restore(source: Source, backend: Backend, *, readback: bool = False, threads: int = 0,
             vm_scope_per_vcpu: bool = False) -> tuple[Vm, Report]:
     """Restore a stream into a fresh VM, which is complete and paused; `vm.start()` lets it run.
 
     Args:
         source: read in order to the end of the stream. backend: where the VM is made.
         readback: read every register back and compare.
+        threads: that write registers; 0 leaves it to the backend. More than one needs the compiled batch.
         vm_scope_per_vcpu: write VM-scoped registers once for each vCPU, as a VMM that knows no scope does: the same
             values again and again. For measuring, or for a kernel whose scope turned out to be the vCPU's.
 
     Raises: StreamError and below, DoesNotFit (nothing was made), RestoreFailed (the VM was closed), BackendError.
     """
-    with Restorer(backend, readback=readback, vm_scope_per_vcpu=vm_scope_per_vcpu) as restorer:
+    with Restorer(backend, readback=readback, threads=threads, vm_scope_per_vcpu=vm_scope_per_vcpu) as restorer:
         for section, item in read_items(source, restorer.reader):
             restorer.take(section, item)
         return restorer.finish()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from migstream import codec, limits, ram, sections
-from migstream.backends.base import Refusal, Vm
+from migstream.backends.base import Refusal, Vm, check_threads
 from migstream.errors import BackendError, OutputError
 from migstream.frames import FrameWriter, Section
 from migstream.model import Bank, HostSummary, Layout, OpaqueState, Phase, Scope
@@ -42,16 +42,27 @@ def capture_prologue(vm: Vm) -> Prologue:
 
 def capture(vm: Vm, layout: Layout) -> list[Bank]:
     """Read all rows of a layout, split so that each bank is within the limits. Raises: BackendError by name."""
+    banks = empty_banks(vm, layout)
+    _fill(vm, banks)
+    return banks
+
+
+def empty_banks(vm: Vm, layout: Layout) -> list[Bank]:
+    """The banks of a layout, all zero. Their memory is touched: a first touch costs more than what is put there."""
     import numpy as np
 
     rows = vm.machine.vcpus if layout.scope == Scope.VCPU else 1
     step = max(limits.MAX_MATRIX // (layout.row_words * 8), 1)
-    banks = []
-    for first in range(0, rows, step):
-        values = np.zeros((min(step, rows - first), layout.row_words), np.uint64)
-        _raise_first(vm.read(layout, first, values))
-        banks.append(Bank(layout, first, values))
+    banks = [Bank(layout, first, np.empty((min(step, rows - first), layout.row_words), np.uint64))
+             for first in range(0, rows, step)]
+    for bank in banks:
+        bank.values.fill(0)
     return banks
+
+
+def _fill(vm: Vm, banks: Sequence[Bank], per_vcpu: bool = False) -> None:
+    for bank in (bank for bank in banks for _ in range(repeats(vm, bank.layout, per_vcpu))):
+        _raise_first(vm.read(bank.layout, bank.first_vcpu, bank.values))
 
 
 def _raise_first(refused: Sequence[Refusal]) -> None:
@@ -65,13 +76,18 @@ class Saver:
     """One save onto a sink, in two calls: `prologue()` while the guest may run, `state()` once it is paused."""
 
     def __init__(self, vm: Vm, out: Sink, *, host: HostSummary, level: int = codec.DEFAULT_LEVEL,
-                 vm_scope_per_vcpu: bool = False) -> None:
-        """See `save`; `vm_scope_per_vcpu` reads VM-scoped registers once for each vCPU, for measuring."""
+                 threads: int = 0, vm_scope_per_vcpu: bool = False) -> None:
+        """See `save`; `vm_scope_per_vcpu` reads VM-scoped registers once for each vCPU, to measure it.
+
+        Raises: UsageError.
+        """
         self.vm, self.host, self.report = vm, host, Report()
         self._per_vcpu = vm_scope_per_vcpu
+        vm.threads = check_threads(threads)
         self._out, self._level = out, codec.check_level(level)
         self._frames = FrameWriter(vm.machine.arch)
         self._prologue: Prologue | None = None
+        self._banks: list[Bank] = []
 
     def prologue(self, captured: Prologue | None = None) -> None:
         """Write the part that is sent before the pause. Raises: BackendError, OutputError."""
@@ -86,13 +102,17 @@ class Saver:
                 self._send(sections.encode(layout))
             for bank in captured.banks:
                 self._bank(bank)
+            late = [layout for layout in captured.layouts if not layout.phase.prologue]
+            self.vm.prepare(late)
+            self._banks = [bank for layout in late for bank in empty_banks(self.vm, layout)]
 
     def state(self, *, ram_too: bool = True, opaque: Sequence[OpaqueState] = ()) -> Report:
         """Write all the rest; the vCPUs stand still. Raises: BackendError, OutputError."""
         assert self._prologue is not None
+        self.vm.warm()
         with self.report.phase("registers"):
-            banks = [bank for layout in self._prologue.layouts if not layout.phase.prologue
-                     for bank in self._capture(layout)]
+            banks, self._banks = self._banks, []
+            _fill(self.vm, banks, self._per_vcpu)
             updates = self._changed(self._prologue)
         with self.report.phase("encode"):
             for bank in updates:
@@ -108,11 +128,6 @@ class Saver:
             self._write(self._frames.end())
         self.report.bytes = self._frames.offset
         return self.report
-
-    def _capture(self, layout: Layout) -> list[Bank]:
-        for _ in range(repeats(self.vm, layout, self._per_vcpu)):
-            banks = capture(self.vm, layout)
-        return banks
 
     def _changed(self, prologue: Prologue) -> list[Bank]:
         """VM-wide registers that a guest may write are sent early and looked at again: changed ones go twice."""
@@ -162,7 +177,7 @@ def _write_all(out: Sink, buffer: bytes | memoryview) -> None:
 
 
 def save(vm: Vm, out: Sink, *, host: HostSummary, pause: Callable[[], None], prologue: Prologue | None = None,
-         level: int = codec.DEFAULT_LEVEL, opaque: Sequence[OpaqueState] = ()) -> Report:
+         level: int = codec.DEFAULT_LEVEL, opaque: Sequence[OpaqueState] = (), threads: int = 0) -> Report:
     """Save a VM onto a sink and leave it paused.
 
     Args:
@@ -173,10 +188,11 @@ def save(vm: Vm, out: Sink, *, host: HostSummary, pause: Callable[[], None], pro
             running needs it; without it the prologue is read here, after `pause`.
         level: zstd level; 0 stores.
         opaque: device state that the caller emulates itself.
+        threads: that read registers; 0 leaves it to the backend. More than one needs the compiled batch.
 
     Raises: BackendError, OutputError. The VM is left paused then, too.
     """
-    saver = Saver(vm, out, host=host, level=level)
+    saver = Saver(vm, out, host=host, level=level, threads=threads)
     if prologue is None:
         with saver.report.phase("pause"):
             pause()

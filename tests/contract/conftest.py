@@ -12,12 +12,17 @@ from migstream.backends.sim import SimBackend
 from tests.contract.access import create
 
 KVM = pytest.param("kvm", marks=pytest.mark.kvm)
-BACKENDS = ("sim", KVM)
+PURE = pytest.param("kvm-pure", marks=pytest.mark.kvm)
+BACKENDS = ("sim", KVM, PURE)
 
 
 def opened(name: str) -> Backend:
     """A backend by the name of its parameter."""
-    return KvmBackend() if name == "kvm" else SimBackend()
+    if name == "sim":
+        return SimBackend()
+    backend = KvmBackend()
+    backend.batched = name == "kvm"
+    return backend
 
 
 @pytest.fixture(params=BACKENDS)

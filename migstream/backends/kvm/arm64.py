@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from migstream.backends.base import Refusal
 from migstream.backends.kvm import uapi
 from migstream.backends.kvm.arch import ArchHost, ArchVm
+from migstream.backends.kvm.batch import Entry
 from migstream.backends.kvm.operations import ATTRIBUTE, ByAddress, EnabledCap, Operation, Row, Struct, register_list
 from migstream.backends.kvm.uapi import Request
 from migstream.errors import BackendError, UsageError, errno_name
@@ -152,6 +153,10 @@ class PmuIrq(ByAddress):
             return [Refusal(self.id, row.vcpu, "KVM_ARM_VCPU_PMU_V3_INIT", error.errno)]
         return []
 
+    def entry(self, writing: bool) -> Entry | None:
+        """Reading alone: writing is two calls."""
+        return None if writing else super().entry(writing)
+
 
 class VectorLengths(ByAddress):
     """KVM_REG_ARM64_SVE_VLS: chosen before the vCPU is finalized, fixed after."""
@@ -159,6 +164,10 @@ class VectorLengths(ByAddress):
     def write(self, row: Row) -> list[Refusal]:
         """KVM_SET_ONE_REG, then KVM_ARM_VCPU_FINALIZE: only now the vCPU has its SVE registers."""
         return super().write(row) or self.finalize(row.fd, row.vcpu)
+
+    def entry(self, writing: bool) -> Entry | None:
+        """Reading alone: writing is two calls."""
+        return None if writing else super().entry(writing)
 
     def finalize(self, fd: int, vcpu: int | None) -> list[Refusal]:
         """KVM_ARM_VCPU_FINALIZE for SVE."""

@@ -9,13 +9,14 @@ import os
 import platform
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from migstream.backends.base import Backend, GuestMemory, Refusal, Vm
-from migstream.backends.kvm import uapi
+from migstream.backends.kvm import batch, uapi
 from migstream.backends.kvm.arch import arch_host, host_arch
-from migstream.backends.kvm.operations import Operation, Row
+from migstream.backends.kvm.operations import Operation, Rows
 from migstream.backends.kvm.run import Runner
 from migstream.errors import BackendError, BackendUnavailable, UsageError, errno_name
 from migstream.host.profile import HostProfile
@@ -30,6 +31,8 @@ class KvmBackend(Backend):
     """Real KVM. Owns the system fd; `close()` or garbage collection gives it back."""
 
     name = "kvm"
+    batched = True
+    """Use the compiled batch where it is there; False is for comparing the two."""
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         """Open the device. Raises: BackendUnavailable, one line with what to do."""
@@ -139,7 +142,7 @@ class KvmVm(Vm):
         self._mappings: list[mmap.mmap] = []
         self._run_pages: list[mmap.mmap] = []
         self._runner: Runner | None = None
-        self._programs: dict[Layout, list[Operation]] = {}
+        self._programs: dict[Layout, _Program] = {}
 
     def build(self, enabled_caps: dict[int, tuple[int, ...]]) -> None:
         """Memory, then what the interrupt chips need, in KVM's order. Raises: BackendError, UsageError."""
@@ -196,30 +199,49 @@ class KvmVm(Vm):
 
     def read(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """See `Vm.read`."""
-        program = self.arch.read_order(layout, self._program(layout))
-        return [no for row in self._rows(layout, first_vcpu, values) for op in program for no in op.read(row)]
+        part, rows = self._program(layout).reading, self._rows(layout, first_vcpu, values)
+        if part.table is not None:
+            return part.table.run(rows, b"", self._threads(rows))
+        return [no for row in rows for op in part.operations for no in op.read(row)]
 
     def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """See `Vm.write`."""
-        program = self._program(layout)
-        return [no for row in self._rows(layout, first_vcpu, values) for op in program for no in op.write(row)]
+        part, rows = self._program(layout).writing, self._rows(layout, first_vcpu, values)
+        if part.table is not None:
+            return part.table.run(rows, b"", self._threads(rows))
+        return [no for row in rows for op in part.operations for no in op.write(row)]
 
-    def _program(self, layout: Layout) -> list[Operation]:
-        if layout not in self._programs:
-            self._programs[layout] = self.arch.operations(layout)
-        return self._programs[layout]
-
-    def _rows(self, layout: Layout, first_vcpu: int, values: Words) -> list[Row]:
-        """The matrix's rows with the fd that serves each: VM-wide MSRs go through a vCPU, any one will do."""
+    def _rows(self, layout: Layout, first_vcpu: int, values: Words) -> Rows:
         if not values.flags.c_contiguous or values.shape[1] != layout.row_words:
             raise UsageError("a bank is a C-contiguous matrix of its layout's width")
         if first_vcpu + len(values) > (1 if layout.scope == Scope.VM else len(self.vcpu_fds)):
             raise UsageError(f"rows {first_vcpu} to {first_vcpu + len(values)} of {layout.title}: the VM has fewer")
-        memory, width, base = memoryview(values.data).cast("B"), layout.row_words * 8, int(values.ctypes.data)
         fds = self.vcpu_fds if self.arch.through_vcpu(layout) else [self.fd]
-        return [Row(fds[first_vcpu + k], first_vcpu + k if layout.scope == Scope.VCPU else None,
-                    memory[k * width:(k + 1) * width], base + k * width, values[k])
-                for k in range(len(values))]
+        return Rows(fds[first_vcpu:first_vcpu + len(values)], values,
+                    first_vcpu if layout.scope == Scope.VCPU else None)
+
+    def _threads(self, rows: Sequence[object]) -> int:
+        return self.threads or batch.default_threads(len(rows))
+
+    def _program(self, layout: Layout) -> _Program:
+        if layout not in self._programs:
+            operations = self.arch.operations(layout)
+            reading = self.arch.read_order(layout, operations)
+            self._programs[layout] = _Program(self._part(reading, writing=False),
+                                              self._part(operations, writing=True))
+        return self._programs[layout]
+
+    def _part(self, operations: list[Operation], writing: bool) -> _Part:
+        return _Part(operations, batch.make_table(operations, writing) if self.backend.batched else None)
+
+    def prepare(self, layouts: Sequence[Layout]) -> None:
+        """See `Vm.prepare`."""
+        for layout in layouts:
+            self._program(layout)
+
+    def warm(self) -> None:
+        """See `Vm.warm`."""
+        batch.warm(self._threads(self.vcpu_fds))
 
     def __enter__(self) -> KvmVm:
         return self
@@ -265,6 +287,22 @@ class KvmVm(Vm):
                 os.close(fd)
         self._run_pages, self._mappings, self.vcpu_fds, self.device_fds, self.fd = [], [], [], {}, -1
         self._runner = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Operations in their order, and the same as a table where that can be."""
+
+    operations: list[Operation]
+    table: batch.Table | None
+
+
+@dataclass(frozen=True)
+class _Program:
+    """How a layout is read and written."""
+
+    reading: _Part
+    writing: _Part
 
 
 def _map(region: MemoryRegion) -> mmap.mmap:

@@ -10,11 +10,14 @@ import errno
 import fcntl
 import struct
 from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from migstream.backends.base import Refusal
 from migstream.backends.kvm import uapi
+from migstream.backends.kvm.batch import Entry, Kind
 from migstream.backends.kvm.uapi import Request
 from migstream.errors import BackendError
 from migstream.registers import ids
@@ -22,6 +25,8 @@ from migstream.registers import ids
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from migstream.model import Words
 
 ATTRIBUTE = struct.Struct("<IIQQ")
 """struct kvm_device_attr: flags, group, attribute, address of the value."""
@@ -47,8 +52,27 @@ class Row:
     words: NDArray[np.uint64]
 
 
+class Rows(Sequence[Row]):
+    """A matrix's rows, each with the fd that serves it; a `Row` is made only where Python works on one."""
+
+    def __init__(self, fds: Sequence[int], values: Words, first_vcpu: int | None) -> None:
+        """`first_vcpu` is the vCPU of row 0, None for the VM."""
+        self.fds, self.values, self._first = array("i", fds), values, first_vcpu
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, k: int) -> Row:  # type: ignore[override]  # nobody slices it
+        words = self.values[k]
+        return Row(self.fds[k], None if self._first is None else self._first + k, memoryview(words.data).cast("B"),
+                   int(words.ctypes.data), words)
+
+
 class Operation(ABC):
     """Reads and writes one column, or a run of MSR columns, of one row."""
+
+    id: int = 0
+    """The register; 0 where it is a run of MSRs."""
 
     @abstractmethod
     def read(self, row: Row) -> list[Refusal]:
@@ -57,6 +81,10 @@ class Operation(ABC):
     @abstractmethod
     def write(self, row: Row) -> list[Refusal]:
         """Give the column to the kernel."""
+
+    def entry(self, writing: bool) -> Entry | None:
+        """The same for the compiled batch; None where it takes Python."""
+        return None
 
 
 class Struct(Operation):
@@ -83,6 +111,13 @@ class Struct(Operation):
         """One ioctl from the bank's memory."""
         return self._do(row, self.set)
 
+    def entry(self, writing: bool) -> Entry | None:
+        """In place."""
+        start, size = self.slice.start, self.slice.stop - self.slice.start
+        if writing:
+            return Entry(Kind.STRUCT, start, size, self.set)
+        return Entry(Kind.STRUCT, start, size, self.get, head=self.prepare)
+
 
 class ByAddress(Operation):
     """A 64-bit register that KVM reads or writes through a pointer: device attributes and ONE_REG."""
@@ -105,6 +140,10 @@ class ByAddress(Operation):
     def write(self, row: Row) -> list[Refusal]:
         """The kernel reads from the bank."""
         return self._do(row, self.set)
+
+    def entry(self, writing: bool) -> Entry | None:
+        """What stands before the address, and the column's place."""
+        return Entry(Kind.ADDRESS, self.start, 8, self.set if writing else self.get, head=self.head)
 
 
 class EnabledCap(Operation):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from migstream.backends.base import SHORT_COUNT, Refusal
 from migstream.backends.kvm import uapi
 from migstream.backends.kvm.arch import ArchHost, ArchVm
+from migstream.backends.kvm.batch import Entry, Kind
 from migstream.backends.kvm.operations import (
     ATTRIBUTE,
     ByAddress,
@@ -57,6 +58,13 @@ class Counted(Struct):
             return [Refusal(self.id, row.vcpu, self.set.name, number)]
         return super().write(row)
 
+    def entry(self, writing: bool) -> Entry | None:
+        """With the rule that `write` checks."""
+        entry = super().entry(writing)
+        if entry is None or not writing:
+            return entry
+        return replace(entry, kind=Kind.COUNTED, head=struct.pack("<4I", *self.count))
+
 
 class Clock(Struct):
     """KVM_CLOCK: only the clock value is written, so that guest time goes on from the pause.
@@ -73,6 +81,10 @@ class Clock(Struct):
         except OSError as error:
             return [Refusal(self.id, row.vcpu, self.set.name, error.errno or errno.EIO)]
         return []
+
+    def entry(self, writing: bool) -> Entry | None:
+        """Reading alone: what is written is not the column."""
+        return None if writing else super().entry(writing)
 
 
 class TscKhz(Operation):
@@ -100,6 +112,11 @@ class TscKhz(Operation):
         except OSError as error:
             return [Refusal(self.id, row.vcpu, uapi.SET_TSC_KHZ.name, error.errno or errno.EIO)]
         return []
+
+    def entry(self, writing: bool) -> Entry | None:
+        """By value, asked first."""
+        request = uapi.SET_TSC_KHZ if writing else uapi.GET_TSC_KHZ
+        return Entry(Kind.INTEGER, self.start, 4, request, other=uapi.GET_TSC_KHZ.number)
 
 
 class Msrs(Operation):
@@ -130,6 +147,11 @@ class Msrs(Operation):
         """One copy of the values out of the bank, then one ioctl."""
         self.values[:] = row.words[self.word:self.word + len(self.indices)]
         return self._do(row, uapi.SET_MSRS)
+
+    def entry(self, writing: bool) -> Entry | None:
+        """The indices; the argument is made per thread."""
+        request = uapi.SET_MSRS if writing else uapi.GET_MSRS
+        return Entry(Kind.MSRS, self.word * 8, 8 * len(self.indices), request, msrs=tuple(self.indices))
 
     def _do(self, row: Row, request: Request) -> list[Refusal]:
         done = self._ioctl(row, request, self.buffer)

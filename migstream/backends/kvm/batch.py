@@ -1,0 +1,127 @@
+"""A program of operations as a table, and whole vCPU ranges through it with the GIL released.
+
+The compiled part (`migstream.native`) stops a row at the first entry that the kernel refuses and says which and why;
+the operations in Python then go on from there, so that both paths give the same answers.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from migstream.backends.base import Refusal
+from migstream.native import compiled
+
+if TYPE_CHECKING:
+    from migstream.backends.kvm.operations import Operation, Row, Rows
+    from migstream.backends.kvm.uapi import Request
+
+_ENTRY = struct.Struct("<4I2Q4I16s")
+MOST_MSRS = 256
+"""KVM's own limit for one KVM_GET_MSRS or KVM_SET_MSRS (KVM_MAX_MSR_ENTRIES)."""
+
+PER_THREAD = 4
+"""vCPUs that are worth a thread: below, waking one costs more than it takes over (measured: bench/README.md)."""
+
+SKIP_IF_CURRENT = 0xFFFF_FFFF
+
+
+class Kind(enum.IntEnum):
+    """What the ioctl's argument is; the numbers of `enum kind` in `_native.c`."""
+
+    STRUCT = 0
+    COUNTED = 1
+    ADDRESS = 2
+    MSRS = 3
+    INTEGER = 4
+    GATE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One ioctl of a row.
+
+    Attributes:
+        start, size: the column, bytes of the row. request: the ioctl; `other`: the one that asks first (INTEGER).
+        head: what stands before the value or address, or (COUNTED) where the length is and how it counts.
+        msrs: indices of a run of MSRs. page, page_size: where the run page has the same, 0 for nowhere.
+    """
+
+    kind: Kind
+    start: int
+    size: int
+    request: Request
+    other: int = 0
+    head: bytes = b""
+    msrs: tuple[int, ...] = ()
+    page: int = 0
+    page_size: int = 0
+
+
+class Table:
+    """A program in the form that the compiled part reads, with the operations that it stands for."""
+
+    def __init__(self, program: Sequence[tuple[Entry, Operation]], writing: bool) -> None:
+        indices = array("I")
+        packed = []
+        for e, _ in program:
+            packed.append(_ENTRY.pack(e.kind, e.start, e.size, len(e.head), e.request.number, e.other, len(indices),
+                                      len(e.msrs), e.page, e.page_size, e.head))
+            indices.extend(e.msrs)
+        self._program, self.writing = program, writing
+        self._entries, self._indices = b"".join(packed), indices.tobytes()
+
+    def run(self, rows: Rows, pages: bytes, threads: int) -> list[Refusal]:
+        """Serve all rows and return what was refused, in their order.
+
+        Args:
+            pages: addresses of the rows' run pages, where they may be used; else empty.
+        """
+        assert compiled is not None
+        results = array("Q", bytes(8 * len(rows)))
+        compiled.run(self._entries, self._indices, rows.fds, pages, rows.values, rows.values.shape[1] * 8, results,
+                     self.writing, threads)
+        if not any(results):
+            return []
+        return [no for k, result in enumerate(results) if result for no in self._go_on(rows[k], result)]
+
+    def _go_on(self, row: Row, result: int) -> list[Refusal]:
+        """Name the refusal and do the rest of the row in Python. A run of MSRs is done again: it names each."""
+        at, number = (result >> 32) - 1, result & 0xFFFF_FFFF
+        entry, operation = self._program[at]
+        if entry.msrs:
+            at -= 1
+            refused = []
+        else:
+            refused = [Refusal(operation.id, row.vcpu, entry.request.name, number)]
+        rest = (operation for _, operation in self._program[at + 1:])
+        return refused + [no for op in rest for no in (op.write(row) if self.writing else op.read(row))]
+
+
+def make_table(operations: Sequence[Operation], writing: bool) -> Table | None:
+    """The operations as a table; None where one of them can't be in it, or nothing compiled is there."""
+    if compiled is None:
+        return None
+    program: list[tuple[Entry, Operation]] = []
+    for operation in operations:
+        entry = operation.entry(writing)
+        if entry is None or len(entry.msrs) > MOST_MSRS:
+            return None
+        program.append((entry, operation))
+    return Table(program, writing)
+
+
+def default_threads(vcpus: int) -> int:
+    """One for every `PER_THREAD` vCPUs, as many as there are CPUs for this process."""
+    return max(1, min(len(os.sched_getaffinity(0)), vcpus // PER_THREAD))
+
+
+def warm(threads: int) -> None:
+    """Have the threads awake for the next call, which is about to come."""
+    if compiled is not None:
+        compiled.warm(threads)

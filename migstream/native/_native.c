@@ -1,0 +1,441 @@
+/* The compiled part of migstream: whole vCPU ranges between kernel and matrix, and the bank filter.
+ *
+ * Everything here has a counterpart in Python that gives the same bytes and the same answers; `migstream.native` says
+ * which of the two is used. Python owns all memory; the GIL is released while the kernel or the filter works.
+ */
+#define Py_LIMITED_API 0x030b0000
+#define PY_SSIZE_T_CLEAN
+#define _GNU_SOURCE
+#include <Python.h>
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <time.h>
+
+#define VERSION 1
+
+/* ---- One row of a program: `migstream/backends/kvm/batch.py` packs it. ---- */
+
+enum kind {
+    STRUCT,   /* the argument is the column; `head` (head_bytes) is put there before */
+    COUNTED,  /* the same, if the length that it states is within the column: head is {at, before, each, errno} */
+    ADDRESS,  /* the argument is `head`, then the column's address: KVM_*_ONE_REG, KVM_*_DEVICE_ATTR */
+    MSRS,     /* the argument is struct kvm_msrs, made here; `extra` is the place of the indices */
+    INTEGER,  /* the argument is a 32-bit number, written only where `other` answers another */
+    GATE      /* KVM_GET_VCPU_EVENTS: also decides whether the run page is still the vCPU's state */
+};
+
+struct entry {
+    uint32_t kind, start, size, head_bytes;
+    uint64_t request, other;
+    uint32_t extra, count;       /* MSRs: where their indices begin, and how many */
+    uint32_t page, page_size;    /* taken from the run page where that is current: offset and bytes, 0 for never */
+    uint8_t head[16];
+};
+
+enum { MOST_MSRS = 256 /* KVM's own limit */, SKIP_IF_CURRENT = UINT32_MAX };
+
+struct msrs {
+    uint32_t count, pad;
+    struct { uint32_t index, reserved; uint64_t value; } entry[MOST_MSRS];
+};
+
+struct job {
+    const struct entry *entries;
+    const uint32_t *indices;
+    const int32_t *fds;
+    const uint64_t *pages;
+    uint8_t *values;
+    uint64_t *results;           /* a row: 0, or entry + 1 in the upper half and errno (short count: all ones) */
+    size_t width;
+    unsigned count, rows, step, writing;
+    atomic_uint next;
+};
+
+/* ---- struct kvm_run of x86-64 (include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h) ---- */
+
+enum { RUN_REGS = 304, RUN_SREGS = 448, REGS_RIP = 128, SREGS_CS = 0, SEGMENT_SELECTOR = 12, SREGS_CR0 = 224,
+       SREGS_CR4 = 248, SREGS_EFER = 264, EVENTS_LATCHED_INIT = 39 };
+
+static uint64_t word_at(const uint8_t *from) { uint64_t value; memcpy(&value, from, 8); return value; }
+
+/* The page holds registers as of the last exit. What came later and changes them is an INIT, which the events show, or
+ * a SIPI, which only a vCPU in its reset state takes. In PAE mode KVM_SREGS2 has more than the page. */
+static int page_is_current(const uint8_t *page, const uint8_t *events)
+{
+    const uint8_t *sregs = page + RUN_SREGS;
+    uint16_t selector;
+    memcpy(&selector, sregs + SREGS_CS + SEGMENT_SELECTOR, 2);
+    int reset = selector == 0xf000 && word_at(page + RUN_REGS + REGS_RIP) == 0xfff0;
+    int pae = word_at(sregs + SREGS_CR0) >> 31 & 1 && word_at(sregs + SREGS_CR4) & 0x20
+              && !(word_at(sregs + SREGS_EFER) & 0x400);
+    return !reset && !pae && !events[EVENTS_LATCHED_INIT];
+}
+
+/* ---- One entry for one row; 0 or an errno, -1 for a short count ---- */
+
+static int plain(int fd, uint64_t request, void *argument)
+{
+    return ioctl(fd, request, argument) < 0 ? errno : 0;
+}
+
+static int counted(int fd, const struct entry *e, uint8_t *column)
+{
+    uint32_t rule[4], stated;
+    memcpy(rule, e->head, 16);
+    memcpy(&stated, column + rule[0], 4);
+    return rule[1] + (uint64_t)stated * rule[2] > e->size ? (int)rule[3] : plain(fd, e->request, column);
+}
+
+static int by_address(int fd, const struct entry *e, uint8_t *column)
+{
+    uint64_t argument[3], address = (uintptr_t)column;
+    memcpy(argument, e->head, e->head_bytes);
+    memcpy((uint8_t *)argument + e->head_bytes, &address, 8);
+    return plain(fd, e->request, argument);
+}
+
+static int msrs(const struct job *job, int fd, const struct entry *e, uint8_t *column, struct msrs *buffer)
+{
+    const uint32_t *indices = job->indices + e->extra;
+    buffer->count = e->count;
+    for (uint32_t k = 0; k < e->count; k++) {
+        buffer->entry[k].index = indices[k];
+        buffer->entry[k].value = job->writing ? word_at(column + 8 * k) : 0;
+    }
+    int done = ioctl(fd, e->request, buffer);
+    if (done != (int)e->count)
+        return done < 0 ? errno : -1;
+    if (!job->writing)
+        for (uint32_t k = 0; k < e->count; k++)
+            memcpy(column + 8 * k, &buffer->entry[k].value, 8);
+    return 0;
+}
+
+static int integer(const struct job *job, int fd, const struct entry *e, uint8_t *column)
+{
+    uint32_t wanted;
+    int now = ioctl(fd, job->writing ? e->other : e->request, 0);
+    if (now < 0)
+        return errno;
+    memcpy(&wanted, column, 4);
+    if (!job->writing)
+        memcpy(column, &now, 4);
+    else if (wanted >> 31)
+        return EINVAL;
+    else if ((uint32_t)now != wanted && ioctl(fd, e->request, (unsigned long)wanted) < 0)
+        return errno;
+    return 0;
+}
+
+static int perform(const struct job *job, int fd, const struct entry *e, uint8_t *column, struct msrs *buffer)
+{
+    switch (e->kind) {
+    case COUNTED: return counted(fd, e, column);
+    case ADDRESS: return by_address(fd, e, column);
+    case MSRS: return msrs(job, fd, e, column, buffer);
+    case INTEGER: return integer(job, fd, e, column);
+    default:
+        memcpy(column, e->head, e->head_bytes);
+        return plain(fd, e->request, column);
+    }
+}
+
+static void one_row(const struct job *job, unsigned row, struct msrs *buffer)
+{
+    uint8_t *values = job->values + row * job->width;
+    const uint8_t *page = job->pages ? (const uint8_t *)(uintptr_t)job->pages[row] : NULL;
+    int current = 0;
+    for (unsigned k = 0; k < job->count; k++) {
+        const struct entry *e = job->entries + k;
+        uint8_t *column = values + e->start;
+        if (current && e->page == SKIP_IF_CURRENT)
+            continue;
+        if (current && e->page) {
+            memcpy(column, page + e->page, e->page_size);
+            continue;
+        }
+        int error = perform(job, job->fds[row], e, column, buffer);
+        if (error) {
+            job->results[row] = (uint64_t)(k + 1) << 32 | (uint32_t)error;
+            return;
+        }
+        if (e->kind == GATE)
+            current = page && page_is_current(page, column);
+    }
+}
+
+static void work(struct job *job, struct msrs *buffer)
+{
+    for (;;) {
+        unsigned first = atomic_fetch_add(&job->next, job->step);
+        if (first >= job->rows)
+            return;
+        unsigned end = first + job->step < job->rows ? first + job->step : job->rows;
+        for (unsigned row = first; row < end; row++)
+            one_row(job, row, buffer);
+    }
+}
+
+/* ---- Threads: pinned, living, spinning for a while after work, then asleep ---- */
+
+enum { MOST_WORKERS = 255, IDLE = 0, POSTED = 1, RUNNING = 2 };
+static const int64_t SPIN_NS = 2000000;
+
+struct worker {
+    pthread_t thread;
+    atomic_int state;
+    char apart[56];              /* workers spin on lines of their own */
+    struct msrs buffer;
+};
+
+static struct {
+    pthread_mutex_t owner;       /* one run at a time has the workers; another goes alone */
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    atomic_int asleep;
+    atomic_llong awake_until;
+    struct job *job;
+    unsigned count;
+    struct worker *workers[MOST_WORKERS];
+} pool = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, NULL, 0, { NULL } };
+
+static int64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static inline void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void wait_for_work(struct worker *self)
+{
+    for (unsigned spins = 0; atomic_load(&self->state) != POSTED; spins++) {
+        relax();
+        if (spins % 256 || now_ns() < atomic_load(&pool.awake_until))
+            continue;
+        pthread_mutex_lock(&pool.lock);
+        atomic_fetch_add(&pool.asleep, 1);
+        while (atomic_load(&self->state) != POSTED && now_ns() >= atomic_load(&pool.awake_until))
+            pthread_cond_wait(&pool.wake, &pool.lock);
+        atomic_fetch_sub(&pool.asleep, 1);
+        pthread_mutex_unlock(&pool.lock);
+    }
+}
+
+static void *worker_main(void *argument)
+{
+    struct worker *self = argument;
+    for (;;) {
+        wait_for_work(self);
+        int expected = POSTED;
+        if (atomic_compare_exchange_strong(&self->state, &expected, RUNNING)) {
+            work(pool.job, &self->buffer);
+            atomic_store(&self->state, IDLE);
+        }
+    }
+    return NULL;
+}
+
+/* The k-th of the CPUs that this thread may use, round and round. */
+static void nth_cpu(const cpu_set_t *allowed, unsigned k, cpu_set_t *out)
+{
+    k %= (unsigned)CPU_COUNT(allowed);
+    CPU_ZERO(out);
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+        if (CPU_ISSET(cpu, allowed) && k-- == 0) {
+            CPU_SET(cpu, out);
+            return;
+        }
+}
+
+static int add_worker(const cpu_set_t *allowed)
+{
+    struct worker *self = calloc(1, sizeof *self);
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    cpu_set_t cpu;
+    if (!self)
+        return 0;
+    nth_cpu(allowed, pool.count + 1, &cpu);
+    pthread_attr_init(&attributes);
+    pthread_attr_setaffinity_np(&attributes, sizeof cpu, &cpu);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failed = pthread_create(&self->thread, &attributes, worker_main, self);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+    if (failed)
+        free(self);
+    else
+        pool.workers[pool.count++] = self;
+    return !failed;
+}
+
+/* Have so many workers, awake. With `owner` held. */
+static unsigned have_workers(unsigned wanted, const cpu_set_t *allowed)
+{
+    atomic_store(&pool.awake_until, now_ns() + SPIN_NS);
+    if (wanted > MOST_WORKERS)
+        wanted = MOST_WORKERS;
+    while (pool.count < wanted && add_worker(allowed))
+        ;
+    return wanted < pool.count ? wanted : pool.count;
+}
+
+static void wake_sleepers(void)
+{
+    if (!atomic_load(&pool.asleep))
+        return;
+    pthread_mutex_lock(&pool.lock);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+}
+
+/* A worker that has not begun when all rows are taken is not waited for. */
+static void settle(struct worker *worker)
+{
+    int expected = POSTED;
+    if (atomic_compare_exchange_strong(&worker->state, &expected, IDLE))
+        return;
+    while (atomic_load(&worker->state) != IDLE)
+        relax();
+}
+
+static void run_together(struct job *job, unsigned threads)
+{
+    struct msrs buffer = { 0 };
+    cpu_set_t allowed, mine;
+    sched_getaffinity(0, sizeof allowed, &allowed);
+    unsigned helpers = have_workers(threads - 1, &allowed);
+    nth_cpu(&allowed, 0, &mine);
+    sched_setaffinity(0, sizeof mine, &mine);
+    pool.job = job;
+    for (unsigned k = 0; k < helpers; k++)
+        atomic_store(&pool.workers[k]->state, POSTED);
+    wake_sleepers();
+    work(job, &buffer);
+    for (unsigned k = 0; k < helpers; k++)
+        settle(pool.workers[k]);
+    atomic_store(&pool.awake_until, now_ns() + SPIN_NS);
+    sched_setaffinity(0, sizeof allowed, &allowed);
+}
+
+static void run_job(struct job *job, unsigned threads)
+{
+    struct msrs buffer = { 0 };
+    if (threads > job->rows)
+        threads = job->rows;
+    if (threads > 1 && pthread_mutex_trylock(&pool.owner) == 0) {
+        run_together(job, threads);
+        pthread_mutex_unlock(&pool.owner);
+    } else {
+        work(job, &buffer);
+    }
+}
+
+/* A child of fork() has none of its parent's threads. */
+static void forget_workers(void)
+{
+    pthread_mutex_init(&pool.owner, NULL);
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    atomic_store(&pool.asleep, 0);
+    pool.count = 0;
+}
+
+/* ---- Python ---- */
+
+/* run(entries, indices, fds, pages, values, width, results, writing, threads) */
+static PyObject *run(PyObject *module, PyObject *arguments)
+{
+    Py_buffer entries, indices, fds, pages, values, results;
+    unsigned width, threads;
+    int writing;
+    PyObject *answer = NULL;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y*y*y*y*w*Iw*pI", &entries, &indices, &fds, &pages, &values, &width, &results,
+                          &writing, &threads))
+        return NULL;
+    struct job job = {
+        .entries = entries.buf, .indices = indices.buf, .fds = fds.buf, .pages = pages.len ? pages.buf : NULL,
+        .values = values.buf, .results = results.buf, .width = width, .writing = (unsigned)writing,
+        .count = (unsigned)((size_t)entries.len / sizeof(struct entry)), .rows = (unsigned)(fds.len / 4), .step = 1,
+    };
+    int good = entries.len % (Py_ssize_t)sizeof(struct entry) == 0 && (size_t)values.len == (size_t)job.rows * width
+               && (size_t)results.len == 8 * (size_t)job.rows
+               && (!pages.len || (size_t)pages.len == 8 * (size_t)job.rows);
+    for (unsigned k = 0; good && k < job.count; k++) {
+        const struct entry *e = job.entries + k;
+        good = e->head_bytes <= 16 && (uint64_t)e->start + e->size <= width && e->count <= MOST_MSRS
+               && (uint64_t)e->extra + e->count <= (uint64_t)indices.len / 4;
+    }
+    if (!good) {
+        PyErr_SetString(PyExc_ValueError, "the program does not fit the matrix");
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        run_job(&job, threads);
+        Py_END_ALLOW_THREADS
+        answer = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&entries);
+    PyBuffer_Release(&indices);
+    PyBuffer_Release(&fds);
+    PyBuffer_Release(&pages);
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&results);
+    return answer;
+}
+
+/* warm(threads): let the workers be there and spin for a moment, so that the next run finds them awake. */
+static PyObject *warm(PyObject *module, PyObject *argument)
+{
+    unsigned long threads = PyLong_AsUnsignedLong(argument);
+    cpu_set_t allowed;
+    (void)module;
+    if (PyErr_Occurred())
+        return NULL;
+    if (threads > 1 && pthread_mutex_trylock(&pool.owner) == 0) {
+        sched_getaffinity(0, sizeof allowed, &allowed);
+        have_workers((unsigned)(threads < MOST_WORKERS ? threads : MOST_WORKERS) - 1, &allowed);
+        wake_sleepers();
+        pthread_mutex_unlock(&pool.owner);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    { "run", run, METH_VARARGS, NULL },
+    { "warm", warm, METH_O, NULL },
+    { NULL, NULL, 0, NULL },
+};
+
+static int fill(PyObject *module)
+{
+    pthread_atfork(NULL, NULL, forget_workers);
+    return PyModule_AddIntConstant(module, "VERSION", VERSION)
+        || PyModule_AddIntConstant(module, "ENTRY_SIZE", sizeof(struct entry));
+}
+
+static PyModuleDef_Slot slots[] = { { Py_mod_exec, fill }, { 0, NULL } };
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_native", NULL, 0, functions, slots, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&definition); }

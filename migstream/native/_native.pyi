@@ -1,0 +1,6 @@
+VERSION: int
+ENTRY_SIZE: int
+
+def run(entries: bytes, indices: bytes, fds: bytes, pages: bytes, values: object, width: int, results: object,
+        writing: bool, threads: int, /) -> None: ...
+def warm(threads: int, /) -> None: ...
