@@ -10,14 +10,17 @@ from bench.program import LeftOut
 from bench.strategies import PHASES, STRATEGIES
 
 _COLOURS = {"per-vCPU": "#d62728", "scoped": "#ff9f1c", "prologue": "#1f77b4", "prologue+threads": "#2ca02c",
-            "C plain": "#555555", "C best": "#888888", "QEMU": "#8e44ad"}
+            "C plain": "#333333", "C best": "#777777", "QEMU": "#8e44ad"}
 _PHASE_COLOURS = dict(zip(PHASES, ("#4c78a8", "#9ecae9", "#bab0ac", "#f58518", "#54a24b", "#e45756", "#dddddd"),
                           strict=True))
-_LABELS = {"per-vCPU": "per-vCPU: VM registers written once for each vCPU, all in the pause",
-           "scoped": "scoped: VM registers written once, all in the pause",
-           "prologue": "prologue: what is fixed is sent before the pause",
-           "prologue+threads": "prologue, {threads} threads",
-           "C plain": "plain C loop over the same ioctls (no stream)", "QEMU": "QEMU, device state only"}
+_PHASE_LABELS = {"CPUID and features": "write CPUID, features", "vCPU registers": "write vCPU registers",
+                 "VM registers": "write VM registers", "rest": "plan, framing, checks"}
+_LABELS = {"per-vCPU": "migstream, per-vCPU: VM-scoped registers written once for each vCPU, all in the pause",
+           "scoped": "migstream, scoped: VM-scoped registers written once, all in the pause",
+           "prologue": "migstream, prologue: what can't change any more is restored before the pause",
+           "prologue+threads": "migstream, prologue and {threads} threads",
+           "C plain": "C program, plain: all ioctls in the pause, 1 thread, no stream",
+           "QEMU": "QEMU, its device state saved and loaded"}
 _SUFFIXES = ("png", "svg")
 
 
@@ -56,55 +59,64 @@ def _title(document: dict[str, Any], what: str) -> str:
 
 
 def _curves(document: dict[str, Any]) -> Any:
-    """Blackout against vCPUs, both logarithmic, and beside it what each costs against the best strategy."""
+    """Blackout against vCPUs: as it grows (linear), and for small guests too (both axes logarithmic)."""
     from matplotlib import pyplot
 
     curves = {name: curve["points"] for name, curve in document["curves"].items() if curve["points"]}
     if not curves:
         return None
-    figure, axes = pyplot.subplots(figsize=(10.5, 6.6), layout="constrained")
-    for name, points in curves.items():
-        _line(axes, document, name, points)
-    counts = sorted({at["vcpus"] for points in curves.values() for at in points})
+    figure, (linear, logarithmic) = pyplot.subplots(1, 2, figsize=(13.5, 7.2), layout="constrained")
+    for axes in (linear, logarithmic):
+        for name, points in curves.items():
+            _line(axes, document, name, points)
+        axes.set_xlabel("vCPUs of the guest")
+        axes.grid(True, which="major", color="#e5e5e5", linewidth=0.8)
+    linear.set_ylabel("blackout, ms (median; bars reach to the 99th percentile)")
+    linear.set_title("linear: how it grows", fontsize=10)
+    logarithmic.set_title("the same, both axes logarithmic: small guests", fontsize=10)
+    linear.set_ylim(0, 1.06 * max(at["total"]["p50"] for points in curves.values() for at in points) / 1e6)
+    linear.set_xlim(left=0)
+    _log_axes(logarithmic, sorted({at["vcpus"] for points in curves.values() for at in points}))
+    handles, labels = linear.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(_title(document, "Blackout: how long a guest stands still while all its registers are saved and "
+                           "restored (RAM not counted)"), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _log_axes(axes: Any, counts: list[int]) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(counts, [str(n) for n in counts])
+    shown = [n for n in counts if n & (n - 1) == 0]
+    axes.set_xticks(shown or counts, [str(n) for n in shown or counts])
     axes.minorticks_off()
-    axes.set_xlabel("vCPUs of the guest")
-    axes.set_ylabel("time the guest stands still for its registers, ms (median; bars to the 99th percentile)")
-    _plain_milliseconds(axes)
-    axes.grid(True, which="major", color="#e5e5e5", linewidth=0.8)
-    axes.legend(loc="upper left", frameon=True, framealpha=0.9, fontsize=9)
-    axes.set_title(_title(document, "Blackout for saving and restoring all registers of a guest, RAM not counted"),
-                   loc="left", fontsize=11)
-    return figure
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _line(axes: Any, document: dict[str, Any], name: str, points: list[dict[str, Any]]) -> None:
     x = [at["vcpus"] for at in points]
     y = [at["total"]["p50"] / 1e6 for at in points]
-    high = [max(at["total"]["p99"] / 1e6 - middle, 0) for at, middle in zip(points, y, strict=True)]
     strategy = name in STRATEGIES
-    axes.errorbar(x, y, yerr=[[0] * len(y), high], label=_label(document, name), color=_colour(name),
-                  linestyle="-" if strategy else "--", marker="o" if strategy else "s", markersize=5 if strategy else 4,
-                  linewidth=2 if strategy else 1.3, elinewidth=1, capsize=2)
+    high = [max(at["total"]["p99"] / 1e6 - middle, 0) if strategy else 0 for at, middle in zip(points, y, strict=True)]
+    axes.errorbar(x, y, yerr=[[0] * len(y), high], label=_label(document, name), **_style(name), elinewidth=1,
+                  capsize=2 if strategy else 0, markersize=5 if strategy else 4, linewidth=2 if strategy else 1.4)
 
 
-def _colour(name: str) -> str:
-    return _COLOURS.get(name) or _COLOURS.get(name.split(",")[0], "#000000")
+def _style(name: str) -> dict[str, Any]:
+    if name in STRATEGIES:
+        return {"color": _COLOURS[name], "linestyle": "-", "marker": "o"}
+    several = "threads" in name
+    return {"color": _COLOURS.get(name.split(",")[0], "#000000"), "linestyle": ":" if several else "--",
+            "marker": "^" if several else "s"}
 
 
 def _label(document: dict[str, Any], name: str) -> str:
     threads = document["options"]["threads"]
     if name.startswith("C best"):
-        return f"best possible C loop{name.removeprefix('C best') or ', 1 thread'} (no stream)"
+        return f"C program, best way{name.removeprefix('C best') or ', 1 thread'}: ioctls of the prologue plan, no stream"
     return _LABELS.get(name, name).format(threads=threads)
-
-
-def _plain_milliseconds(axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter
-
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _phases(document: dict[str, Any]) -> Any:
@@ -133,7 +145,8 @@ def _stack(axes: Any, points: dict[str, dict[str, Any]]) -> None:
     bottom = [0.0] * len(points)
     for phase in PHASES:
         heights = [max(at["phases"].get(phase, 0), 0) / 1e6 for at in points.values()]
-        axes.bar(list(range(len(points))), heights, bottom=bottom, color=_PHASE_COLOURS[phase], label=phase, width=0.7)
+        axes.bar(list(range(len(points))), heights, bottom=bottom, color=_PHASE_COLOURS[phase],
+                 label=_PHASE_LABELS.get(phase, phase), width=0.7)
         bottom = [low + more for low, more in zip(bottom, heights, strict=True)]
     for place, (at, top) in enumerate(zip(points.values(), bottom, strict=True)):
         axes.annotate(f"{at['vm_writes']:.0f} VM\nwrites", (place, top), ha="center", va="bottom", fontsize=8,

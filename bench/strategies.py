@@ -53,8 +53,8 @@ _WRITES = {"create (vm)": "CPUID and features", "create (vcpu)": "CPUID and feat
            "finalize (vcpu)": "CPUID and features", "feature (vm)": "VM registers",
            "feature (vcpu)": "CPUID and features", "state (vcpu)": "vCPU registers", "state (vm)": "VM registers",
            "interrupts (vm)": "VM registers", "interrupts (vcpu)": "vCPU registers", "clock (vm)": "VM registers",
-           "clock (vcpu)": "vCPU registers", "decode": "decode", "registers": "read registers", "encode": "encode",
-           "prologue": "read registers"}
+           "clock (vcpu)": "vCPU registers", "decode": "decode", "prologue decode": "decode",
+           "registers": "read registers", "prologue": "read registers", "encode": "encode"}
 """A report's phase to the part that shows it."""
 
 _OUTSIDE = "create"
@@ -94,8 +94,8 @@ class Run:
 
     def __init__(self, backend: Backend, source: Vm, host: HostSummary, strategy: Strategy, threads: int) -> None:
         self.strategy, self.out = strategy, io.BytesIO()
-        self.saver = Saver(source, self.out, host=host, vm_scope_per_vcpu=strategy.per_vcpu)
-        self.restorer = Restorer(backend, vm_scope_per_vcpu=strategy.per_vcpu)
+        self.saver = Saver(source, self.out, host=host, threads=threads, vm_scope_per_vcpu=strategy.per_vcpu)
+        self.restorer = Restorer(backend, threads=threads, vm_scope_per_vcpu=strategy.per_vcpu)
         self._fed = 0
 
     def send(self) -> int:

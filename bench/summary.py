@@ -49,13 +49,13 @@ def point(document: dict[str, Any], thing: str, vcpus: int) -> dict[str, Any] | 
 
 
 def ratios(document: dict[str, Any], things: Sequence[str]) -> list[dict[str, Any]]:
-    """Medians of every strategy against everything that is no strategy, at each vCPU count that both have."""
-    others = [name for name in document["curves"] if name not in things]
+    """Medians of every strategy against everything else, at each vCPU count that both have."""
+    others = list(document["curves"])
     return [{"vcpus": at["vcpus"], "thing": thing, "against": other,
              **{name: at[name]["p50"] / there[name]["p50"] for name in _TIMES},
              "bytes": at["bytes"] / there["bytes"] if there["bytes"] else None}
             for thing in things if thing in document["curves"] for at in document["curves"][thing]["points"]
-            for other in others if (there := point(document, other, at["vcpus"])) and there["total"]["p50"]]
+            for other in others if other != thing and (there := point(document, other, at["vcpus"])) and there["total"]["p50"]]
 
 
 def print_document(document: dict[str, Any]) -> None:
@@ -105,9 +105,13 @@ def _term(fit: dict[str, Any], term: str) -> str:
 
 
 def _print_ratios(document: dict[str, Any]) -> None:
-    if not document["ratios"]:
-        return
-    print_table(Table(("vCPUs", "ratio", ">save+load", ">save", ">load", ">bytes"), [
-        (str(one["vcpus"]), f"{one['thing']} / {one['against']}", *(f"{one[key]:.2f}" for key in _TIMES),
-         f"{one['bytes']:.3f}" if one["bytes"] else "") for one in sorted(
-             document["ratios"], key=lambda one: (one["vcpus"], one["against"]))]))
+    """Those that mean something to people; `--json` has all."""
+    threads = document["options"]["threads"]
+    pairs = (("per-vCPU", "scoped"), ("scoped", "C plain"), ("prologue", "C best"),
+             ("prologue+threads", f"C best, {threads} threads"), ("prologue+threads", "C plain"),
+             ("prologue+threads", "QEMU"))
+    rows = [(one["thing"], one["against"], str(one["vcpus"]), *(f"{one[key]:.2f}" for key in _TIMES),
+             f"{one['bytes']:.3f}" if one["bytes"] else "")
+            for pair in pairs for one in document["ratios"] if (one["thing"], one["against"]) == pair]
+    if rows:
+        print_table(Table(("ratio of", "to", ">vCPUs", ">save+load", ">save", ">load", ">bytes"), rows))
