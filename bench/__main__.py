@@ -1,4 +1,4 @@
-"""`python -m bench blackout|codec|compare|startup`: each command's options with `--help`."""
+"""`python -m bench blackout|codec|compare|lock|startup`: each command's options with `--help`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ BENCHES = {
     "blackout": "blackout against vCPU count, by strategy, beside C and QEMU",
     "codec": "what it costs to turn registers into a bank and back",
     "compare": "two runs of blackout side by side",
+    "lock": "one write for each vCPU by several threads, for real and in the model",
     "startup": "how long a command takes from nothing",
 }
 INTERRUPTED = 130

@@ -11,21 +11,18 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import measure, summary
-from bench.floor import MODES, Floor
+from bench.hosts import COUNTED, LAB, MEASURED, Host, in_lab, open_host
 from bench.journal import Journal
 from bench.program import LeftOut
-from bench.qemu import Qemu
-from bench.strategies import STRATEGIES, source_vm
-from bench.subjects import CProgram, Library, Peer, Subject
-from migstream.backends import open_backend
-from migstream.backends.base import Backend, Vm
-from migstream.errors import OutputError, UsageError
+from bench.strategies import STRATEGIES
+from bench.subjects import Subject
+from migstream.errors import MigstreamError, OutputError, UsageError
 
 VCPUS = (1, 2, 4, 8, 16, 32, 64, 128, 240, 256, 512, 1024)
 """240 is what QEMU's plain PC takes."""
@@ -34,7 +31,8 @@ QUICK_VCPUS = (1, 4, 16, 64, 128, 256)
 QUICK_S = 38.0
 """When a quick run stops measuring, so that it ends within a minute with its plots."""
 
-REPS, QUICK_REPS = 20, 20
+LAB_VCPUS = (1, 2, 4)
+REPS = 20
 BESIDE = ("c", "qemu")
 JOURNAL, DOCUMENT = "samples.jsonl", "blackout.json"
 Tell = Callable[[str], None]
@@ -56,9 +54,9 @@ class Plan:
     beside: tuple[str, ...]
     seconds: float = 0
 
-    def header(self) -> dict[str, Any]:
+    def header(self, kind: str) -> dict[str, Any]:
         """What a journal must agree with to be gone on with."""
-        return {"bench": "blackout", "machine": measure.machine(), "options": {
+        return {"bench": "blackout", "kind": kind, "machine": measure.machine(), "options": {
             "backend": self.backend, "vcpus": list(self.vcpus), "strategies": list(self.strategies),
             "threads": self.threads, "reps": self.reps, "beside": list(self.beside)}}
 
@@ -67,11 +65,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--quick", action="store_true", help=f"up to {QUICK_VCPUS[-1]} vCPUs, within a minute, no QEMU")
     parser.add_argument("--vcpus", type=_numbers, help="counts, as 1,2,4")
-    parser.add_argument("--backend", default="auto", help="kvm, sim:NAME (modelled time), lab:ARCH-KERNEL (counts)")
+    parser.add_argument("--backend", default="auto",
+                        help="kvm; sim:NAME (modelled time); lab:ARCH-KERNEL (counts of writes only)")
     parser.add_argument("--strategies", type=_names, default=tuple(STRATEGIES), help=", ".join(STRATEGIES))
     parser.add_argument("--threads", type=int, default=2, help="of prologue+threads and of the C program (default 2)")
     parser.add_argument("--reps", type=int, help=f"interleaved rounds (default {REPS})")
     parser.add_argument("--beside", type=_beside, help="c, qemu, or none (default c,qemu)")
+    parser.add_argument("--counts", action="store_true", help="count register writes only, one round")
     parser.add_argument("-o", dest="folder", type=Path, default=Path("blackout"), help="directory of the results")
 
 
@@ -96,102 +96,78 @@ def _beside(text: str) -> tuple[str, ...]:
     return names
 
 
-def make_plan(options: argparse.Namespace, backend: Backend) -> Plan:
+def make_plan(options: argparse.Namespace, host: Host) -> Plan:
     """The options with their defaults. Raises: UsageError."""
-    quick, most = options.quick, backend.profile().max_vcpus
-    vcpus = options.vcpus or tuple(n for n in (QUICK_VCPUS if quick else VCPUS) if n <= most)
-    if vcpus[-1] > most:
-        raise UsageError(f"--vcpus {vcpus[-1]}: {backend.name} allows {most}")
-    reps = options.reps or (QUICK_REPS if quick else REPS)
+    quick = options.quick
+    vcpus = options.vcpus or tuple(n for n in (QUICK_VCPUS if quick else VCPUS) if n <= host.most_vcpus)
+    if vcpus[-1] > host.most_vcpus:
+        raise UsageError(f"--vcpus {vcpus[-1]}: {host.name} allows {host.most_vcpus}")
+    reps = 1 if host.kind != MEASURED else REPS if options.reps is None else options.reps
     if reps < 1 or options.threads < 1:
         raise UsageError("--reps and --threads begin at 1")
-    beside = options.beside if options.beside is not None else BESIDE[:1] if quick else BESIDE
-    return Plan(backend.name, vcpus, options.strategies, options.threads, reps, beside, QUICK_S if quick else 0)
+    beside = BESIDE[:1] if quick else BESIDE
+    beside = () if host.kind == COUNTED else beside if options.beside is None else options.beside
+    return Plan(host.name, vcpus, options.strategies, options.threads, reps, beside, QUICK_S if quick else 0)
 
 
 def run(options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
     """Measure and return the document that `--json` prints; all times in ns. Raises: MigstreamError."""
-    backend = open_backend(options.backend)
-    plan = make_plan(options, backend)
-    with Journal(options.folder / JOURNAL, plan.header()) as journal:
-        bench = Bench(plan, backend, journal, tell)
-        with contextlib.suppress(KeyboardInterrupt):
-            bench.measure()
-            bench.complete = True
-        document = bench.document()
+    if options.backend.startswith(LAB):
+        document = in_lab(options.backend, _lab_words(options), tell)
+    else:
+        host, left_out = open_host(options.backend, counts_only=options.counts)
+        plan = make_plan(options, host)
+        with Journal(options.folder / JOURNAL, plan.header(host.kind)) as journal:
+            bench = Bench(plan, host, journal, left_out, tell)
+            with contextlib.suppress(KeyboardInterrupt):
+                bench.measure()
+                bench.complete = True
+            document = bench.document()
     _save(options.folder, document, tell)
     return document
 
 
-class Bench:
-    """One run: its source VMs, its subjects, its rounds."""
+def _lab_words(options: argparse.Namespace) -> list[str]:
+    counts = ",".join(str(n) for n in options.vcpus or LAB_VCPUS)
+    return ["--vcpus", counts, "--strategies", ",".join(options.strategies), "--threads", str(options.threads)]
 
-    def __init__(self, plan: Plan, backend: Backend, journal: Journal, tell: Tell) -> None:
-        self.plan, self.backend, self.journal, self.tell = plan, backend, journal, tell
-        self.left_out: list[str] = []
+
+class Bench:
+    """One run: its subjects and its rounds."""
+
+    def __init__(self, plan: Plan, host: Host, journal: Journal, left_out: list[str], tell: Tell) -> None:
+        self.plan, self.host, self.journal, self.left_out, self.tell = plan, host, journal, left_out, tell
         self.complete = False
-        self._sources: dict[int, Vm] = {}
 
     def measure(self) -> None:
         """All rounds; each sample is in the journal at once. Raises: MigstreamError, KeyboardInterrupt."""
         start = time.monotonic()
-        with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory(prefix="migstream-") as folder:
-            for vcpus in self.plan.vcpus:
-                self.tell(f"a guest of {vcpus} vCPUs runs for a moment")
-                self._sources[vcpus] = stack.enter_context(source_vm(self.backend, vcpus))
-            subjects = self._subjects(Path(folder), stack)
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="migstream-")))
+            subjects = self.host.subjects(self.plan, folder, stack, self.left_out, self.tell)
             for number in range(self.plan.reps):
                 if self.plan.seconds and time.monotonic() - start > self.plan.seconds:
                     self.left_out.append(f"rounds from {number + 1} to {self.plan.reps}: time was up")
                     break
                 self._round(number, subjects)
 
-    def _subjects(self, folder: Path, stack: contextlib.ExitStack) -> list[Subject]:
-        threads = self.plan.threads
-        subjects: list[Subject] = [Library(self.backend, self._sources, STRATEGIES[name], threads)
-                                   for name in self.plan.strategies]
-        makers: dict[str, Callable[[], Iterable[Subject]]] = {
-            "c": lambda: self._c_programs(folder, stack), "qemu": lambda: self._qemu(folder)}
-        for name in self.plan.beside:
-            try:
-                subjects += makers[name]()
-            except LeftOut as reason:
-                self.left_out.append(str(reason))
-        return subjects
-
-    def _c_programs(self, folder: Path, stack: contextlib.ExitStack) -> list[Subject]:
-        self._only_real()
-        self.tell("compiling floor.c")
-        floor = stack.enter_context(Floor(folder, self.backend.arch))
-        for vm in self._sources.values():
-            floor.load(vm)
-        pairs = [(mode, threads) for mode in MODES for threads in sorted({1, self.plan.threads})
-                 if mode == "best" or threads == 1]
-        return [CProgram(floor, mode, threads) for mode, threads in pairs]
-
-    def _qemu(self, folder: Path) -> list[Subject]:
-        self._only_real()
-        return [Peer(Qemu(folder), max(self.plan.reps // 2, 1))]
-
-    def _only_real(self) -> None:
-        if self.backend.name != "kvm":
-            raise LeftOut(f"C and QEMU: they need real KVM, this is {self.backend.name}")
-
     def _round(self, number: int, subjects: Sequence[Subject]) -> None:
         """Every subject at every vCPU count once, so that a change of the machine's mood hits all alike."""
         for vcpus in self.plan.vcpus:
-            for subject in self._in_turn(subjects, number):
+            for subject in _in_turn(subjects, number):
                 key = vcpus, subject.name, number
                 if key in self.journal.samples or vcpus > subject.most_vcpus or number >= (subject.rounds or 1 << 30):
                     continue
                 self.tell(f"round {number + 1} of {self.plan.reps}: {vcpus} vCPUs, {subject.name}")
-                self.journal.add(key, subject.sample(vcpus))
+                self._sample(key, subject)
 
-    @staticmethod
-    def _in_turn(subjects: Sequence[Subject], number: int) -> Iterator[Subject]:
-        """Another one begins in each round: who comes after whom must not matter."""
-        shift = number % len(subjects)
-        yield from (*subjects[shift:], *subjects[:shift])
+    def _sample(self, key: tuple[int, str, int], subject: Subject) -> None:
+        """One sample. A peer or C program that fails is left out from here on; the library's failure ends the run."""
+        try:
+            self.journal.add(key, subject.sample(key[0]))
+        except LeftOut as reason:
+            subject.rounds = 0
+            self.left_out.append(f"{subject.name} from {key[0]} vCPUs of round {key[2] + 1} on: {reason}")
 
     def document(self) -> dict[str, Any]:
         """What was measured so far."""
@@ -199,10 +175,37 @@ class Bench:
         order = [*self.plan.strategies, *(thing for thing in things if thing not in STRATEGIES)]
         document: dict[str, Any] = {
             **self.journal.header, "date": time.strftime("%Y-%m-%d", time.gmtime()), "backend": self.plan.backend,
-            "modelled": False, "complete": self.complete, "resumed_samples": self.journal.resumed,
+            "complete": self.complete, "resumed_samples": self.journal.resumed,
             "left_out": [*self.left_out, *([] if self.complete else ["what was to come after the interruption"])],
             "curves": summary.summarize(self.journal, order, self.plan.vcpus)}
-        return document | {"ratios": summary.ratios(document, self.plan.strategies)}
+        document["ratios"] = summary.ratios(document, self.plan.strategies)
+        document["model"] = self._model(document)
+        return document
+
+    def _model(self, document: dict[str, Any]) -> dict[str, Any] | None:
+        """The model beside what was measured, where it was calibrated on this machine."""
+        if self.host.kind != MEASURED or not self.host.layouts():
+            return None
+        from bench.model import load_calibration
+        from bench.modelled import beside_measured
+
+        try:
+            calibration = load_calibration()
+        except MigstreamError as error:
+            document["left_out"].append(f"model: {error}")
+            return None
+        own, kept = document["machine"], calibration.machine
+        if other := [name for name in ("cpu", "kernel") if own[name] != kept.get(name)]:
+            document["left_out"].append(f"model: calibrated on another machine ({', '.join(other)}); "
+                                        "`python -m bench calibrate` does it here")
+            return None
+        return beside_measured(document, self.host.layouts(), calibration)
+
+
+def _in_turn(subjects: Sequence[Subject], number: int) -> Iterator[Subject]:
+    """Another one begins in each round: who comes after whom must not matter."""
+    shift = number % len(subjects)
+    yield from (*subjects[shift:], *subjects[:shift])
 
 
 def _save(folder: Path, document: dict[str, Any], tell: Tell) -> None:
@@ -210,13 +213,11 @@ def _save(folder: Path, document: dict[str, Any], tell: Tell) -> None:
 
     tell("drawing")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         document["plots"] = [str(path) for path in plot.draw(document, folder)]
-    except LeftOut as reason:
-        document["left_out"].append(str(reason))
-    try:
         (folder / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{folder / DOCUMENT}: {error.strerror or error}") from error
+        raise OutputError(f"{folder}: {error.strerror or error}") from error
 
 
 def print_result(document: dict[str, Any]) -> None:

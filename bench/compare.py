@@ -50,8 +50,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What is not the same of the two machines, and of measured and modelled time."""
     one, other = before["machine"], after["machine"]
     out = [f"{name} {one.get(name)} and {other.get(name)}" for name in SAME_MACHINE if one.get(name) != other.get(name)]
-    if before["modelled"] != after["modelled"]:
-        out.append("one is measured, the other modelled")
+    if before["kind"] != after["kind"]:
+        out.append(f"one is {before['kind']}, the other {after['kind']}")
     return out
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.program import LeftOut
+from bench.hosts import COUNTED, MODELLED
+from bench.lock import WRITES
 from bench.strategies import PHASES, STRATEGIES
 
 _COLOURS = {"per-vCPU": "#d62728", "scoped": "#ff9f1c", "prologue": "#1f77b4", "prologue+threads": "#2ca02c",
@@ -25,20 +26,30 @@ _SUFFIXES = ("png", "svg")
 
 
 def draw(document: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw every picture that the document has data for; returns the files. Raises: LeftOut without matplotlib."""
+    """Draw every picture of a blackout run that it has data for; returns the files.
+
+    Without matplotlib nothing is drawn, and the document's `left_out` says so. Raises: OSError.
+    """
+    pictures = {"blackout": _curves, "phases": _phases, "model": _model}
+    return _draw(document, folder, {} if document["kind"] == COUNTED else pictures)
+
+
+def draw_lock(document: dict[str, Any], folder: Path) -> list[Path]:
+    """The same for a run of `bench lock`."""
+    return _draw(document, folder, {"lock": _lock})
+
+
+def _draw(document: dict[str, Any], folder: Path, pictures: Mapping[str, Callable[[dict[str, Any]], Any]]) -> list[Path]:
     try:
         import matplotlib
     except ImportError:
-        raise LeftOut("plots: matplotlib is not installed (pip install 'migstream[bench]')") from None
+        document["left_out"].append("plots: matplotlib is not installed (pip install 'migstream[bench]')")
+        return []
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"font.size": 10, "svg.hashsalt": "migstream", "axes.spines.top": False,
                                 "axes.spines.right": False, "figure.dpi": 110})
-    files = []
-    for name, picture in (("blackout", _curves), ("phases", _phases)):
-        figure = picture(document)
-        if figure is not None:
-            files += list(_save(figure, folder, name))
-    return files
+    figures = ((name, picture(document)) for name, picture in pictures.items())
+    return [path for name, figure in figures if figure is not None for path in _save(figure, folder, name)]
 
 
 def _save(figure: Any, folder: Path, name: str) -> Iterator[Path]:
@@ -53,9 +64,10 @@ def _save(figure: Any, folder: Path, name: str) -> Iterator[Path]:
 
 def _title(document: dict[str, Any], what: str) -> str:
     machine = document["machine"]
-    kind = ("MODELLED time, not measured" if document["modelled"] else "measured on real KVM")
-    return (f"{what}\n{kind}: {machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, "
-            f"{document['date']}")
+    where = f"{machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, {document['date']}"
+    if document.get("kind") == MODELLED:
+        return f"{what}\nMODELLED time of {document['backend']}, not measured; ioctls only, no encoding; costs calibrated on {where}"
+    return f"{what}\nmeasured on real KVM: {where}"
 
 
 def _curves(document: dict[str, Any]) -> Any:
@@ -155,3 +167,78 @@ def _stack(axes: Any, points: dict[str, dict[str, Any]]) -> None:
     axes.margins(y=0.12)
     axes.grid(True, axis="y", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def _model(document: dict[str, Any]) -> Any:
+    """What the model says (lines) and what was measured (points), for the parts that are ioctls."""
+    from matplotlib import pyplot
+
+    if not document.get("model"):
+        return None
+    model = document["model"]
+    curves = {name: points for name, points in model["curves"].items() if points}
+    figure, axes = pyplot.subplots(figsize=(10.5, 6.6), layout="constrained")
+    for name, points in curves.items():
+        x = [at["vcpus"] for at in points]
+        axes.plot(x, [at["modelled"] / 1e6 for at in points], color=_COLOURS[name], label=f"{name}: modelled")
+        axes.plot(x, [at["measured"] / 1e6 for at in points], color=_COLOURS[name], linestyle="none", marker="o",
+                  label=f"{name}: measured")
+    _log_axes(axes, sorted({at["vcpus"] for points in curves.values() for at in points}))
+    axes.grid(True, which="major", color="#e5e5e5", linewidth=0.8)
+    axes.set_xlabel("vCPUs of the guest")
+    axes.set_ylabel("reading and writing registers, ms (medians; no encoding)")
+    axes.legend(frameon=False, ncols=2, fontsize=9)
+    axes.set_title(_title(document, f"Model against measurement: median error {model['median_error']:.0%}, worst "
+                          f"{model['worst_error']:.0%} (lines modelled, points measured)"), loc="left", fontsize=11)
+    return figure
+
+
+_WRITE_COLOURS = dict(zip((write.command for write in WRITES), ("#2ca02c", "#1f77b4", "#ff9f1c", "#d62728"),
+                          strict=True))
+
+
+def _lock(document: dict[str, Any]) -> Any:
+    """Left: bursts that were measured, with the model's lines. Right: the model alone, far beyond this machine."""
+    from matplotlib import pyplot
+
+    figure, (near, far) = pyplot.subplots(1, 2, figsize=(13.5, 7.2), layout="constrained")
+    for write in WRITES:
+        _lock_measured(near, document["measured"], write.command)
+        _lock_modelled(far, document["model"], write.command)
+    counts = sorted({at["vcpus"] for at in document["measured"]}) or [1, 2]
+    _log_axes(near, counts)
+    _log_axes(far, sorted({at["threads"] for at in document["model"]}))
+    errors = sorted(abs(at["error"]) for at in document["measured"])
+    error = f"; the model's median error {errors[len(errors) // 2]:.0%}, worst {errors[-1]:.0%}" if errors else ""
+    near.set_title(f"measured (points: ● 1 thread, ▲ more) and MODELLED (lines){error}", fontsize=10)
+    near.set_xlabel("vCPUs; one write for each")
+    near.set_ylabel("all writes together, ms (median)")
+    most = max(at["vcpus"] for at in document["model"])
+    far.set_title(f"MODELLED, not measured: {most} vCPUs, as if the machine had a CPU for each thread", fontsize=10)
+    far.set_xlabel("threads")
+    far.set_ylabel("all writes together, ms")
+    for axes in (near, far):
+        axes.grid(True, which="major", color="#e5e5e5", linewidth=0.8)
+    handles, labels = far.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle(_title(document, "One write for each vCPU: what several threads gain, and where a VM-wide lock takes "
+                           "it away"), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _lock_measured(axes: Any, measured: list[dict[str, Any]], command: str) -> None:
+    for threads in sorted({at["threads"] for at in measured}):
+        points = [at for at in measured if (at["write"], at["threads"]) == (command, threads)]
+        x, style = [at["vcpus"] for at in points], {"color": _WRITE_COLOURS[command]}
+        axes.plot(x, [at["p50"] / 1e6 for at in points], linestyle="none", marker="o" if threads == 1 else "^", **style)
+        axes.plot(x, [at["modelled"] / 1e6 for at in points], linestyle="-" if threads == 1 else ":", **style)
+
+
+def _lock_modelled(axes: Any, model: list[dict[str, Any]], command: str) -> None:
+    most = max(at["vcpus"] for at in model)
+    points = [at for at in model if (at["write"], at["vcpus"]) == (command, most)]
+    what = next(write.what for write in WRITES if write.command == command)
+    axes.plot([at["threads"] for at in points], [at["modelled"] / 1e6 for at in points], marker="o",
+              color=_WRITE_COLOURS[command], label=what)
+    axes.axhline(points[0]["once"] / 1e6, color=_WRITE_COLOURS[command], linestyle="--", linewidth=0.9,
+                 label=f"… once instead of {most} times")

@@ -49,7 +49,7 @@ STRATEGIES = {one.name: one for one in (
 PHASES = ("read registers", "encode", "decode", "CPUID and features", "vCPU registers", "VM registers", "rest")
 """Parts of a blackout in their order; `rest` is framing, planning, settling: what no other part counts."""
 
-_WRITES = {"create (vm)": "CPUID and features", "create (vcpu)": "CPUID and features",
+PART_OF = {"create (vm)": "CPUID and features", "create (vcpu)": "CPUID and features",
            "finalize (vcpu)": "CPUID and features", "feature (vm)": "VM registers",
            "feature (vcpu)": "CPUID and features", "state (vcpu)": "vCPU registers", "state (vm)": "VM registers",
            "interrupts (vm)": "VM registers", "interrupts (vcpu)": "vCPU registers", "clock (vm)": "VM registers",
@@ -147,8 +147,8 @@ def _parts(run: Run) -> dict[str, int]:
     out: dict[str, int] = {}
     for report in (run.saver.report, run.restorer.report):
         for name, ns in report.times.items():
-            if name in _WRITES:
-                out[_WRITES[name]] = out.get(_WRITES[name], 0) + ns
+            if name in PART_OF:
+                out[PART_OF[name]] = out.get(PART_OF[name], 0) + ns
     return out
 
 

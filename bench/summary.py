@@ -36,7 +36,7 @@ def _point(samples: list[dict[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {"samples": len(samples)}
     for name in _TIMES:
         timing = Timing(tuple(s[name] for s in samples))
-        out[name] = {"p50": timing.median, "p99": timing.p99, "max": max(timing.samples)}
+        out[name] = {"min": min(timing.samples), "p50": timing.median, "p99": timing.p99, "max": max(timing.samples)}
     out["phases"] = {name: statistics.median(s["phases"][name] for s in samples) for name in first["phases"]}
     out["before"], out["made"] = (statistics.median(s[name] for s in samples) for name in ("before", "made"))
     return out | {name: statistics.median(s[name] for s in samples) for name in _COUNTS}
@@ -53,21 +53,43 @@ def ratios(document: dict[str, Any], things: Sequence[str]) -> list[dict[str, An
     others = list(document["curves"])
     return [{"vcpus": at["vcpus"], "thing": thing, "against": other,
              **{name: at[name]["p50"] / there[name]["p50"] for name in _TIMES},
+             "least": at["total"]["min"] / there["total"]["min"],
              "bytes": at["bytes"] / there["bytes"] if there["bytes"] else None}
             for thing in things if thing in document["curves"] for at in document["curves"][thing]["points"]
-            for other in others if other != thing and (there := point(document, other, at["vcpus"])) and there["total"]["p50"]]
+            for other in others if other != thing and (there := point(document, other, at["vcpus"])) and there["total"]["min"]]
 
 
 def print_document(document: dict[str, Any]) -> None:
     """The document as tables."""
     machine = document["machine"]
-    kind = "modelled time, not measured" if document["modelled"] else "wall time"
-    print_pairs([("blackout", f"{document['backend']}, {kind}; {document['date']}"),
+    print_pairs([("blackout", f"{document['backend']}; {_KINDS[document['kind']]}; {document['date']}"),
                  ("machine", f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['kernel']}"),
                  *(("left out", reason) for reason in document["left_out"])])
+    if document["kind"] == "counted":
+        _print_counts(document)
+        return
     _print_points(document)
     _print_fits(document)
     _print_ratios(document)
+    if model := document["model"]:
+        print_pairs([("model", f"against what was measured here: median error {model['median_error']:.0%}, worst "
+                               f"{model['worst_error']:.0%}; calibrated by {model['calibration']['method']}")])
+
+
+_KINDS = {"measured": "wall time", "modelled": "MODELLED time, not measured; ioctls only, no encoding",
+          "counted": "register writes counted; a lab's times say nothing"}
+
+
+def _points(document: dict[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
+    """(vCPUs, way, point), by vCPU count."""
+    return sorted(((at["vcpus"], name, at) for name, curve in document["curves"].items() for at in curve["points"]),
+                  key=lambda row: row[0])
+
+
+def _print_counts(document: dict[str, Any]) -> None:
+    print_table(Table(("vCPUs", "way", ">VM-scoped writes in the blackout", ">vCPU-scoped", ">writes before the pause"),
+                      [(str(vcpus), name, *(f"{at[key]:.0f}" for key in ("vm_writes", "vcpu_writes", "early_writes")))
+                       for vcpus, name, at in _points(document)]))
 
 
 def _ms(ns: float) -> str:
@@ -77,13 +99,11 @@ def _ms(ns: float) -> str:
 def _print_points(document: dict[str, Any]) -> None:
     head = ("vCPUs", "way", ">p50 ms", ">p99", ">max", ">save", ">load", ">n", ">VM-scoped writes in the blackout",
             ">vCPU-scoped", ">bytes in the blackout")
-    rows = sorted((at["vcpus"], number, name, at) for number, (name, curve) in enumerate(document["curves"].items())
-                  for at in curve["points"])
     print_table(Table(head, [
         (str(vcpus), name, *(_ms(at["total"][key]) for key in ("p50", "p99", "max")), _ms(at["save"]["p50"]),
          _ms(at["load"]["p50"]), str(at["samples"]),
          *(f"{at[key]:.0f}" if at[key] else "" for key in ("vm_writes", "vcpu_writes", "bytes")))
-        for vcpus, _, name, at in rows]))
+        for vcpus, name, at in _points(document)]))
 
 
 _SCALE = {"base": (1e3, "us"), "slope": (1e3, "us a vCPU"), "curvature": (1.0, "ns a vCPU²")}
@@ -110,8 +130,8 @@ def _print_ratios(document: dict[str, Any]) -> None:
     pairs = (("per-vCPU", "scoped"), ("scoped", "C plain"), ("prologue", "C best"),
              ("prologue+threads", f"C best, {threads} threads"), ("prologue+threads", "C plain"),
              ("prologue+threads", "QEMU"))
-    rows = [(one["thing"], one["against"], str(one["vcpus"]), *(f"{one[key]:.2f}" for key in _TIMES),
+    rows = [(one["thing"], one["against"], str(one["vcpus"]), *(f"{one[key]:.2f}" for key in (*_TIMES, "least")),
              f"{one['bytes']:.3f}" if one["bytes"] else "")
             for pair in pairs for one in document["ratios"] if (one["thing"], one["against"]) == pair]
     if rows:
-        print_table(Table(("ratio of", "to", ">vCPUs", ">save+load", ">save", ">load", ">bytes"), rows))
+        print_table(Table(("ratio of", "to", ">vCPUs", ">save+load", ">save", ">load", ">fastest rounds", ">bytes"), rows))
