@@ -105,7 +105,7 @@ def make_plan(options: argparse.Namespace, host: Host) -> Plan:
     reps = 1 if host.kind != MEASURED else REPS if options.reps is None else options.reps
     if reps < 1 or options.threads < 1:
         raise UsageError("--reps and --threads begin at 1")
-    beside = BESIDE[:1] if quick else BESIDE
+    beside: tuple[str, ...] = BESIDE[:1] if quick else BESIDE
     beside = () if host.kind == COUNTED else beside if options.beside is None else options.beside
     return Plan(host.name, vcpus, options.strategies, options.threads, reps, beside, QUICK_S if quick else 0)
 
@@ -156,7 +156,7 @@ class Bench:
         for vcpus in self.plan.vcpus:
             for subject in _in_turn(subjects, number):
                 key = vcpus, subject.name, number
-                if key in self.journal.samples or vcpus > subject.most_vcpus or number >= (subject.rounds or 1 << 30):
+                if key in self.journal.samples or vcpus > subject.most_vcpus or number >= subject.rounds:
                     continue
                 self.tell(f"round {number + 1} of {self.plan.reps}: {vcpus} vCPUs, {subject.name}")
                 self._sample(key, subject)

@@ -28,9 +28,10 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, A
     before, after = load(options.before), load(options.after)
     differ = differences(before, after)
     if differ and not options.other_machine:
-        raise UsageError(f"the runs are of different machines ({'; '.join(differ)}): their times say nothing about each "
-                         "other; --other-machine compares them nevertheless")
-    return {"before": str(options.before), "after": str(options.after), "differ": differ, "ratios": _ratios(before, after)}
+        raise UsageError(f"the runs are of different machines ({'; '.join(differ)}): their times say nothing about "
+                         "each other; --other-machine compares them nevertheless")
+    return {"before": str(options.before), "after": str(options.after), "differ": differ,
+            "ratios": _ratios(before, after)}
 
 
 def load(path: Path) -> dict[str, Any]:

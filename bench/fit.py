@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TERMS = ("base", "slope", "curvature")
-RESAMPLES, SEED = 400, 20
+Terms = tuple[float, float, float]
+RESAMPLES, SEED, LEAST_ROUNDS = 400, 20, 5
 CONFIDENCE = 0.95
 
 
@@ -21,13 +22,13 @@ class Fit:
 
     Attributes:
         terms: base, slope, curvature; in the times' unit, per vCPU and per vCPU squared.
-        low, high: bounds of each term's 95 % confidence interval.
+        low, high: bounds of each term's 95 % confidence interval; None below five rounds.
         worst: largest relative distance of a median from the curve.
     """
 
-    terms: tuple[float, float, float]
-    low: tuple[float, float, float]
-    high: tuple[float, float, float]
+    terms: Terms
+    low: Terms | None
+    high: Terms | None
     worst: float
 
     def at(self, vcpus: float) -> float:
@@ -36,7 +37,7 @@ class Fit:
 
     def document(self) -> dict[str, object]:
         """For JSON: each term with its interval."""
-        return {name: {"value": self.terms[n], "low": self.low[n], "high": self.high[n]}
+        return {name: {"value": self.terms[n], "low": self.low and self.low[n], "high": self.high and self.high[n]}
                 for n, name in enumerate(TERMS)} | {"worst_relative_error": self.worst}
 
 
@@ -58,22 +59,28 @@ def fit_curve(samples: Mapping[int, Sequence[float]]) -> Fit | None:
     rounds = min(len(samples[int(n)]) for n in vcpus)
     table = np.array([samples[int(n)][:rounds] for n in vcpus], float)
     terms = _solve(vcpus, np.median(table, axis=1))
+    low, high = _interval(vcpus, table) if rounds >= LEAST_ROUNDS else (None, None)
+    errors = np.abs(np.polynomial.polynomial.polyval(vcpus, terms) / np.median(table, axis=1) - 1)
+    return Fit(_three(terms), low, high, float(errors.max()))
+
+
+def _interval(vcpus: NDArray[np.float64], table: NDArray[np.float64]) -> tuple[Terms, Terms]:
+    import numpy as np
+
+    rounds = table.shape[1]
     draws = np.random.default_rng(SEED).integers(0, rounds, (RESAMPLES, rounds))
     spread = np.array([_solve(vcpus, np.median(table[:, draw], axis=1)) for draw in draws])
     low, high = np.quantile(spread, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    medians = np.median(table, axis=1)
-    errors = np.abs(np.polynomial.polynomial.polyval(vcpus, terms) / medians - 1)
-    return Fit(_three(terms), _three(low), _three(high), float(errors.max()))
+    return _three(low), _three(high)
 
 
 def _solve(vcpus: NDArray[np.float64], times: NDArray[np.float64]) -> NDArray[np.float64]:
     import numpy as np
 
     powers = np.vander(vcpus, len(TERMS), increasing=True)
-    solution: NDArray[np.float64] = np.linalg.lstsq(powers / times[:, None], np.ones(len(times)), rcond=None)[0]
-    return solution
+    return np.asarray(np.linalg.lstsq(powers / times[:, None], np.ones(len(times)), rcond=None)[0], np.float64)
 
 
-def _three(values: NDArray[np.float64]) -> tuple[float, float, float]:
+def _three(values: NDArray[np.float64]) -> Terms:
     base, slope, curvature = (float(value) for value in values)
     return base, slope, curvature

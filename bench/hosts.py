@@ -1,4 +1,4 @@
-"""Where a blackout run takes its samples: real KVM (wall time), a simulated kernel (modelled), a lab kernel (counts)."""
+"""Where a blackout run takes its samples: real KVM (wall time), a simulated kernel (modelled), a lab kernel (counted)."""
 
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ def measure(counts: Sequence[int], rounds: int, tell: Tell) -> list[dict[str, An
             talk.ask(f"vm {vcpus}")
             things = {(write.command, threads): _burst(talk, write, threads) for write in WRITES
                       for threads in sorted({1, os.cpu_count() or 1}) if threads <= vcpus}
-            taken = _rounds(things, rounds, lambda text, vcpus=vcpus: tell(f"{vcpus} vCPUs, {text}"))
+            tell(f"{vcpus} vCPUs")
+            taken = _rounds(things, rounds)
             out += [{"vcpus": vcpus, "write": command, "threads": threads, "samples": len(timing.samples),
                      "p50": timing.median, "p99": timing.p99, "max": max(timing.samples)}
                     for (command, threads), timing in taken.items()]
@@ -105,12 +106,10 @@ def _burst(talk: Talk, write: Write, threads: int) -> Callable[[], int]:
     return lambda: int(talk.ask(f"burst {write.command} {threads}"))
 
 
-def _rounds(things: dict[tuple[str, int], Callable[[], int]], rounds: int,
-            tell: Tell) -> dict[tuple[str, int], Timing]:
+def _rounds(things: dict[tuple[str, int], Callable[[], int]], rounds: int) -> dict[tuple[str, int], Timing]:
     """Each thing once a round; the C program's own times."""
     samples: dict[tuple[str, int], list[int]] = {key: [] for key in things}
-    for number in range(rounds):
-        tell(f"round {number + 1} of {rounds}")
+    for _ in range(rounds):
         for key, thing in things.items():
             samples[key].append(thing())
     return {key: Timing(tuple(values)) for key, values in samples.items()}

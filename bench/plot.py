@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.hosts import COUNTED, MODELLED
 from bench.lock import WRITES
+from bench.modelled import KNOWN_PARTS
 from bench.strategies import PHASES, STRATEGIES
 
 _COLOURS = {"per-vCPU": "#d62728", "scoped": "#ff9f1c", "prologue": "#1f77b4", "prologue+threads": "#2ca02c",
@@ -39,7 +40,8 @@ def draw_lock(document: dict[str, Any], folder: Path) -> list[Path]:
     return _draw(document, folder, {"lock": _lock})
 
 
-def _draw(document: dict[str, Any], folder: Path, pictures: Mapping[str, Callable[[dict[str, Any]], Any]]) -> list[Path]:
+def _draw(document: dict[str, Any], folder: Path,
+          pictures: Mapping[str, Callable[[dict[str, Any]], Any]]) -> list[Path]:
     try:
         import matplotlib
     except ImportError:
@@ -66,7 +68,8 @@ def _title(document: dict[str, Any], what: str) -> str:
     machine = document["machine"]
     where = f"{machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, {document['date']}"
     if document.get("kind") == MODELLED:
-        return f"{what}\nMODELLED time of {document['backend']}, not measured; ioctls only, no encoding; costs calibrated on {where}"
+        return (f"{what}\nMODELLED time of {document['backend']}, not measured; ioctls only, no encoding; costs "
+                f"calibrated on {where}")
     return f"{what}\nmeasured on real KVM: {where}"
 
 
@@ -127,7 +130,8 @@ def _style(name: str) -> dict[str, Any]:
 def _label(document: dict[str, Any], name: str) -> str:
     threads = document["options"]["threads"]
     if name.startswith("C best"):
-        return f"C program, best way{name.removeprefix('C best') or ', 1 thread'}: ioctls of the prologue plan, no stream"
+        threads = name.removeprefix("C best") or ", 1 thread"
+        return f"C program, best way{threads}: ioctls of the prologue plan, no stream"
     return _LABELS.get(name, name).format(threads=threads)
 
 
@@ -137,13 +141,15 @@ def _phases(document: dict[str, Any]) -> Any:
 
     names = [name for name in STRATEGIES if name in document["curves"]]
     points = {name: document["curves"][name]["points"] for name in names}
-    counts = sorted({at["vcpus"] for name in names for at in points[name]})[-4:]
+    counts = sorted({at["vcpus"] for name in names for at in points[name]})
+    counts = ([n for n in counts if n & (n - 1) == 0] or counts)[-4:]
     if not counts:
         return None
     figure, panels = pyplot.subplots(1, len(counts), figsize=(3.1 * len(counts) + 1.5, 6.2), layout="constrained",
                                      squeeze=False)
     for axes, vcpus in zip(panels[0], counts, strict=True):
-        _stack(axes, {name: at for name in names for at in points[name] if at["vcpus"] == vcpus})
+        _stack(axes, {name: at for name in names for at in points[name] if at["vcpus"] == vcpus},
+               document["kind"] == MODELLED)
         axes.set_title(f"{vcpus} vCPUs", fontsize=10)
     panels[0][0].set_ylabel("blackout, ms (median of each part); each panel has its own scale")
     handles, labels = panels[0][0].get_legend_handles_labels()
@@ -153,10 +159,12 @@ def _phases(document: dict[str, Any]) -> Any:
     return figure
 
 
-def _stack(axes: Any, points: dict[str, dict[str, Any]]) -> None:
+def _stack(axes: Any, points: dict[str, dict[str, Any]], modelled: bool) -> None:
     bottom = [0.0] * len(points)
     for phase in PHASES:
         heights = [max(at["phases"].get(phase, 0), 0) / 1e6 for at in points.values()]
+        if modelled and phase not in KNOWN_PARTS:
+            continue
         axes.bar(list(range(len(points))), heights, bottom=bottom, color=_PHASE_COLOURS[phase],
                  label=_PHASE_LABELS.get(phase, phase), width=0.7)
         bottom = [low + more for low, more in zip(bottom, heights, strict=True)]
@@ -164,7 +172,7 @@ def _stack(axes: Any, points: dict[str, dict[str, Any]]) -> None:
         axes.annotate(f"{at['vm_writes']:.0f} VM\nwrites", (place, top), ha="center", va="bottom", fontsize=8,
                       xytext=(0, 2), textcoords="offset points")
     axes.set_xticks(range(len(points)), [name.replace("+", "\n+") for name in points], rotation=30, fontsize=8)
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.15 * max(bottom))
     axes.grid(True, axis="y", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -209,27 +217,34 @@ def _lock(document: dict[str, Any]) -> Any:
     _log_axes(near, counts)
     _log_axes(far, sorted({at["threads"] for at in document["model"]}))
     errors = sorted(abs(at["error"]) for at in document["measured"])
-    error = f"; the model's median error {errors[len(errors) // 2]:.0%}, worst {errors[-1]:.0%}" if errors else ""
-    near.set_title(f"measured (points: ● 1 thread, ▲ more) and MODELLED (lines){error}", fontsize=10)
+    error = f"error where measured: median {errors[len(errors) // 2]:.0%}, worst {errors[-1]:.0%}" if errors else ""
+    kept = document["calibration"]["machine"]
+    near.set_title("measured (● 1 thread, ▲ more) and modelled (lines)", fontsize=10)
     near.set_xlabel("vCPUs; one write for each")
     near.set_ylabel("all writes together, ms (median)")
     most = max(at["vcpus"] for at in document["model"])
-    far.set_title(f"MODELLED, not measured: {most} vCPUs, as if the machine had a CPU for each thread", fontsize=10)
+    far.set_title(f"MODELLED, not measured: {most} vCPUs, as if {kept['cpu']} had a CPU for each thread\n{error}",
+                  fontsize=10)
     far.set_xlabel("threads")
     far.set_ylabel("all writes together, ms")
     for axes in (near, far):
         axes.grid(True, which="major", color="#e5e5e5", linewidth=0.8)
     handles, labels = far.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(_title(document, "One write for each vCPU: what several threads gain, and where a VM-wide lock takes "
-                           "it away"), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(_title(document, "One write for each vCPU: what several threads gain, and where a VM-wide lock "
+                           "takes it away"), x=0.01, ha="left", fontsize=11)
     return figure
+
+
+def _widths(command: str) -> float:
+    """The vCPU-scoped write is drawn broad, under the one that costs the same."""
+    return 4.0 if command == WRITES[0].command else 1.6
 
 
 def _lock_measured(axes: Any, measured: list[dict[str, Any]], command: str) -> None:
     for threads in sorted({at["threads"] for at in measured}):
         points = [at for at in measured if (at["write"], at["threads"]) == (command, threads)]
-        x, style = [at["vcpus"] for at in points], {"color": _WRITE_COLOURS[command]}
+        x, style = [at["vcpus"] for at in points], {"color": _WRITE_COLOURS[command], "linewidth": _widths(command)}
         axes.plot(x, [at["p50"] / 1e6 for at in points], linestyle="none", marker="o" if threads == 1 else "^", **style)
         axes.plot(x, [at["modelled"] / 1e6 for at in points], linestyle="-" if threads == 1 else ":", **style)
 
@@ -239,6 +254,7 @@ def _lock_modelled(axes: Any, model: list[dict[str, Any]], command: str) -> None
     points = [at for at in model if (at["write"], at["vcpus"]) == (command, most)]
     what = next(write.what for write in WRITES if write.command == command)
     axes.plot([at["threads"] for at in points], [at["modelled"] / 1e6 for at in points], marker="o",
-              color=_WRITE_COLOURS[command], label=what)
-    axes.axhline(points[0]["once"] / 1e6, color=_WRITE_COLOURS[command], linestyle="--", linewidth=0.9,
-                 label=f"… once instead of {most} times")
+              color=_WRITE_COLOURS[command], label=what, linewidth=_widths(command))
+    if what.startswith("VM-scoped"):
+        axes.axhline(points[0]["once"] / 1e6, color=_WRITE_COLOURS[command], linestyle="--", linewidth=0.9,
+                     label=f"… the same, once instead of {most} times")

@@ -18,12 +18,12 @@ class Subject(ABC):
     """Something that saves and restores a VM of N vCPUs on demand.
 
     Attributes:
-        name: in tables and plots. most_vcpus: what it can do at most. rounds: its samples at most, None for all.
+        name: in tables and plots. most_vcpus: what it can do at most. rounds: how many it takes part in.
     """
 
     name: str
     most_vcpus: int = 1 << 20
-    rounds: int | None = None
+    rounds: int = 1 << 30
 
     @abstractmethod
     def sample(self, vcpus: int) -> dict[str, Any]:

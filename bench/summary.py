@@ -51,12 +51,17 @@ def point(document: dict[str, Any], thing: str, vcpus: int) -> dict[str, Any] | 
 def ratios(document: dict[str, Any], things: Sequence[str]) -> list[dict[str, Any]]:
     """Medians of every strategy against everything else, at each vCPU count that both have."""
     others = list(document["curves"])
-    return [{"vcpus": at["vcpus"], "thing": thing, "against": other,
-             **{name: at[name]["p50"] / there[name]["p50"] for name in _TIMES},
-             "least": at["total"]["min"] / there["total"]["min"],
-             "bytes": at["bytes"] / there["bytes"] if there["bytes"] else None}
+    return [_ratio(thing, at, other, there)
             for thing in things if thing in document["curves"] for at in document["curves"][thing]["points"]
-            for other in others if other != thing and (there := point(document, other, at["vcpus"])) and there["total"]["min"]]
+            for other in others if other != thing
+            if (there := point(document, other, at["vcpus"])) and there["total"]["min"]]
+
+
+def _ratio(thing: str, at: dict[str, Any], other: str, there: dict[str, Any]) -> dict[str, Any]:
+    return {"vcpus": at["vcpus"], "thing": thing, "against": other,
+            **{name: at[name]["p50"] / there[name]["p50"] for name in _TIMES},
+            "least": at["total"]["min"] / there["total"]["min"],
+            "bytes": at["bytes"] / there["bytes"] if there["bytes"] else None}
 
 
 def print_document(document: dict[str, Any]) -> None:
@@ -120,8 +125,9 @@ def _print_fits(document: dict[str, Any]) -> None:
 
 
 def _term(fit: dict[str, Any], term: str) -> str:
-    value, low, high = (fit[term][key] / _SCALE[term][0] for key in ("value", "low", "high"))
-    return f"{value:,.1f} [{low:,.1f}..{high:,.1f}]"
+    scale, found = _SCALE[term][0], fit[term]
+    interval = "" if found["low"] is None else f" [{found['low'] / scale:,.1f}..{found['high'] / scale:,.1f}]"
+    return f"{found['value'] / scale:,.1f}{interval}"
 
 
 def _print_ratios(document: dict[str, Any]) -> None:
@@ -134,4 +140,5 @@ def _print_ratios(document: dict[str, Any]) -> None:
              f"{one['bytes']:.3f}" if one["bytes"] else "")
             for pair in pairs for one in document["ratios"] if (one["thing"], one["against"]) == pair]
     if rows:
-        print_table(Table(("ratio of", "to", ">vCPUs", ">save+load", ">save", ">load", ">fastest rounds", ">bytes"), rows))
+        head = ("ratio of", "to", ">vCPUs", ">save+load", ">save", ">load", ">fastest rounds", ">bytes")
+        print_table(Table(head, rows))
