@@ -1,4 +1,4 @@
-"""Where a blackout run takes its samples: real KVM (wall time), a simulated kernel (modelled), a lab kernel (counted)."""
+"""Where a blackout run takes its samples: real KVM (time), a simulated kernel (modelled), a lab kernel (counts)."""
 
 from __future__ import annotations
 
