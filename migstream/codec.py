@@ -12,12 +12,14 @@ A bank is a matrix, vCPU by 64-bit word. Three filters make it small, the codec 
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import zstandard
 
 from migstream import limits
 from migstream.errors import Corrupt, LimitExceeded, UsageError
+from migstream.native import compiled
 
 if TYPE_CHECKING:
     from migstream.model import Words
@@ -39,7 +41,7 @@ def compress(raw: bytes | memoryview, level: int) -> tuple[int, bytes | memoryvi
     """Return (codec number, stored bytes). Level 0 stores; data that doesn't shrink is stored too."""
     if level == 0:
         return STORE, raw
-    packed = zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
+    packed = _compressor(level).compress(raw)
     return (ZSTD, packed) if len(packed) < len(raw) else (STORE, raw)
 
 
@@ -64,9 +66,27 @@ def _unzstd(stored: bytes, raw_length: int) -> bytes:
         stated = zstandard.get_frame_parameters(stored).content_size
         if stated != raw_length:
             raise Corrupt("zstd frame and header differ", field="raw_length", expected=stated, found=raw_length)
-        return zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False) if raw_length else b""
+        return _decompressor().decompress(stored, allow_extra_data=False) if raw_length else b""
     except zstandard.ZstdError as error:
         raise Corrupt(f"zstd: {error}", field="payload") from error
+
+
+_own = threading.local()
+"""A thread's contexts: making one takes longer than a small bank, and none may be used by two threads at a time."""
+
+
+def _compressor(level: int) -> zstandard.ZstdCompressor:
+    made: dict[int, zstandard.ZstdCompressor] = _own.__dict__.setdefault("compressors", {})
+    if level not in made:
+        made[level] = zstandard.ZstdCompressor(level=level, write_content_size=True)
+    return made[level]
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    if not hasattr(_own, "decompressor"):
+        _own.decompressor = zstandard.ZstdDecompressor()
+    made: zstandard.ZstdDecompressor = _own.decompressor
+    return made
 
 
 def filter_bank(values: Words, how: int) -> bytes | memoryview:
@@ -77,6 +97,8 @@ def filter_bank(values: Words, how: int) -> bytes | memoryview:
         return values.data.cast("B")
     if how == MAJOR:
         return values.T.tobytes()
+    if compiled is not None and values.flags.c_contiguous:
+        return compiled.delta(values, *values.shape)  # type: ignore[no-any-return]
     return _delta(values)
 
 
@@ -95,14 +117,20 @@ def _bitmap(differ: Words) -> bytes:
     return packed + bytes(-len(packed) % 8)
 
 
-def unfilter_bank(raw: bytes, how: int, rows: int, words: int) -> Words:
+def unfilter_bank(raw: bytes, how: int, rows: int, words: int, out: Words | None = None) -> Words:
     """Return the matrix, rows x words. Raises: Corrupt where `raw` has another length or a stray bit.
 
-    The matrix owns its memory and is writable: a kernel is pointed into it.
+    Args:
+        out: a C-contiguous matrix of that shape that may be filled and returned. Otherwise the result owns its memory;
+            it is writable in any case: a kernel is pointed into it.
     """
     import numpy as np
 
     if how == DELTA:
+        if compiled is not None:
+            matrix = np.empty((rows, words), np.uint64) if out is None else out
+            if compiled.undelta(raw, rows, words, matrix):
+                return matrix
         return _undelta(raw, rows, words)
     _expect_length(raw, rows * words * 8)
     flat = np.frombuffer(raw, np.uint64)

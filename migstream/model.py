@@ -88,6 +88,13 @@ class Layout:
     phase: Phase
     slots: tuple[Slot, ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.scope, self.phase, self.slots))
+
     @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Word offset of each column in a row, with the row's width as a last element."""
@@ -96,7 +103,7 @@ class Layout:
             out.append(out[-1] + slot.words)
         return tuple(out)
 
-    @property
+    @cached_property
     def row_words(self) -> int:
         """Width of a row in 64-bit words."""
         return self.offsets[-1]

@@ -135,6 +135,8 @@ _SCOPE_NOTES = {
 def _step(layout: Layout, host: HostProfile) -> Step:
     verdicts = tuple(_judge(slot, host) for slot in layout.slots)
     targets = tuple(v.target for v in verdicts if v.target is not None)
+    if targets == layout.slots:
+        return Step(layout, layout, verdicts)
     return Step(layout, Layout(layout.scope, layout.phase, targets) if targets else None, verdicts)
 
 

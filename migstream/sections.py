@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgpack
@@ -33,7 +34,7 @@ from migstream.model import (
 )
 from migstream.packing import pack, typed_list, unpack
 from migstream.registers import ids
-from migstream.registers.catalogue import lookup
+from migstream.registers.catalogue import Register, lookup
 from migstream.wire import stream as wire
 from migstream.wire import structs
 from migstream.wire.schema import Count
@@ -77,13 +78,16 @@ class EncodedBank:
         """True for VM registers sent again because they had changed by the pause."""
         return bool(self.section.flags & wire.UPDATE)
 
-    def decode(self) -> Bank:
-        """Return the values. Raises: Corrupt, LimitExceeded, with this section's place."""
-        return gate(self.section, lambda: self._decode())
+    def decode(self, out: Words | None = None) -> Bank:
+        """Return the values, in `out` (rows x words, C-contiguous) where one is given and the filter allows it.
 
-    def _decode(self) -> Bank:
+        Raises: Corrupt, LimitExceeded, with this section's place.
+        """
+        return gate(self.section, lambda: self._decode(out))
+
+    def _decode(self, out: Words | None) -> Bank:
         raw = codec.decompress(self.section.codec, bytes(self.section.stored), self.section.raw_length)
-        values = codec.unfilter_bank(raw, self.section.filter, self.rows, self.layout.row_words)
+        values = codec.unfilter_bank(raw, self.section.filter, self.rows, self.layout.row_words, out)
         check_padding(self.layout, values)
         check_values(self.layout, values)
         return Bank(self.layout, self.first_vcpu, values, self.update)
@@ -231,13 +235,21 @@ def check_values(layout: Layout, values: Words) -> None:
 
     Raises: Corrupt.
     """
-    for column, slot in layout.ours:
-        row, first = lookup(slot.id), values[:, layout.offsets[column]]
+    for row, slot, word in _checked(layout):
+        first = values[:, word]
         if row.selector is not None and (first & 0xFFFF_FFFF != row.selector).any():
             raise Corrupt("value names another register", field=row.name, expected=row.selector,
                           found=int(first[0]) & 0xFFFF_FFFF)
         if row.struct in structs.COUNTS:
             _check_count(row.name, structs.COUNTS[row.struct], slot.size, structs.STRUCTS[row.struct].minimum, first)
+
+
+@lru_cache(maxsize=limits.MAX_LAYOUTS)
+def _checked(layout: Layout) -> tuple[tuple[Register, Slot, int], ...]:
+    """The columns whose values can lead a kernel astray: row, slot, first word."""
+    found = ((lookup(slot.id), slot, layout.offsets[column]) for column, slot in layout.ours)
+    return tuple((row, slot, word) for row, slot, word in found
+                 if row.selector is not None or row.struct in structs.COUNTS)
 
 
 def _check_count(name: str, count: Count, size: int, minimum: int, first: Any) -> None:

@@ -359,7 +359,134 @@ static void forget_workers(void)
     pool.count = 0;
 }
 
+/* ---- The bank filter: `migstream.codec` says what the bytes are ---- */
+
+static size_t bitmap_bytes(size_t words) { return (words + 63) / 64 * 8; }
+
+/* Which words differ from row 0 anywhere: their numbers into `columns`; how many. */
+static size_t differing(const uint64_t *values, size_t rows, size_t words, uint64_t *any, uint32_t *columns)
+{
+    size_t count = 0;
+    memset(any, 0, words * 8);
+    for (size_t row = 1; row < rows; row++)
+        for (size_t word = 0; word < words; word++)
+            any[word] |= values[row * words + word] ^ values[word];
+    for (size_t word = 0; word < words; word++)
+        if (any[word])
+            columns[count++] = (uint32_t)word;
+    return count;
+}
+
+static void put_delta(const uint64_t *values, size_t rows, size_t words, const uint32_t *columns, size_t count,
+                      uint8_t *out)
+{
+    uint8_t *bitmap = out + words * 8;
+    uint64_t *steps = (uint64_t *)(bitmap + bitmap_bytes(words));
+    memcpy(out, values, words * 8);
+    memset(bitmap, 0, bitmap_bytes(words));
+    for (size_t k = 0; k < count; k++)
+        bitmap[columns[k] / 8] |= (uint8_t)(1u << columns[k] % 8);
+    for (size_t row = 1; row < rows; row++, steps++) {
+        const uint64_t *now = values + row * words, *before = now - words;
+        for (size_t k = 0; k < count; k++)
+            steps[k * (rows - 1)] = now[columns[k]] - before[columns[k]];
+    }
+}
+
+/* 0, or 1 for what is no filtered bank: the path in Python then says what is wrong. */
+static int take_delta(const uint8_t *raw, size_t length, size_t rows, size_t words, uint64_t *out, uint64_t *any,
+                      uint32_t *columns)
+{
+    size_t head = words * 8 + bitmap_bytes(words), count = 0;
+    if (length < head)
+        return 1;
+    for (size_t bit = 0; bit < bitmap_bytes(words) * 8; bit++)
+        if (raw[words * 8 + bit / 8] >> bit % 8 & 1) {
+            if (bit >= words)
+                return 1;
+            columns[count++] = (uint32_t)bit;
+        }
+    if ((count && rows == 1) || length != head + count * (rows - 1) * 8)
+        return 1;
+    const uint64_t *steps = (const uint64_t *)(raw + head);
+    memcpy(out, raw, words * 8);
+    memset(any, 0, count * 8);
+    for (size_t row = 1; row < rows; row++, steps++) {
+        uint64_t *now = out + row * words;
+        memcpy(now, raw, words * 8);
+        for (size_t k = 0; k < count; k++) {
+            uint64_t step = steps[k * (rows - 1)];
+            any[k] |= step;
+            now[columns[k]] = (now - words)[columns[k]] + step;
+        }
+    }
+    for (size_t k = 0; k < count; k++)
+        if (!any[k])
+            return 1;
+    return 0;
+}
+
 /* ---- Python ---- */
+
+/* delta(values, rows, words) -> bytes */
+static PyObject *delta(PyObject *module, PyObject *arguments)
+{
+    Py_buffer values;
+    Py_ssize_t rows, words;
+    PyObject *out = NULL;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y*nn", &values, &rows, &words))
+        return NULL;
+    uint64_t *any = words > 0 ? malloc((size_t)words * 12) : NULL;
+    if (rows < 1 || words < 1 || words > UINT32_MAX || values.len / 8 / words != rows || values.len % (8 * words)) {
+        PyErr_SetString(PyExc_ValueError, "the matrix has another shape");
+    } else if (!any) {
+        PyErr_NoMemory();
+    } else {
+        uint32_t *columns = (uint32_t *)(any + words);
+        size_t count;
+        Py_BEGIN_ALLOW_THREADS
+        count = differing(values.buf, (size_t)rows, (size_t)words, any, columns);
+        Py_END_ALLOW_THREADS
+        size_t size = (size_t)words * 8 + bitmap_bytes((size_t)words) + count * ((size_t)rows - 1) * 8;
+        out = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size);
+        if (out) {
+            uint8_t *place = (uint8_t *)PyBytes_AsString(out);
+            Py_BEGIN_ALLOW_THREADS
+            put_delta(values.buf, (size_t)rows, (size_t)words, columns, count, place);
+            Py_END_ALLOW_THREADS
+        }
+    }
+    free(any);
+    PyBuffer_Release(&values);
+    return out;
+}
+
+/* undelta(raw, rows, words, out) -> True, or False for what is no filtered bank */
+static PyObject *undelta(PyObject *module, PyObject *arguments)
+{
+    Py_buffer raw, out;
+    Py_ssize_t rows, words;
+    int wrong = -1;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y*nnw*", &raw, &rows, &words, &out))
+        return NULL;
+    uint64_t *any = words > 0 ? malloc((size_t)words * 12 + 768) : NULL;
+    if (rows < 1 || words < 1 || words > UINT32_MAX || out.len / 8 / words != rows || out.len % (8 * words)) {
+        PyErr_SetString(PyExc_ValueError, "the matrix has another shape");
+    } else if (!any) {
+        PyErr_NoMemory();
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        wrong = take_delta(raw.buf, (size_t)raw.len, (size_t)rows, (size_t)words, out.buf, any,
+                           (uint32_t *)(any + words));
+        Py_END_ALLOW_THREADS
+    }
+    free(any);
+    PyBuffer_Release(&raw);
+    PyBuffer_Release(&out);
+    return wrong < 0 ? NULL : PyBool_FromLong(!wrong);
+}
 
 /* run(entries, indices, fds, pages, values, width, results, writing, threads) */
 static PyObject *run(PyObject *module, PyObject *arguments)
@@ -422,6 +549,8 @@ static PyObject *warm(PyObject *module, PyObject *argument)
 static PyMethodDef functions[] = {
     { "run", run, METH_VARARGS, NULL },
     { "warm", warm, METH_O, NULL },
+    { "delta", delta, METH_VARARGS, NULL },
+    { "undelta", undelta, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },
 };
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from migstream import ram
+from typing import TYPE_CHECKING
+
+from migstream import limits, ram
 from migstream.backends.base import Backend, Refusal, Vm, check_threads
 from migstream.errors import RestoreFailed, UsageError
 from migstream.frames import Section
@@ -16,6 +18,9 @@ from migstream.transport import readback as check
 from migstream.transport.streams import Source, read_items
 from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written, columns, repeats
+
+if TYPE_CHECKING:
+    from migstream.model import Words
 
 
 class Restorer:
@@ -33,6 +38,8 @@ class Restorer:
         self._backend, self._readback, self._per_vcpu = backend, readback, vm_scope_per_vcpu
         self._plan: Plan | None = None
         self._vm: Vm | None = None
+        self._complete = False
+        self._room: dict[int, Words] = {}
         self._written: list[Written] = []
         self._refused: list[tuple[Refusal, Written]] = []
 
@@ -86,15 +93,18 @@ class Restorer:
         return self._vm
 
     def _with_vcpus(self, vm: Vm) -> Vm:
-        with self.report.phase("create"):
-            vm.create_vcpus()
+        if not self._complete:
+            with self.report.phase("create"):
+                vm.create_vcpus()
+                self._get_ready(vm)
+            self._complete = True
         return vm
 
     def _bank(self, vm: Vm, number: int, encoded: EncodedBank) -> None:
         assert self._plan is not None
         step = self._plan.steps[number]
         with self.report.phase("prologue decode" if step.source.phase.prologue else "decode"):
-            bank = encoded.decode()
+            bank = encoded.decode(self._place(number, encoded))
         if (step.source.scope, step.source.phase) != (Scope.VM, Phase.CREATE):
             self._with_vcpus(vm)
         if step.target is None:
@@ -103,6 +113,24 @@ class Restorer:
             self._update(vm, Written(step, step.target, bank, step.fit(bank.values)))
         else:
             self._write(vm, Written(step, step.target, bank, step.fit(bank.values)))
+
+    def _get_ready(self, vm: Vm) -> None:
+        """Before the pause: programs, and touched memory for what comes after it (a first touch is slow)."""
+        import numpy as np
+
+        assert self._plan is not None
+        late = {n: step for n, step in enumerate(self._plan.steps) if not step.source.phase.prologue}
+        vm.prepare([step.target for step in late.values() if step.target is not None])
+        for number, step in late.items():
+            shape = vm.machine.vcpus if step.source.scope == Scope.VCPU else 1, step.source.row_words
+            if shape[0] * shape[1] * 8 <= limits.MAX_MATRIX:
+                self._room[number] = np.empty(shape, np.uint64)
+                self._room[number].fill(0)
+
+    def _place(self, number: int, encoded: EncodedBank) -> Words | None:
+        """The rows of a bank in the memory that was made for its layout."""
+        room = self._room.get(number)
+        return None if room is None else room[encoded.first_vcpu:encoded.first_vcpu + encoded.rows]
 
     def _write(self, vm: Vm, done: Written) -> None:
         assert done.values is not None
