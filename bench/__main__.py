@@ -1,4 +1,4 @@
-"""`python -m bench blackout|codec|compare|lock|startup`: each command's options with `--help`."""
+"""`python -m bench blackout|calibrate|codec|compare|lock|model|startup`: each command's options with `--help`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from migstream.progress import progress
 
 BENCHES = {
     "blackout": "blackout against vCPU count, by strategy, beside C and QEMU",
+    "calibrate": "what each ioctl costs on this machine, for modelled time",
     "codec": "what it costs to turn registers into a bank and back",
     "compare": "two runs of blackout side by side",
     "lock": "one write for each vCPU by several threads, for real and in the model",
+    "model": "the model against real KVM, point by point, with its error",
     "startup": "how long a command takes from nothing",
 }
+MODULES = {"model": "against"}
+"""Where a command's module has another name."""
+
 INTERRUPTED = 130
 """The exit status of what Ctrl-C ended, as shells give it."""
 
@@ -29,14 +34,18 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in BENCHES.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="one JSON document on standard output")
-        import_module(f"bench.{name}").arguments(command)
+        _module(name).arguments(command)
     return parser
+
+
+def _module(name: str) -> Any:
+    return import_module(f"bench.{MODULES.get(name, name)}")
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one benchmark and return the exit status."""
     options = _parser().parse_args(words)
-    module = import_module(f"bench.{options.bench}")
+    module = _module(options.bench)
     try:
         with progress() as tell:
             result = module.run(options, tell)

@@ -8,6 +8,8 @@ and what the first use by a thread costs more.
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import statistics
 import struct
@@ -28,9 +30,10 @@ from migstream.errors import BackendUnavailable
 from migstream.model import Layout, Phase, Scope
 from migstream.registers import ids
 from migstream.show import Table, print_pairs, print_table
+from migstream.transport import open_output
 
-POINTS = (1, 3, 6, 12, 24, 48, 96, 192, 384)
-"""vCPU counts; none of them is one that the model is checked at."""
+POINTS = (3, 5, 6, 12, 24, 48, 96, 192, 384)
+"""vCPU counts; the model is checked at others."""
 
 BATCHES = (1, 4, 16)
 """Registers of the MSR batches that are measured beside the whole one."""
@@ -78,6 +81,21 @@ def cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds")
+    parser.add_argument("--backend", default="auto", help="kvm, or auto, which must be it")
+    parser.add_argument("-o", dest="output", metavar="FILE", help="write the calibration to FILE")
+
+
+def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
+    """See `measure`."""
+    result = measure(options.rounds, options.backend, tell)
+    if options.output:
+        write(result, options.output)
+    return result
+
+
 def measure(rounds: int, backend_name: str, tell: Callable[[str], None]) -> dict[str, Any]:
     """Calibrate and return the document that `--json` prints."""
     backend = kvm(backend_name)
@@ -85,7 +103,8 @@ def measure(rounds: int, backend_name: str, tell: Callable[[str], None]) -> dict
     guest = saved_guest(backend, max(POINTS))
     samples = [sample for number in range(rounds) for vcpus in POINTS
                for sample in _round(backend, guest.first(vcpus), vcpus, tell, f"round {number + 1} of {rounds}")]
-    return {"calibration": fit(samples, {**machine(), "cpus": cpus()}), "rounds": rounds}
+    calibration = fit(samples, {**machine(), "cpus": cpus()})
+    return {"calibration": json.loads(calibration.to_json()), "rounds": rounds}
 
 
 def _round(backend: KvmBackend, guest: Guest, vcpus: int, tell: Callable[[str], None], where: str) -> Iterator[Sample]:
@@ -189,14 +208,20 @@ def _with_threads(cost: Cost, alone: dict[Point, float], together: dict[Point, f
 
 
 def _handoff(walls: dict[Point, float], cost: Cost) -> float:
-    """Two threads that do little else: one always waits while the other holds the lock. What is left is the hand-off."""
+    """Of two threads that do little else one always waits for the other; what its hold does not explain."""
     left = [ns - cost.held(point[0]) for point, ns in walls.items() if point[0] >= BATCH_POINT and point[1] > 1]
     return max(statistics.median(left), 0.0) if left else 0.0
 
 
+def write(result: dict[str, Any], path: str) -> None:
+    """Keep a calibration in a file. Raises: OutputError."""
+    with open_output(path) as file:
+        file.write((json.dumps(result["calibration"], indent=1) + "\n").encode())
+
+
 def print_result(result: dict[str, Any]) -> None:
     """The document as a table."""
-    calibration: Calibration = result["calibration"]
+    calibration = Calibration.from_json(json.dumps(result["calibration"]))
     described = calibration.machine
     print_pairs([("machine", f"{described['cpu']}, {described['cpus']} CPUs, Linux {described['kernel']}"),
                  ("measured at", f"{', '.join(map(str, calibration.points))} vCPUs, {result['rounds']} rounds"),

@@ -148,7 +148,7 @@ def _ioctls(layout: Layout, verb: str) -> Iterator[tuple[str, int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Assumption:
-    """What stands in for a primitive that was not measured: of `like`, changed by `change`, because of `why`."""
+    """What stands in for a primitive that was not measured: `like`, a write of it changed by `change`."""
 
     applies: Callable[[int, Layout, str], bool]
     like: str
@@ -163,10 +163,10 @@ def _arm64(id: int) -> bool:
 def _counter_for_all(id: int, layout: Layout, kernel: str) -> bool:
     """Linux before 6.4: update_vtimer_cntvoff() sets the offset of every vCPU under kvm->lock."""
     version = re.search(r"(\d+)\.(\d+)", kernel)
-    return lookup(id).name in _COUNTERS and bool(version) and tuple(map(int, version.groups())) < (6, 4)
+    return lookup(id).name in _COUNTERS and version is not None and tuple(map(int, version.groups())) < (6, 4)
 
 
-_COUNTERS = ("KVM_REG_ARM_TIMER_CNT", "KVM_REG_ARM_PTIMER_CNT")
+_COUNTERS = ("TIMER_CNT", "PTIMER_CNT")
 
 
 def _locked(cost: Cost, calibration: Calibration) -> Cost:
@@ -199,8 +199,9 @@ ASSUMPTIONS: tuple[Assumption, ...] = (
 def _find(name: str, id: int, layout: Layout, calibration: Calibration, kernel: str) -> Cost:
     if name in calibration.costs:
         return calibration.costs[name]
-    row = next(row for row in ASSUMPTIONS if row.applies(id, layout, kernel))
-    return row.change(calibration.cost(f"{name.split()[0]} {row.like}"), calibration)
+    row, verb = next(row for row in ASSUMPTIONS if row.applies(id, layout, kernel)), name.split()[0]
+    stand_in = calibration.cost(f"{verb} {row.like}")
+    return row.change(stand_in, calibration) if verb == "set" else stand_in
 
 
 def assumptions(calibration: Calibration, host: HostProfile) -> list[str]:

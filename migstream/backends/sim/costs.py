@@ -80,8 +80,9 @@ class Calibration:
             if raw.pop("migstream_calibration") != CALIBRATION_VERSION:
                 raise Corrupt("another version", section="calibration", field="migstream_calibration")
             costs = {name: Cost(**row) for name, row in raw.pop("costs").items()}
-            points = tuple(raw.pop("points"))
-            return cls(costs=_checked(costs), points=points, **raw)
+            points, handoff, machine = tuple(raw.pop("points")), float(raw.pop("handoff")), dict(raw.pop("machine"))
+            _check("handoff", handoff)
+            return cls(machine, _checked(costs), handoff, points=points, **raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Corrupt(f"not a calibration: {type(error).__name__}: {error}", section="calibration") from error
 
@@ -90,9 +91,14 @@ def _checked(costs: dict[str, Cost]) -> dict[str, Cost]:
     for name, cost in costs.items():
         for item in fields(cost):
             value = getattr(cost, item.name)
-            if value is not None and not 0 <= value < 1e12:
-                raise Corrupt("a time that can't be", section="calibration", field=f"{name}.{item.name}", found=value)
+            if value is not None:
+                _check(f"{name}.{item.name}", value)
     return costs
+
+
+def _check(field: str, value: float) -> None:
+    if not 0 <= value < 1e12:
+        raise Corrupt("a time that can't be", section="calibration", field=field, found=value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +150,7 @@ def _ask(waiting: list[tuple[float, int, float]], plan: Iterator[Segment], numbe
 
 
 def _requests(work: Work) -> Iterator[Segment]:
-    """The thread's segments one after the other; the last, with a negative hold, is what it does after its last lock."""
+    """The thread's segments; the last one has a negative hold and is what it does after its last lock."""
     before = work.first
     for _ in range(work.rows):
         for segment in work.segments:
