@@ -1,48 +1,68 @@
-"""`python -m bench codec|startup|calibrate|model [--rounds N] [--backend NAME] [--json]`."""
+"""`python -m bench blackout|calibrate|codec|compare|lock|model|startup`: each command's options with `--help`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
-from bench import against, calibrate, codec, startup
-from bench.model import load_calibration
 from migstream.errors import MigstreamError
 from migstream.progress import progress
 
-BENCHES = {"codec": (codec, 31), "startup": (startup, 21), "calibrate": (calibrate, 11),
-           "model": (against, 11)}
+BENCHES = {
+    "blackout": "blackout against vCPU count, by strategy, beside C and QEMU",
+    "calibrate": "what each ioctl costs on this machine, for modelled time",
+    "codec": "what it costs to turn registers into a bank and back",
+    "compare": "two runs of blackout side by side",
+    "lock": "one write for each vCPU by several threads, for real and in the model",
+    "model": "the model against real KVM, point by point, with its error",
+    "startup": "how long a command takes from nothing",
+}
+MODULES = {"model": "against"}
+"""Where a command's module has another name."""
+
+INTERRUPTED = 130
+"""The exit status of what Ctrl-C ended, as shells give it."""
 
 
-def main() -> int:
-    """Run one benchmark."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("bench", choices=BENCHES)
-    parser.add_argument("--rounds", type=int, help="interleaved rounds")
-    parser.add_argument("--backend", default="auto", help="where the guest is saved: auto, kvm, sim")
-    parser.add_argument("-o", dest="output", metavar="FILE", help="calibrate: write the calibration to FILE")
-    parser.add_argument("--calibration", metavar="FILE", help="model: the calibration to check (bench/data's)")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    module, rounds = BENCHES[options.bench]
-    more: dict[str, Any] = {}
+    commands = parser.add_subparsers(dest="bench", required=True, metavar="COMMAND")
+    for name, text in BENCHES.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--json", action="store_true", help="one JSON document on standard output")
+        _module(name).arguments(command)
+    return parser
+
+
+def _module(name: str) -> Any:
+    return import_module(f"bench.{MODULES.get(name, name)}")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one benchmark and return the exit status."""
+    options = _parser().parse_args(words)
+    module = _module(options.bench)
     try:
-        if options.bench == "model":
-            more["calibration"] = load_calibration(options.calibration)
         with progress() as tell:
-            result = module.measure(options.rounds or rounds, options.backend, tell, **more)
-        if options.output and options.bench == "calibrate":
-            calibrate.write(result, options.output)
+            result = module.run(options, tell)
     except MigstreamError as error:
         print(f"bench: {error}", file=sys.stderr)
         return error.exit_status
+    _print(module, options, result)
+    return 0 if result.get("complete", True) else INTERRUPTED
+
+
+def _print(module: Any, options: argparse.Namespace, result: dict[str, Any]) -> None:
     if options.json:
         json.dump({"migstream_json": 1, "command": f"bench {options.bench}", **result}, sys.stdout, indent=1)
+        print()
     else:
         module.print_result(result)
-    return 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ interleaved; at vCPU counts that the calibration was not made at. The model gets
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -48,6 +49,18 @@ class Compared:
     def error(self) -> float:
         """Of the model, as a part of what was measured."""
         return self.modelled / self.measured - 1
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds")
+    parser.add_argument("--backend", default="auto", help="kvm, or auto, which must be it")
+    parser.add_argument("--calibration", metavar="FILE", help="the calibration to check (bench/data's)")
+
+
+def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
+    """See `measure`."""
+    return measure(options.rounds, options.backend, tell, load_calibration(options.calibration))
 
 
 def measure(rounds: int, backend_name: str, tell: Callable[[str], None],

@@ -8,6 +8,7 @@ and what the first use by a thread costs more.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -78,6 +79,21 @@ def kvm(name: str) -> KvmBackend:
 def cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds")
+    parser.add_argument("--backend", default="auto", help="kvm, or auto, which must be it")
+    parser.add_argument("-o", dest="output", metavar="FILE", help="write the calibration to FILE")
+
+
+def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
+    """See `measure`."""
+    result = measure(options.rounds, options.backend, tell)
+    if options.output:
+        write(result, options.output)
+    return result
 
 
 def measure(rounds: int, backend_name: str, tell: Callable[[str], None]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ on the very bytes that ours gives it.
 
 from __future__ import annotations
 
+import argparse
 import io
 import struct
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from construct import Array, Int64ul, Struct
 from bench.measure import Timing, interleaved, machine, microseconds
 from migstream import codec, sections
 from migstream.backends import open_backend
-from migstream.demo import run
+from migstream.demo import run as demo
 from migstream.frames import FrameReader, FrameWriter
 from migstream.model import Arch, Bank, Layout, Phase, Scope, Slot
 from migstream.reader import StreamReader
@@ -37,7 +38,7 @@ def saved_state(vcpus: int, backend_name: str = "auto") -> tuple[str, Bank]:
     """Save a demo guest mid-run and return where, and its vCPU state bank."""
     backend = open_backend(backend_name)
     out = io.BytesIO()
-    run.run_and_save(backend, run.machine(backend.arch, vcpus, 64 << 20), out)
+    demo.run_and_save(backend, demo.machine(backend.arch, vcpus, 64 << 20), out)
     out.seek(0)
     items = [item for _, item in read_items(out, StreamReader())]
     banks = [item for item in items if isinstance(item, EncodedBank)
@@ -110,6 +111,17 @@ class Ways:
 SLOW = {"construct build": 2, "construct parse": 2, "struct build": 9, "struct parse": 9, "msgpack build": 9,
         "msgpack parse": 9}
 """Rounds of what takes a second or many milliseconds."""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--rounds", type=int, default=31, help="interleaved rounds")
+    parser.add_argument("--backend", default="auto", help="where the guest is saved: auto, kvm, sim")
+
+
+def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
+    """See `measure`."""
+    return measure(options.rounds, options.backend, tell)
 
 
 def measure(rounds: int, backend: str, tell: Callable[[str], None]) -> dict[str, Any]:

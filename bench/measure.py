@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import sys
@@ -52,8 +53,8 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     from migstream.backends.kvm.backend import cpu_model
 
-    return {"cpu": cpu_model(), "kernel": platform.release(), "python": platform.python_version(),
-            "implementation": sys.implementation.name, "system": platform.system()}
+    return {"cpu": cpu_model(), "cpus": os.cpu_count(), "kernel": platform.release(),
+            "python": platform.python_version(), "implementation": sys.implementation.name, "system": platform.system()}
 
 
 def microseconds(ns: float) -> str:

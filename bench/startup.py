@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -11,8 +12,19 @@ from typing import Any
 
 from bench.measure import interleaved, machine
 from migstream.backends import open_backend
-from migstream.demo import run
+from migstream.demo import run as demo
 from migstream.show import Table, milliseconds, print_pairs, print_table
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds")
+    parser.add_argument("--backend", default="auto", help="where the guest is saved: auto, kvm, sim")
+
+
+def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
+    """See `measure`."""
+    return measure(options.rounds, options.backend, tell)
 
 
 def measure(rounds: int, backend_name: str, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -22,7 +34,7 @@ def measure(rounds: int, backend_name: str, tell: Callable[[str], None]) -> dict
         path = Path(folder) / "512.mig"
         tell("saving a guest of 512 vCPUs")
         with path.open("wb") as out:
-            run.run_and_save(backend, run.machine(backend.arch, 512, 64 << 20), out)
+            demo.run_and_save(backend, demo.machine(backend.arch, 512, 64 << 20), out)
         commands = {
             "bare interpreter": ["-c", "pass"],
             "migstream --version": ["-m", "migstream", "--version"],

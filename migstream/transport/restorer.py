@@ -19,7 +19,7 @@ from migstream.sections import EncodedBank, Item, RamPages
 from migstream.transport import readback as check
 from migstream.transport.streams import Source, read_items
 from migstream.transport.tsc import restore_offsets
-from migstream.transport.written import Written, columns
+from migstream.transport.written import Written, columns, repeats
 from migstream.verdicts.policy import Policy
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ class Restorer:
     """
 
     def __init__(self, backend: Backend, *, readback: bool = False, policy: Policy = Policy(),
-                 threads: int = 0) -> None:
+                 threads: int = 0, vm_scope_per_vcpu: bool = False) -> None:
         """See `restore`. Raises: UsageError."""
         self.reader = StreamReader()
         self._threads = check_threads(threads)
         self.report = Report()
-        self._backend, self._readback = backend, readback
+        self._backend, self._readback, self._per_vcpu = backend, readback, vm_scope_per_vcpu
         self._policy = policy
         self._plan: Plan | None = None
         self._waiting: list[tuple[int, Bank]] = []
@@ -194,10 +194,11 @@ class Restorer:
 
     def _write(self, vm: Vm, done: Written) -> None:
         assert done.values is not None
-        name = done.target.phase.name.lower()
+        name, times = done.target.phase.name.lower(), repeats(vm, done.target, self._per_vcpu)
         with self.report.phase(f"{name} ({done.target.scope})"):
-            refused = vm.write(done.target, done.bank.first_vcpu, done.values)
-        self.report.count(name, done.target.scope, done.bank.rows * len(done.target.slots))
+            for _ in range(times):
+                refused = vm.write(done.target, done.bank.first_vcpu, done.values)
+        self.report.count(name, done.target.scope, done.bank.rows * len(done.target.slots) * times)
         self._refused += [(no, done) for no in refused]
         self._written.append(done)
 
@@ -249,18 +250,21 @@ _RESTORED_OTHERWISE = {ids.msr_id(0x4000_0020): "KVM_CLOCK restores it"}
 
 
 def restore(source: Source, backend: Backend, *, readback: bool = False, policy: Policy = Policy(),
-            threads: int = 0) -> tuple[Vm, Report]:
+            threads: int = 0, vm_scope_per_vcpu: bool = False) -> tuple[Vm, Report]:
     """Restore a stream into a fresh VM, which is complete and paused; `vm.start()` lets it run.
 
     Args:
         source: read in order to the end of the stream. backend: where the VM is made.
         readback: read every register back and compare. policy: what the operator tolerates (`verdicts.policy`).
         threads: that write registers; 0 leaves it to the backend. More than one needs the compiled batch.
+        vm_scope_per_vcpu: write VM-scoped registers once for each vCPU, as a VMM that knows no scope does: the same
+            values again and again. For measuring, or for a kernel whose scope turned out to be the vCPU's.
 
     Raises: StreamError and below, PolicyError, DoesNotFit (nothing was made), RestoreFailed (the VM was closed),
         BackendError.
     """
-    with Restorer(backend, readback=readback, policy=policy, threads=threads) as restorer:
+    with Restorer(backend, readback=readback, policy=policy, threads=threads,
+                  vm_scope_per_vcpu=vm_scope_per_vcpu) as restorer:
         for section, item in read_items(source, restorer.reader):
             restorer.take(section, item)
         return restorer.finish()

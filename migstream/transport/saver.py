@@ -14,6 +14,7 @@ from migstream.model import Bank, HostSummary, Layout, OpaqueState, Phase, Scope
 from migstream.report import Report
 from migstream.sections import RamLayout
 from migstream.transport.streams import Sink, write_all
+from migstream.transport.written import repeats
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def empty_banks(vm: Vm, layout: Layout) -> list[Bank]:
     return banks
 
 
-def _fill(vm: Vm, banks: Sequence[Bank]) -> None:
-    for bank in banks:
+def _fill(vm: Vm, banks: Sequence[Bank], per_vcpu: bool = False) -> None:
+    for bank in (bank for bank in banks for _ in range(repeats(vm, bank.layout, per_vcpu))):
         _raise_first(vm.read(bank.layout, bank.first_vcpu, bank.values))
         _check(bank)
 
@@ -91,9 +92,13 @@ class Saver:
     """One save onto a sink, in two calls: `prologue()` while the guest may run, `state()` once it is paused."""
 
     def __init__(self, vm: Vm, out: Sink, *, host: HostSummary, level: int = codec.DEFAULT_LEVEL,
-                 threads: int = 0) -> None:
-        """See `save`. Raises: UsageError."""
+                 threads: int = 0, vm_scope_per_vcpu: bool = False) -> None:
+        """See `save`; `vm_scope_per_vcpu` reads VM-scoped registers once for each vCPU, to measure it.
+
+        Raises: UsageError.
+        """
         self.vm, self.host, self.report = vm, host, Report()
+        self._per_vcpu = vm_scope_per_vcpu
         vm.threads = check_threads(threads)
         self._out, self._level = out, codec.check_level(level)
         self._frames = FrameWriter(vm.machine.arch)
@@ -124,7 +129,7 @@ class Saver:
         self.vm.warm()
         with self.report.phase("registers"):
             banks, self._banks = self._banks, []
-            _fill(self.vm, banks)
+            _fill(self.vm, banks, self._per_vcpu)
             updates = self._changed(self._prologue)
         with self.report.phase("encode"):
             for bank in updates:
