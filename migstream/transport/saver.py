@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from migstream import codec, limits, ram, sections
 from migstream.backends.base import Refusal, Vm, check_threads
 from migstream.contract import Behaviour
-from migstream.errors import BackendError, Corrupt, OutputError
+from migstream.errors import BackendError, Corrupt
 from migstream.frames import FrameWriter, Section
 from migstream.model import Bank, HostSummary, Layout, OpaqueState, Phase, Scope
 from migstream.report import Report

@@ -7,14 +7,12 @@ import struct
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
-
 from migstream.backends.base import Backend
 from migstream.backends.kvm import KvmBackend, uapi
 from migstream.backends.sim.arm64 import Arm64SimVm, ids
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Klass, Machine, MemoryRegion
-from migstream.registers import arm64, arm64_ids, vcpu_features
+from migstream.registers import arm64_ids, vcpu_features
 from migstream.registers.catalogue import lookup
 from tests.fidelity.arm64_kvm import RealArm64
 from tests.fidelity.calls import Answer, Call, Excluded, Stage, call
