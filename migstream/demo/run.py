@@ -83,7 +83,7 @@ def machine(arch: Arch, vcpus: int, memory: int, vcpu_features: int = 0) -> Mach
 
 @dataclass(frozen=True)
 class Saved:
-    """The first half's result: each vCPU's count at the pause, the save's report, registers compared with a contract."""
+    """The first half's result: each vCPU's count at the pause, the save's report, registers held to a contract."""
 
     steps: list[int]
     report: Report
