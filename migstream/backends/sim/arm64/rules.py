@@ -2,7 +2,7 @@
 
 A kernel is its profile and a sequence of rules, in the order of its checks. A rule says of which registers it is, on
 which kernels, and where that is known from; then what a write is refused for (`refuse`: an errno a vCPU), what of
-a value is kept (`keep`), what else a write changes (`after`), and what a read gives (`show`). Each is for a whole column.
+a value is kept (`keep`), what else a write changes (`after`), and what a read gives (`show`), each for a whole column.
 """
 
 from __future__ import annotations
