@@ -52,7 +52,7 @@ LAPIC_WAYS = {
     "in-order": "vCPU 0 to N-1, one thread: what a restore does",
     "reversed": "vCPU N-1 to 0",
     "again": "a second time, the same values",
-    "while-disabled": "APICs disabled in the APIC base before the pause, enabled again after (both timed but the first)",
+    "while-disabled": "APICs disabled in the APIC base before; their LAPICs written and enabled again (timed)",
     "sregs-alone": "GET and SET of SREGS2 without a change: what of the way above is not the APIC",
     "threads": "shared among a thread for each CPU",
     "32-threads": "shared among 32 threads: those that wait for the map's mutex leave the rebuild to one of them",
