@@ -4,6 +4,7 @@
  *
  *   vm N               make a VM of N vCPUs (the one before is closed)
  *   burst OP T         N writes by T threads: "ns"
+ *   lapic N HOW        KVM_SET_LAPIC of every vCPU of a fresh VM, in one of several ways: "ns" (see `hows`)
  */
 #include "kvm.h"
 
@@ -98,6 +99,125 @@ static int64_t burst(void)
 	return now_ns() - start;
 }
 
+/*
+ * KVM_SET_LAPIC rebuilds a map of the VM's APICs each time: a loop over all vCPUs. Ways that might avoid it.
+ */
+
+static void enable_apic(int vcpu, int on)
+{
+	struct kvm_sregs2 sregs;
+
+	call(vm.fds[vcpu], KVM_GET_SREGS2, &sregs, "GET_SREGS2");
+	sregs.apic_base = on ? sregs.apic_base | 0x800 : sregs.apic_base & ~0x800ULL;
+	call(vm.fds[vcpu], KVM_SET_SREGS2, &sregs, "SET_SREGS2");
+}
+
+static struct kvm_lapic_state *states;
+
+static void set_lapic(int vcpu)
+{
+	call(vm.fds[vcpu], KVM_SET_LAPIC, &states[vcpu], "SET_LAPIC");
+}
+
+static int64_t lapics_in_order(void)
+{
+	int64_t start = now_ns();
+
+	for (int k = 0; k < vm.vcpus; k++)
+		set_lapic(k);
+	return now_ns() - start;
+}
+
+static int64_t lapics_reversed(void)
+{
+	int64_t start = now_ns();
+
+	for (int k = vm.vcpus - 1; k >= 0; k--)
+		set_lapic(k);
+	return now_ns() - start;
+}
+
+static int64_t lapics_again(void)
+{
+	lapics_in_order();
+	return lapics_in_order();
+}
+
+static int64_t lapics_while_disabled(void)
+{
+	int64_t start;
+
+	for (int k = 0; k < vm.vcpus; k++)
+		enable_apic(k, 0); /* a target could be made so before the pause */
+	start = now_ns();
+	for (int k = 0; k < vm.vcpus; k++)
+		set_lapic(k);
+	for (int k = 0; k < vm.vcpus; k++)
+		enable_apic(k, 1);
+	return now_ns() - start;
+}
+
+static int64_t sregs_alone(void) /* what the SREGS of the way before cost where nothing is switched */
+{
+	int64_t start = now_ns();
+
+	for (int k = 0; k < vm.vcpus; k++)
+		enable_apic(k, 1);
+	return now_ns() - start;
+}
+
+static int64_t lapics_by_threads(void)
+{
+	current = set_lapic;
+	threads = sysconf(_SC_NPROCESSORS_ONLN);
+	return burst();
+}
+
+static int64_t lapics_by_many(void)
+{
+	current = set_lapic;
+	threads = 32;
+	return burst();
+}
+
+static int64_t lapics_off_by_software(void)
+{
+	for (int k = 0; k < vm.vcpus; k++)
+		*(uint32_t *)(states[k].regs + 0xf0) &= ~0x100;
+	return lapics_in_order();
+}
+
+static const struct {
+	const char *name;
+	int64_t (*run)(void);
+} hows[] = {{"in-order", lapics_in_order}, {"reversed", lapics_reversed}, {"again", lapics_again},
+	    {"while-disabled", lapics_while_disabled}, {"sregs-alone", sregs_alone}, {"threads", lapics_by_threads},
+	    {"32-threads", lapics_by_many}, {"software-off", lapics_off_by_software}};
+
+static void make_vm(int vcpus)
+{
+	if (vm.fds)
+		vm_close(&vm);
+	vm = vm_new(vcpus, 1 << 20, 1, 1);
+	call(vm.fd, KVM_GET_IRQCHIP, &ioapic, "GET_IRQCHIP");
+	call(vm.fd, KVM_GET_CLOCK, &clock_value, "GET_CLOCK");
+}
+
+static int64_t lapic_round(int vcpus, const char *how)
+{
+	make_vm(vcpus);
+	free(states);
+	states = calloc(vcpus, sizeof *states);
+	for (int k = 0; k < vcpus; k++) {
+		call(vm.fds[k], KVM_GET_LAPIC, &states[k], "GET_LAPIC");
+		*(uint32_t *)(states[k].regs + 0xf0) |= 0x100; /* SPIV: enabled by software, as in a running guest */
+	}
+	for (size_t n = 0; n < sizeof hows / sizeof *hows; n++)
+		if (!strcmp(hows[n].name, how))
+			return hows[n].run();
+	return -1;
+}
+
 int main(void)
 {
 	char line[256], name[32];
@@ -109,12 +229,12 @@ int main(void)
 	while (fgets(line, sizeof line, stdin)) {
 		current = NULL;
 		if (sscanf(line, "vm %d", &vcpus) == 1) {
-			if (vm.fds)
-				vm_close(&vm);
-			vm = vm_new(vcpus, 1 << 20, 1, 1);
-			call(vm.fd, KVM_GET_IRQCHIP, &ioapic, "GET_IRQCHIP");
-			call(vm.fd, KVM_GET_CLOCK, &clock_value, "GET_CLOCK");
+			make_vm(vcpus);
 			printf("ok\n");
+			continue;
+		}
+		if (sscanf(line, "lapic %d %31s", &vcpus, name) == 2) {
+			printf("%lld\n", (long long)lapic_round(vcpus, name));
 			continue;
 		}
 		if (sscanf(line, "burst %31s %d", name, &threads) == 2 && threads > 0 && threads <= MAX_THREADS)

@@ -48,7 +48,20 @@ WRITES = (
     Write("clock", "set KVM_CLOCK", "VM-scoped, loops over all vCPUs: KVM_SET_CLOCK"),
     Write("ioapic", "set KVM_IRQCHIP_IOAPIC", "VM-scoped, loops under the VM's lock: KVM_SET_IRQCHIP (IOAPIC)"),
 )
+LAPIC_WAYS = {
+    "in-order": "vCPU 0 to N-1, one thread: what a restore does",
+    "reversed": "vCPU N-1 to 0",
+    "again": "a second time, the same values",
+    "while-disabled": "APICs disabled in the APIC base before; their LAPICs written and enabled again (timed)",
+    "sregs-alone": "GET and SET of SREGS2 without a change: what of the way above is not the APIC",
+    "threads": "shared among a thread for each CPU",
+    "32-threads": "shared among 32 threads: those that wait for the map's mutex leave the rebuild to one of them",
+    "software-off": "in order, with APICs that their guest has not enabled (SPIV bit 8), as the demo's guest's",
+}
+"""Ways to write all LAPICs of a fresh VM, for `lock.c`."""
+
 VCPUS, QUICK_VCPUS = (1, 16, 64, 128, 256, 512, 1024), (1, 64, 256)
+LEAST_LAPICS = 64
 FAR_VCPUS, FAR_THREADS = (64, 256, 1024, 4096), (1, 2, 8, 32, 128)
 
 
@@ -64,8 +77,9 @@ def run(options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
     """Measure, model and return the document that `--json` prints; times in ns. Raises: MigstreamError."""
     calibration, left_out = load_calibration(options.calibration), []
     measured: list[dict[str, Any]] = []
+    lapics: list[dict[str, Any]] = []
     try:
-        measured = measure(QUICK_VCPUS if options.quick else VCPUS, options.reps, tell)
+        measured, lapics = measure(QUICK_VCPUS if options.quick else VCPUS, options.reps, tell)
     except (LeftOut, BackendUnavailable) as reason:
         left_out.append(f"real KVM: {reason}")
     for at in measured:
@@ -74,7 +88,7 @@ def run(options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
     document = {"bench": "lock", "machine": machine(), "date": time.strftime("%Y-%m-%d", time.gmtime()),
                 "calibration": {"machine": dict(calibration.machine), "method": calibration.method,
                                 "handoff": calibration.handoff},
-                "measured": measured, "model": far(calibration), "left_out": left_out}
+                "measured": measured, "lapic": lapics, "model": far(calibration), "left_out": left_out}
     _save(options.folder, document)
     return document
 
@@ -83,23 +97,32 @@ def _write(command: str) -> Write:
     return next(write for write in WRITES if write.command == command)
 
 
-def measure(counts: Sequence[int], rounds: int, tell: Tell) -> list[dict[str, Any]]:
-    """Bursts on real KVM. Raises: LeftOut, BackendUnavailable."""
+def measure(counts: Sequence[int], rounds: int, tell: Tell) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Bursts of writes, and ways to write LAPICs, on real KVM. Raises: LeftOut, BackendUnavailable."""
     backend = open_backend("kvm")
     if backend.arch != Arch.X86_64:
         raise LeftOut(f"lock.c is for x86-64, this host is {backend.arch.label}")
-    out = []
+    bursts, lapics = [], []
     with tempfile.TemporaryDirectory(prefix="migstream-") as folder, Talk(build("lock", Path(folder))) as talk:
         for vcpus in (n for n in counts if n <= backend.profile().max_vcpus):
             talk.ask(f"vm {vcpus}")
             things = {(write.command, threads): _burst(talk, write, threads) for write in WRITES
                       for threads in sorted({1, os.cpu_count() or 1}) if threads <= vcpus}
             tell(f"{vcpus} vCPUs")
-            taken = _rounds(things, rounds)
-            out += [{"vcpus": vcpus, "write": command, "threads": threads, "samples": len(timing.samples),
-                     "p50": timing.median, "p99": timing.p99, "max": max(timing.samples)}
-                    for (command, threads), timing in taken.items()]
-    return out
+            bursts += [{"vcpus": vcpus, "write": command, "threads": threads, **_spread(timing)}
+                       for (command, threads), timing in _rounds(things, rounds).items()]
+            ways = {(way, vcpus): _lapic(talk, vcpus, way) for way in LAPIC_WAYS if vcpus >= LEAST_LAPICS}
+            lapics += [{"vcpus": vcpus, "way": way, **_spread(timing)}
+                       for (way, _), timing in _rounds(ways, rounds).items()]
+    return bursts, lapics
+
+
+def _spread(timing: Timing) -> dict[str, Any]:
+    return {"samples": len(timing.samples), "p50": timing.median, "p99": timing.p99, "max": max(timing.samples)}
+
+
+def _lapic(talk: Talk, vcpus: int, way: str) -> Callable[[], int]:
+    return lambda: int(talk.ask(f"lapic {vcpus} {way}"))
 
 
 def _burst(talk: Talk, write: Write, threads: int) -> Callable[[], int]:
@@ -158,6 +181,7 @@ def print_result(document: dict[str, Any]) -> None:
                            ">model's error"), [
             (at["write"], str(at["vcpus"]), str(at["threads"]), *(_ms(at[key]) for key in ("p50", "p99", "max")),
              _ms(at["modelled"]), f"{at['error']:+.0%}") for at in document["measured"]]))
+    _print_lapics(document)
     threads = FAR_THREADS
     cells = {(at["write"], at["vcpus"], at["threads"]): at for at in document["model"]}
     print_table(Table(("MODELLED, not measured", ">vCPUs", *(f">{n} thr. ms" for n in threads), ">once, ms"), [
@@ -166,6 +190,13 @@ def print_result(document: dict[str, Any]) -> None:
         for write in WRITES for vcpus in FAR_VCPUS]))
     for path in document.get("plots", ()):
         print(path)
+
+
+def _print_lapics(document: dict[str, Any]) -> None:
+    if document["lapic"]:
+        print_table(Table(("KVM_SET_LAPIC of all vCPUs", ">vCPUs", ">p50 ms", ">us a vCPU", "what"), [
+            (at["way"], str(at["vcpus"]), _ms(at["p50"]), f"{at['p50'] / at['vcpus'] / 1e3:.1f}", LAPIC_WAYS[at["way"]])
+            for at in document["lapic"]]))
 
 
 def _ms(ns: float) -> str:
