@@ -31,6 +31,10 @@ IN_GUEST = [
             ARM64 + X86_64, 120, "wheels of the wrong platform show here, not in the middle of a test"),
     InGuest("demo", ("migstream", "demo", "--vcpus", "4"), ARM64 + X86_64, 240,
             "a guest saved mid-run counts on in another process; 10 where a register reads back different unexplained"),
+    InGuest("fidelity", ("python3", "-m", "tests.fidelity.guest", "fresh", "40"), X86_64, 300,
+            "random calls on the simulator and on the kernel, with a new seed each time: it keeps looking"),
+    InGuest("recorded", ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fidelity/test_recorded.py"),
+            X86_64, 240, "the answers that the simulator was mended for are the kernel's"),
 ]  # fmt: skip
 
 CASES = [pytest.param(where, row, id=f"{where.name}-{row.name}") for row in IN_GUEST for where in row.kernels]
