@@ -8,7 +8,9 @@ import time
 import numpy as np
 
 from migstream.backends.base import Backend, Refusal, Vm
+from migstream.backends.sim import SimBackend
 from migstream.demo.run import guest_for
+from migstream.host.profile import HostProfile
 from migstream.model import Arch, Layout, Machine, MemoryRegion, Scope, Slot
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
@@ -21,6 +23,11 @@ WALL_CLOCK, WALL_CLOCK_NEW, SYSTEM_TIME, SYSTEM_TIME_NEW = 0x11, 0x4B56_4D00, 0x
 UNKNOWN_MSR = 0x0123_4567
 
 SIZES = {row.id: row.size for row in x86_64.ROWS if row.size} | {x86_64.XSAVE.id: 4096, x86_64.NESTED_STATE.id: 128}
+
+
+def recorded_profile(backend: Backend) -> HostProfile:
+    """The profile to change for a kernel like the backend's: the simulator's own, the recorded one for real KVM."""
+    return SimBackend().profile() if backend.name == "kvm" else backend.profile()
 
 
 def machine(vcpus: int = 2, memory: tuple[MemoryRegion, ...] = MEMORY,

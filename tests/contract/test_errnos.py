@@ -132,7 +132,7 @@ ROWS = (
     Row(0x2030_0003_0000_0063, u64(0), EINVAL, "no such register in KVM's own"),
     Row(_CAPABILITY + 99999, u64(99999, 0, 0, 0, 0), EINVAL, "no such capability"),
     Row(_CAPABILITY + 129, u64(129 | 1 << 32, 3, 0, 0, 0), EINVAL, "KVM_ENABLE_CAP has no flags"),
-    Row(msr(LSTAR), u64(1 << 62), SHORT_COUNT, "not canonical, with 57 bits neither"),
+    Row(msr(LSTAR), u64(1 << 57), SHORT_COUNT, "not canonical, in 48 bits or in 57"),
     Row(msr(CSTAR), u64(1 << 63), SHORT_COUNT, "not canonical"),
     Row(msr(KERNEL_GS), u64(2**64 - 2**47), 0, "the first canonical address of the upper half"),
     Row(msr(0x4B56_4D03), u64(2), SHORT_COUNT, "STEAL_TIME: reserved bits"),

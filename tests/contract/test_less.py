@@ -18,7 +18,18 @@ from migstream.model import Layout, Machine, Scope
 from migstream.plan import Answer
 from migstream.registers import x86_64
 from migstream.transport import capture_prologue, restore, save
-from tests.contract.access import LSTAR, create, machine, msr, read, run_a_little, u64, write, write_errno
+from tests.contract.access import (
+    LSTAR,
+    create,
+    machine,
+    msr,
+    read,
+    recorded_profile,
+    run_a_little,
+    u64,
+    write,
+    write_errno,
+)
 
 
 def stream(backend: Backend, vcpus: int = 2) -> bytes:
@@ -53,7 +64,8 @@ def test_a_kernel_that_offers_less_saves_restores_and_runs(without: tuple[str, .
 @pytest.mark.parametrize("without", LESS)
 @pytest.mark.usefixtures("recorded_kernel")
 def test_a_stream_of_a_kernel_that_offers_less_is_restored_by_any(backend: Backend, without: tuple[str, ...]) -> None:
-    vm, report = restore(io.BytesIO(stream(SimBackend(without=without))), backend, readback=True)
+    vm, report = restore(io.BytesIO(stream(SimBackend(recorded_profile(backend), without=without))), backend,
+                         readback=True)
     with vm:
         run_a_little(vm)
         assert {one.fault for one in guest.counters(vm)} == {""}
@@ -62,7 +74,7 @@ def test_a_stream_of_a_kernel_that_offers_less_is_restored_by_any(backend: Backe
 
 @pytest.mark.usefixtures("recorded_kernel")
 def test_sregs2_of_a_stream_is_written_as_sregs_where_the_kernel_has_only_that(backend: Backend) -> None:
-    old = SimBackend(without=("SREGS2",))
+    old = SimBackend(recorded_profile(backend), without=("SREGS2",))
     vm, report = restore(io.BytesIO(stream(backend)), old, readback=True)
     with vm:
         assert [v.answer for v in report.verdicts if v.slot.id == x86_64.SREGS2.id] == [Answer.WRITTEN_AS]
@@ -117,7 +129,7 @@ NEEDED = ("VCPU_EVENTS", "DEBUGREGS", "XCRS", "MP_STATE")
 @pytest.mark.parametrize("without", NEEDED)
 @pytest.mark.usefixtures("recorded_kernel")
 def test_a_plan_that_says_no_has_made_no_vm(backend: Backend, without: str) -> None:
-    target = Counting(SimBackend(without=(without,)))
+    target = Counting(SimBackend(recorded_profile(backend), without=(without,)))
     with pytest.raises(DoesNotFit, match=f"KVM_CAP_{without}"):
         restore(io.BytesIO(stream(backend)), target)
     assert target.made == []
@@ -144,7 +156,7 @@ def test_a_stream_that_ends_half_way_leaves_no_vm(backend: Backend) -> None:
 @pytest.mark.usefixtures("recorded_kernel")
 def test_a_capability_that_the_target_refuses_ends_the_restore(backend: Backend) -> None:
     """The kernel can't be asked what is enabled, so a refusal is never harmless; it used to end in a KeyError."""
-    recorded = SimBackend().profile()
+    recorded = recorded_profile(backend)
     willing = SimBackend(dataclasses.replace(recorded, enable_caps={**recorded.enable_caps, 999: 7}))
     out = io.BytesIO()
     with willing.create(machine(1), {999: (5,)}) as vm:

@@ -478,6 +478,13 @@ def _show_sregs(rows: Rows, values: Words) -> Words:
     return out
 
 
+def _show_sregs2(rows: Rows, values: Words) -> Words:
+    """In PAE paging there are always PDPTRs to show; what guest memory would load into them is not looked up."""
+    out, pae = values.copy(), _legacy(values) & bits(values[:, CR4], _PAE)
+    out[:, FLAGS] |= np.where(pae, np.uint64(1), np.uint64(0))
+    return out
+
+
 def _show_xsave(rows: Rows, values: Words) -> Words:
     allowed = cpuid.user_xcr0(rows.get(cpuid.ID)) | np.uint64(_FP_SSE)
     return _select(rows, values, values[:, _BV] & allowed)
@@ -516,6 +523,7 @@ def accept_sipi(rows: Rows, values: Words) -> Words:
 
 SHOWS = (
     Show("the interrupt bitmap is the injected interrupt", (SREGS,), _show_sregs, "__get_sregs"),
+    Show("PDPTRs are valid in PAE paging", (SREGS2,), _show_sregs2, "__get_sregs2: is_pae_paging"),
     Show("components that the vCPU's CPUID has", (XSAVE,), _show_xsave, "kvm_vcpu_ioctl_x86_get_xsave2"),
     Show("the flags say what the kernel gives; no SIPI vector", (EVENTS,), _show_events,
          "kvm_vcpu_ioctl_x86_get_vcpu_events"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim import rules_devices
+from migstream.backends.sim.msr_rule import version
 from migstream.backends.sim.rules import U64, After, Keep, Refuse, Show, bits, mask
 from migstream.registers import x86_64
 
@@ -72,7 +73,8 @@ def _truth(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 _GIF = 0x100
-_FORMAT_SVM, _HEADER = 1, 128
+_FORMAT_SVM, _HEADER, _SVME = 1, 128, 1 << 12
+_EFER = 33
 
 
 def _no_svm(guest: Guest) -> bool:
@@ -86,7 +88,9 @@ def _bad_nested(rows: Rows, values: Words) -> Mask:
     head = values[:, 0]
     flags, form, size = head & np.uint64(0xFFFF), head >> np.uint64(16) & np.uint64(0xFFFF), head >> np.uint64(32)
     bad = mask((size < _HEADER) | (size > 8 * values.shape[1])) | mask(form != _FORMAT_SVM)
-    return bad | bits(flags, 0xFFFF & ~_GIF)
+    svme = bits(rows.get(SREGS2)[:, _EFER], _SVME)
+    gif_off = ~svme & mask(flags != _GIF) & (version(rows.guest.profile) < (7, 0))
+    return bad | bits(flags, 0xFFFF & ~_GIF) | gif_off
 
 
 def _keep_nested(rows: Rows, values: Words) -> Words:
@@ -100,8 +104,8 @@ def _keep_nested(rows: Rows, values: Words) -> Words:
 
 
 REFUSALS = (
-    Refuse("nested state of another format or size, guest mode without a VMCB", (NESTED_STATE,),
-           errno.EINVAL, _bad_nested, "kvm_vcpu_ioctl: KVM_SET_NESTED_STATE; svm_set_nested_state"),
+    Refuse("nested state of another format or size, guest mode without a VMCB, GIF off without SVME",
+           (NESTED_STATE,), errno.EINVAL, _bad_nested, "svm_set_nested_state; measured: GIF may be off in 7.2"),
 )
 
 KEEPS = (

@@ -1,0 +1,180 @@
+"""Divergences that were met and mended: short sequences with the real kernel's last answer.
+
+They run on the simulator of the kernel, and on the kernel itself where this is it: in the lab, or this machine's own.
+`expected` is what the answer must hold; None is a word that reads 0.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from migstream.backends.base import Backend
+from migstream.backends.kvm import KvmBackend
+from migstream.backends.sim import SimBackend
+from migstream.host import profiles
+from migstream.registers import ids, x86_64
+from tests.conftest import kvm_problem
+from tests.fidelity import driver
+from tests.fidelity.calls import Call, call
+from tests.fidelity.vocabularies import vocabulary
+
+V61, V612, V72, PVM = "x86_64-6.1", "x86_64-6.12", "x86_64-7.2", "x86_64-6.18-pvm"
+SREGS, SREGS2, EVENTS, MP_STATE = x86_64.SREGS.id, x86_64.SREGS2.id, x86_64.VCPU_EVENTS.id, x86_64.MP_STATE.id
+NESTED, XSAVE = x86_64.NESTED_STATE.id, x86_64.XSAVE.id
+CHIPS = {"irqchip": True, "pit": True, "tss_address": 0x7FFB_D000}
+
+ARCH_CAPABILITIES, DE_CFG, TSC_AUX, SYSENTER_EIP = (ids.msr_id(n) for n in (0x10A, 0xC001_1029, 0xC000_0103, 0x176))
+VP_INDEX, TIME_REF, APIC_FREQUENCY, VP_ASSIST, TSC_RATIO = (
+    ids.msr_id(n) for n in (0x4000_0002, 0x4000_0020, 0x4000_0023, 0x4000_0073, 0xC000_0104))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What kernels answer to the last of these calls: parts of the answer, by key or by `value.WORD`."""
+
+    kernels: tuple[str, ...]
+    calls: tuple[Call, ...]
+    expected: dict[str, Any]
+    why: str
+
+
+def vm(vcpus: int = 1, devices: dict[str, Any] | None = None, **caps: list[int]) -> Call:
+    """A VM, with interrupt chips unless told otherwise."""
+    return call("create", vcpus=vcpus, devices=CHIPS if devices is None else devices,
+                caps={name.removeprefix("cap"): args for name, args in caps.items()})
+
+
+def change(register: int, *edits: tuple[int, str, int], vcpu: int = 0) -> Call:
+    return call("change", register=register, vcpu=vcpu, edits=[list(edit) for edit in edits])
+
+
+def cpuid(*clear: tuple[int, int, int, int], vcpu: int = 0) -> Call:
+    return call("cpuid", vcpu=vcpu, clear=[list(bit) for bit in clear])
+
+
+def refused(register: str, ioctl: str, why: str) -> list[str]:
+    return [f"vCPU 0: {register}: {ioctl}: {why}"]
+
+
+def short(register: str) -> list[str]:
+    return refused(register, "KVM_SET_MSRS", "stopped here (short count)")
+
+
+LAB = (V61, V612, V72)
+NARROW, NO_LM, NO_ARCH_CAP = (0x8000_0008, 0, 0, 5), (0x8000_0001, 0, 3, 29), (7, 0, 3, 29)
+
+ROWS = (
+    Recorded((PVM,), (vm(1, {}, cap218=[1]), change(EVENTS, (28, "flip", 0)), call("run", steps=5)),
+             {"exits": {"0": "KVM_EXIT_SHUTDOWN"}}, "a pending triple fault shuts the vCPU down at once"),
+    Recorded((PVM,), (vm(2, {}, cap218=[1]), change(EVENTS, (28, "flip", 5)), call("run", steps=1), cpuid()),
+             {"answer": []}, "a vCPU that was shut down before it ran has not run"),
+    Recorded((PVM,), (vm(1, {}), call("run", steps=5), call("write", register=ARCH_CAPABILITIES, vcpu=0, value=0)),
+             {"answer": []}, "after a run a feature MSR takes what it reads, here 0"),
+    Recorded((PVM,), (vm(1, {}), change(SREGS2, (0x100, "byte", 4)), call("enter", vcpu=0),
+                      call("read", register=SREGS2, vcpu=0)),
+             {"value.32": None}, "without an APIC in the kernel KVM_RUN takes CR8 from struct kvm_run"),
+    Recorded((PVM, V72), (vm(), cpuid(NARROW), change(SREGS)), {"answer": []},
+             "since 6.13 an APIC base that does not change is not looked at"),
+    Recorded((V61, V612), (vm(), cpuid(NARROW), change(SREGS)),
+             {"answer": refused("KVM_SREGS", "KVM_SET_SREGS", "EINVAL")}, "before, it was"),
+    Recorded(LAB, (vm(), cpuid(), change(SREGS2, (56, "word", 0x1001))), {"value.8": "0x1000000010000"},
+             "a segment that is not present is unusable, and the other way round"),
+    Recorded(LAB, (vm(), cpuid(), change(SREGS2, (152, "word", 0xFFFF_F001))), {"value.20": "0x1000100000000"},
+             "TR's limit decides its granularity"),
+    Recorded(LAB, (vm(2), call("read", register=VP_INDEX, vcpu=1)), {"value.0": "0x1"}, "the vCPU's number"),
+    Recorded(LAB, (vm(), call("write", register=TIME_REF, vcpu=0, value=231)), {"answer": []}, "a write is ignored"),
+    Recorded(LAB, (vm(), call("write", register=APIC_FREQUENCY, vcpu=0, value=1)), {"value.0": "0x3b9aca00"},
+             "a write is ignored"),
+    Recorded(LAB, (vm(), call("write", register=TSC_RATIO, vcpu=0, value=0)), {"answer": [], "value.0": "0x100000000"},
+             "0 is taken and ignored"),
+    Recorded(LAB, (vm(), cpuid(), call("write", register=DE_CFG, vcpu=0, value=231)),
+             {"answer": short("MSR_AMD64_DE_CFG")}, "bits beyond the host's"),
+    Recorded(LAB, (vm(), cpuid(), call("read", register=ARCH_CAPABILITIES, vcpu=0)), {"value.0": "0x400000000c000079"},
+             "a vCPU has the host's from the start"),
+    Recorded((V72,), (vm(), cpuid(NO_ARCH_CAP), call("write", register=ARCH_CAPABILITIES, vcpu=0, value=4)),
+             {"answer": short("MSR_IA32_ARCH_CAPABILITIES"), "value.0": None}, "an MSR that its CPUID has not"),
+    Recorded((V72,), (vm(), change(SYSENTER_EIP, (3, "byte", 128), (4, "flip", 7))), {"value.0": "0x8080000000"},
+             "a vCPU without CPUID counts as Intel's: 64 bits"),
+    Recorded((V72,), (vm(), change(TSC_AUX, (5, "flip", 0))), {"answer": short("MSR_TSC_AUX")},
+             "and Intel's refuses the high half"),
+    Recorded((V72,), (vm(), change(SREGS, (249, "flip", 3))),
+             {"answer": refused("KVM_SREGS", "KVM_SET_SREGS", "EINVAL")}, "CR4.UMIP without CPUID, since 6.14"),
+    Recorded((V72,), (vm(), cpuid(NO_LM), call("run", steps=1)),
+             {"refused": refused("KVM_SREGS", "KVM_SET_SREGS", "EINVAL")}, "EFER.LME without long mode in CPUID"),
+    Recorded(LAB, (vm(), cpuid(), change(NESTED, (0, "word", 2))),
+             {"answer": refused("KVM_NESTED_STATE", "KVM_SET_NESTED_STATE", "EINVAL")}, "not SVM's format"),
+    Recorded((V61, V612), (vm(), cpuid(), change(NESTED, (1, "flip", 0))),
+             {"answer": refused("KVM_NESTED_STATE", "KVM_SET_NESTED_STATE", "EINVAL")}, "GIF off without EFER.SVME"),
+    Recorded((V72,), (vm(), cpuid(), change(NESTED, (1, "flip", 0))), {"answer": [], "value.0": "0x8000010000"},
+             "which 7.2 takes"),
+    Recorded(LAB, (vm(), cpuid(), change(EVENTS, (24, "word", 1))), {"value.3": "0x1"}, "SMM is kept"),
+    Recorded(LAB, (vm(), cpuid(), change(EVENTS, (11, "flip", 0))), {"value.1": "0x3000000"},
+             "a VMCB has one interrupt shadow for both kinds"),
+    Recorded((V61,), (vm(), cpuid(), change(EVENTS, (13, "flip", 3))), {"value.1": "0x10000000000"},
+             "before 6.4 a pending NMI is a truth value"),
+    Recorded((V612, V72), (vm(), cpuid(), change(EVENTS, (13, "flip", 3))), {"value.1": "0x20000000000"},
+             "since then a count, at most 2"),
+    Recorded(LAB, (vm(), cpuid(), change(EVENTS, (24, "word", 3)),
+                   call("write", register=VP_ASSIST, vcpu=0, value=231)),
+             {"answer": short("HV_X64_MSR_VP_ASSIST_PAGE")}, "in SMM a vCPU sees another address space"),
+    Recorded((V61,), (vm(), cpuid(), change(EVENTS, (25, "byte", 2)), change(MP_STATE, (0, "flip", 2))),
+             {"answer": refused("KVM_MP_STATE", "KVM_SET_MP_STATE", "EINVAL")}, "no SIPI while an SMI is pending"),
+    Recorded((V72,), (vm(), cpuid(), change(EVENTS, (25, "byte", 2)), change(MP_STATE, (0, "flip", 2))),
+             {"answer": []}, "which 7.2 takes"),
+)
+
+CASES = [pytest.param(name, row, id=f"{name}-{row.why}") for row in ROWS for name in row.kernels]
+
+
+def holds(answer: Any, expected: dict[str, Any]) -> dict[str, Any]:
+    """The expected parts of an answer."""
+    words = answer.get("value", {})
+    return {key: words.get(key.removeprefix("value.")) if key.startswith("value.") else answer.get(key)
+            for key in expected}
+
+
+def ask(backend: Backend, name: str, row: Recorded) -> dict[str, Any]:
+    profile = profiles.load(name)
+    *_, last = driver.play(vocabulary(profile.arch), backend, profile, row.calls)
+    return holds(last, row.expected)
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize(("name", "row"), CASES)
+def test_the_simulator_gives_the_recorded_answer(name: str, row: Recorded) -> None:
+    assert ask(SimBackend(name), name, row) == row.expected
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(("name", "row"), CASES)
+def test_the_kernel_itself_gives_it(name: str, row: Recorded) -> None:
+    if name != here():
+        pytest.skip(f"this is not {name}")
+    assert ask(KvmBackend(), name, row) == row.expected
+
+
+def here() -> str:
+    """The name of the kernel that this runs on, where it is a recorded one."""
+    if "MIGSTREAM_LAB" in os.environ or kvm_problem():
+        return os.environ.get("MIGSTREAM_LAB", "")
+    found = KvmBackend().profile()
+    known = {(one.kernel, one.cpu): name for name in profiles.names() for one in (profiles.load(name),)}
+    return known.get((found.kernel, found.cpu), "")
+
+
+@pytest.mark.kvm
+def test_a_few_new_sequences_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a new seed each time, printed: it keeps looking."""
+    if "MIGSTREAM_LAB" in os.environ:
+        pytest.skip("the lab has a row of its own for this")
+    from tests.fidelity.__main__ import main
+
+    status = main(["--kernel", "host", "--sequences", "40"])
+    said = capsys.readouterr().out
+    with capsys.disabled():
+        print(said.splitlines()[-1])
+    assert status == 0, said
