@@ -20,7 +20,7 @@ from migstream.transport import readback as check
 from migstream.transport.streams import Source, read_items
 from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written, columns, repeats
-from migstream.verdicts.policy import Policy
+from migstream.verdicts.policy import NO_POLICY, Policy
 
 if TYPE_CHECKING:
     from migstream.model import Words
@@ -32,7 +32,7 @@ class Restorer:
     A context manager: the VM is closed unless `finish()` gave it to the caller.
     """
 
-    def __init__(self, backend: Backend, *, readback: bool = False, policy: Policy = Policy(),
+    def __init__(self, backend: Backend, *, readback: bool = False, policy: Policy = NO_POLICY,
                  threads: int = 0, vm_scope_per_vcpu: bool = False) -> None:
         """See `restore`. Raises: UsageError."""
         self.reader = StreamReader()
@@ -249,7 +249,7 @@ _RESTORED_OTHERWISE = {ids.msr_id(0x4000_0020): "KVM_CLOCK restores it"}
 """Registers whose refusal loses nothing (HV_X64_MSR_TIME_REF_COUNT). Any other clock that can't be set would jump."""
 
 
-def restore(source: Source, backend: Backend, *, readback: bool = False, policy: Policy = Policy(),
+def restore(source: Source, backend: Backend, *, readback: bool = False, policy: Policy = NO_POLICY,
             threads: int = 0, vm_scope_per_vcpu: bool = False) -> tuple[Vm, Report]:
     """Restore a stream into a fresh VM, which is complete and paused; `vm.start()` lets it run.
 

@@ -68,7 +68,7 @@ def empty_banks(vm: Vm, layout: Layout) -> list[Bank]:
 
 
 def _fill(vm: Vm, banks: Sequence[Bank], per_vcpu: bool = False) -> None:
-    for bank in (bank for bank in banks for _ in range(repeats(vm, bank.layout, per_vcpu))):
+    for bank in (one for one in banks for _ in range(repeats(vm, one.layout, per_vcpu))):
         _raise_first(vm.read(bank.layout, bank.first_vcpu, bank.values))
         _check(bank)
 

@@ -83,11 +83,16 @@ class Policy:
         return verdict
 
 
+NO_POLICY = Policy()
+"""An operator who wants nothing special."""
+
+
 def _require(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
     if verdict.answer == Answer.FITS:
         return verdict
     return replace(verdict, answer=Answer.REFUSED, target=None, value=None,
-                   reason=f"the policy requires it as saved ({clause.reason}); it is: {verdict.answer} {verdict.reason}")
+                   reason=f"the policy requires it as saved ({clause.reason}); it is: "
+                          f"{verdict.answer} {verdict.reason}")
 
 
 def _ignore(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator
 from functools import lru_cache
 
+from migstream.host.profile import cpuid_word
 from migstream.registers import ids
 from migstream.verdicts.facts import Case, absent, both, loses_bits, refuses_bits, value
 from migstream.verdicts.model import Answer, Kernel

@@ -10,8 +10,9 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from migstream.backends.kvm.operations import (
 )
 from migstream.backends.kvm.uapi import Request
 from migstream.errors import BackendError
+from migstream.host.profile import cpuid_word
 from migstream.model import Arch, Layout, Phase, Scope
 from migstream.registers import ids
 from migstream.registers import x86_64 as rows
@@ -313,6 +315,7 @@ class X86Host(ArchHost):
         return replace(profile, msrs=_msr_list(backend.fd, uapi.GET_MSR_INDEX_LIST),
                        feature_msrs={index: _feature_msr(backend.fd, index) for index in features},
                        sizes=_sizes(capabilities), cpuid=(cpuid := _supported_cpuid(backend.fd)),
+                       cpuid_forced=_forced_cpuid(backend.fd, cpuid),
                        xsave_components=tuple(decode("XCR0", _xsave_mask(backend.fd, capabilities, cpuid))))
 
     def vm(self, vm: KvmVm) -> X86Vm:
@@ -398,6 +401,35 @@ def _supported_cpuid(fd: int) -> bytes:
     uapi.call(fd, uapi.GET_SUPPORTED_CPUID, buffer)
     (count,) = struct.unpack_from("<I", buffer)
     return bytes(buffer[:8 + CPUID_ENTRY * count])
+
+
+def _forced_cpuid(kvm_fd: int, supported: bytes) -> dict[int, tuple[int, int]]:
+    """Bits that a vCPU of this KVM has though the supported table, which it was given, has not; on a scratch VM.
+
+    Bits that other bits' values or the vCPU's own state switch on may be among them; an experiment tells them apart.
+    """
+    vm_fd = uapi.call(kvm_fd, uapi.CREATE_VM, 0)
+    try:
+        vcpu_fd = uapi.call(vm_fd, uapi.CREATE_VCPU, 0)
+        try:
+            back = bytearray(supported)
+            uapi.call(vcpu_fd, uapi.SET_CPUID2, back)
+            uapi.call(vcpu_fd, uapi.GET_CPUID2, back)
+        finally:
+            os.close(vcpu_fd)
+    finally:
+        os.close(vm_fd)
+    return dict(_more_bits(supported, back))
+
+
+def _more_bits(given: bytes, back: bytes | bytearray) -> Iterator[tuple[int, tuple[int, int]]]:
+    for at in range(8, len(given) - CPUID_ENTRY + 1, CPUID_ENTRY):
+        function, index = struct.unpack_from("<2I", given, at)
+        for register in range(4):
+            place = at + 12 + 4 * register
+            before, after = (struct.unpack_from("<I", table, place)[0] for table in (given, back))
+            if after & ~before:
+                yield cpuid_word(function, index, register), (0xFFFF_FFFF, after & ~before)
 
 
 _XSAVE_LEAF, _XCOMP_GUEST_SUPP = 0xD, 0
