@@ -53,13 +53,13 @@ class Processor:
     def _slot(self, id: int) -> int | None:
         return (id & 0xFFFF) // 2 if (id & 0xFFFF) < 62 else None
 
-    def read(self, layout: Layout, first_vcpu: int, values: np.ndarray) -> list[Refusal]:  # type: ignore[type-arg]
+    def read(self, layout: Layout, first_vcpu: int, values: np.ndarray) -> list[Refusal]:
         number = self._slot(layout.slots[0].id)
         assert number is not None
         values[0, 0] = self.x[number]
         return []
 
-    def write(self, layout: Layout, first_vcpu: int, values: np.ndarray) -> list[Refusal]:  # type: ignore[type-arg]
+    def write(self, layout: Layout, first_vcpu: int, values: np.ndarray) -> list[Refusal]:
         name = {arm64_ids.core(64): "pc", arm64_ids.core(66): "pstate"}[layout.slots[0].id]
         setattr(self, name, int(values[0, 0]))
         return []

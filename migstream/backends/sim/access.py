@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.base import SHORT_COUNT
-from migstream.backends.sim import cpuid, rules_cpu, rules_devices, rules_msrs, rules_svm
+from migstream.backends.sim import cpuid, rules_cpu, rules_devices, rules_fpu, rules_msrs, rules_svm
 from migstream.backends.sim.rules import Refuse, by_register
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     Errnos = NDArray[np.int64]
 
 ABSENT = by_register(rules_devices.ABSENT)
-REFUSALS = by_register((*cpuid.REFUSALS, *rules_cpu.REFUSALS, *rules_devices.REFUSALS, *rules_svm.REFUSALS))
-KEEPS = by_register((*cpuid.KEEPS, *rules_cpu.KEEPS, *rules_devices.KEEPS, *rules_svm.KEEPS))
+REFUSALS = by_register((*cpuid.REFUSALS, *rules_cpu.REFUSALS, *rules_fpu.REFUSALS, *rules_devices.REFUSALS, *rules_svm.REFUSALS))
+KEEPS = by_register((*cpuid.KEEPS, *rules_cpu.KEEPS, *rules_fpu.KEEPS, *rules_devices.KEEPS, *rules_svm.KEEPS))
 AFTERS = by_register((*rules_cpu.AFTERS, *rules_devices.AFTERS, *rules_svm.AFTERS))
-SHOWS = by_register((*cpuid.SHOWS, *rules_cpu.SHOWS, *rules_devices.SHOWS, *rules_svm.SHOWS))
+SHOWS = by_register((*cpuid.SHOWS, *rules_cpu.SHOWS, *rules_fpu.SHOWS, *rules_devices.SHOWS, *rules_svm.SHOWS))
 
 _LOW = np.uint64(0xFFFF_FFFF)
 _SAME_IOCTL = dict.fromkeys(rules_devices.CHIPS, "IRQCHIP")

@@ -114,68 +114,12 @@ def _pdptrs(rows: Rows, values: Words) -> Mask:
     return bits(values[:, FLAGS], U64 - 1) | bits(values[:, FLAGS], 1) & ~pae
 
 
-def _too_many_xcrs(rows: Rows, values: Words) -> Mask:
-    return mask((values[:, 0] & np.uint64(0xFFFF_FFFF)) > 16)
-
-
-def _xcrs_flags(rows: Rows, values: Words) -> Mask:
-    return mask((values[:, 0] >> np.uint64(32)) != 0)
-
-
 def _debugregs_flags(rows: Rows, values: Words) -> Mask:
     return mask(values[:, 6] != 0)
 
 
-def _asked_xcr0(rows: Rows, values: Words) -> tuple[Mask, NDArray[np.uint64]]:
-    """Whether the list names XCR0, and the first value that it gives it."""
-    entries = values[:, 1:33].reshape(-1, 16, 2)
-    used = np.arange(16, dtype=np.uint64) < (values[:, :1] & np.uint64(0xFFFF_FFFF))
-    named = used & ((entries[:, :, 0] & np.uint64(0xFFFF_FFFF)) == 0)
-    first = named.argmax(axis=1)
-    return named.any(axis=1), np.take_along_axis(entries[:, :, 1], first[:, np.newaxis], axis=1)[:, 0]
-
-
-_TOGETHER = ((0b110, 0b100, "AVX needs SSE"), (0b11000, 0b11000, "both MPX components or none"),
-             (0b1110_0100, 0b1110_0000, "AVX-512 needs AVX, and all three of its components"),
-             (0b11 << 17, 0b11 << 17, "both AMX components or none"))
-"""(components, those of them that need all the others, why); Intel SDM volume 1, 13.3."""
-
-
-def _xcr0(rows: Rows, values: Words) -> Mask:
-    named, xcr0 = _asked_xcr0(rows, values)
-    allowed = cpuid.user_xcr0(rows.get(cpuid.ID)) | np.uint64(1)
-    bad = mask((xcr0 & ~allowed) != 0) | ~bits(xcr0, 1)
-    for group, needy, _ in _TOGETHER:
-        bad |= bits(xcr0, needy) & mask((xcr0 & np.uint64(group)) != group)
-    return mask(named & bad)
-
-
 def _high_halves(rows: Rows, values: Words) -> Mask:
     return mask((values[:, 4:6] >> np.uint64(32)).any(axis=1))
-
-
-_BV, _HEADER, _MXCSR = 64, slice(65, 72), 3
-_FP_SSE, _SSE_AVX = 0b11, 0b110
-
-
-def host_components(rows: Rows) -> int:
-    """XSAVE components of the host."""
-    table = np.frombuffer(rows.guest.profile.cpuid, np.uint64)[np.newaxis]
-    return int(cpuid.user_xcr0(table)[0]) | _FP_SSE
-
-
-def _unknown_component(rows: Rows, values: Words) -> Mask:
-    return bits(values[:, _BV], U64 & ~host_components(rows))
-
-
-def _xsave_header(rows: Rows, values: Words) -> Mask:
-    return mask(values[:, _HEADER].any(axis=1))
-
-
-def _mxcsr(rows: Rows, values: Words) -> Mask:
-    default = np.frombuffer(rows.guest.profile.defaults[XSAVE], np.uint64)
-    mask = int(default[_MXCSR]) >> 32 or 0xFFBF
-    return bits(values[:, _BV], _SSE_AVX) & bits(values[:, _MXCSR], 0xFFFF_FFFF & ~mask)
 
 
 _SHADOW, _PAYLOAD, _TRIPLE = 4, 0x10, 0x20
@@ -262,17 +206,8 @@ REFUSALS = (
     Refuse("APIC base: reserved bits, x2APIC without CPUID or without the enable bit", BOTH_SREGS, errno.EINVAL,
            _apic_base, "kvm_apic_set_base"),
     Refuse("PDPTRs outside of PAE paging, unknown flags", (SREGS2,), errno.EINVAL, _pdptrs, "__set_sregs2"),
-    Refuse("more than 16 XCRs", (XCRS,), errno.EINVAL, _too_many_xcrs, "kvm_vcpu_ioctl_x86_set_xcrs: KVM_MAX_XCRS"),
-    Refuse("flags", (XCRS,), errno.EINVAL, _xcrs_flags, "kvm_vcpu_ioctl_x86_set_xcrs"),
-    Refuse("XCR0: not in CPUID leaf 0xd, or an impossible set", (XCRS,), errno.EINVAL, _xcr0, "__kvm_set_xcr"),
     Refuse("flags", (DEBUGREGS,), errno.EINVAL, _debugregs_flags, "kvm_vcpu_ioctl_x86_set_debugregs"),
     Refuse("high half of DR6 or DR7", (DEBUGREGS,), errno.EINVAL, _high_halves, "kvm_dr6_valid, kvm_dr7_valid"),
-    Refuse("XSTATE_BV: a component that the host has not", (XSAVE,), errno.EINVAL, _unknown_component,
-           "fpu_copy_uabi_to_guest_fpstate"),
-    Refuse("XSAVE header: compacted, or reserved bytes in use", (XSAVE,), errno.EINVAL, _xsave_header,
-           "validate_user_xstate_header"),
-    Refuse("MXCSR: reserved bits, where XSTATE_BV has SSE or AVX", (XSAVE,), errno.EINVAL, _mxcsr,
-           "copy_uabi_to_xstate; measured: not looked at where XSTATE_BV has neither"),
     Refuse("unknown flags, a payload that is not enabled", (EVENTS,), errno.EINVAL, _bad_event_flags,
            "kvm_vcpu_ioctl_x86_set_vcpu_events; KVM_CAP_EXCEPTION_PAYLOAD"),
     Refuse("an exception with vector 2 or above 31", (EVENTS,), errno.EINVAL, _bad_vector,
@@ -321,14 +256,6 @@ def _keep_regs(rows: Rows, values: Words) -> Words:
     return out
 
 
-def _keep_xcrs(rows: Rows, values: Words) -> Words:
-    named, xcr0 = _asked_xcr0(rows, values)
-    out = np.zeros_like(values)
-    out[:, 0] = 1
-    out[:, 2] = np.where(named, xcr0, rows.get(XCRS)[:, 2])
-    return out
-
-
 def _keep_debugregs(rows: Rows, values: Words) -> Words:
     out = np.zeros_like(values)
     out[:, :6] = values[:, :6]
@@ -340,23 +267,6 @@ def _components(rows: Rows) -> list[tuple[int, list[slice]]]:
     found = [(number, [slice(start // 8, (start + size) // 8)])
              for number, start, size, _ in cpuid.extents(rows.guest.profile.cpuid)]
     return [(0, [slice(0, 3), slice(4, 20)]), (1, [slice(20, 52)]), *found]
-
-
-def _keep_xsave(rows: Rows, values: Words) -> Words:
-    """Components out of use go back to their initial state; bytes that belong to none are lost."""
-    return _select(rows, values, values[:, _BV])
-
-
-def _select(rows: Rows, values: Words, used: NDArray[np.uint64]) -> Words:
-    initial = np.frombuffer(rows.guest.profile.defaults[XSAVE], np.uint64)
-    out = np.repeat(initial[np.newaxis], len(values), axis=0)
-    for number, places in _components(rows):
-        here = bits(used, 1 << number)[:, np.newaxis]
-        for words in places:
-            out[:, words] = np.where(here, values[:, words], initial[words])
-    out[:, _MXCSR] = np.where(bits(values[:, _BV], _SSE_AVX), values[:, _MXCSR], initial[_MXCSR])
-    out[:, _BV] = used
-    return out
 
 
 def _keep_mp_state(rows: Rows, values: Words) -> Words:
@@ -408,9 +318,7 @@ KEEPS = (
          "__set_sregs_common"),
     Keep("the same, and PDPTRs where there is PAE paging", (SREGS2,), _keep_sregs2, "__set_sregs2"),
     Keep("RFLAGS: bit 1 is always set", (REGS,), _keep_regs, "__set_regs; `rflags_kept` of the profile"),
-    Keep("XCR0 alone exists", (XCRS,), _keep_xcrs, "kvm_vcpu_ioctl_x86_set_xcrs"),
     Keep("reserved words are not stored", (DEBUGREGS,), _keep_debugregs, "kvm_vcpu_ioctl_x86_set_debugregs"),
-    Keep("components out of use are initial", (XSAVE,), _keep_xsave, "copy_uabi_to_xstate"),
     Keep("32 bits", (MP_STATE,), _keep_mp_state, "struct kvm_mp_state"),
     Keep("truth values are 0 or 1; parts without their flag stay", (EVENTS,), _keep_events,
          "kvm_vcpu_ioctl_x86_set_vcpu_events"),
@@ -485,11 +393,6 @@ def _show_sregs2(rows: Rows, values: Words) -> Words:
     return out
 
 
-def _show_xsave(rows: Rows, values: Words) -> Words:
-    allowed = cpuid.user_xcr0(rows.get(cpuid.ID)) | np.uint64(_FP_SSE)
-    return _select(rows, values, values[:, _BV] & allowed)
-
-
 def _show_events(rows: Rows, values: Words) -> Words:
     event = _bytes(values).copy()
     soft = np.isin(event[:, 1], _SOFT)
@@ -524,7 +427,6 @@ def accept_sipi(rows: Rows, values: Words) -> Words:
 SHOWS = (
     Show("the interrupt bitmap is the injected interrupt", (SREGS,), _show_sregs, "__get_sregs"),
     Show("PDPTRs are valid in PAE paging", (SREGS2,), _show_sregs2, "__get_sregs2: is_pae_paging"),
-    Show("components that the vCPU's CPUID has", (XSAVE,), _show_xsave, "kvm_vcpu_ioctl_x86_get_xsave2"),
     Show("the flags say what the kernel gives; no SIPI vector", (EVENTS,), _show_events,
          "kvm_vcpu_ioctl_x86_get_vcpu_events"),
     Show("pending INIT and SIPI are accepted", (MP_STATE,), accept_sipi,
