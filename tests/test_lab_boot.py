@@ -131,7 +131,7 @@ class TestConverse:
 say("console", b"[    0.1] booting\\n")
 say("result", b"begin\\n")
 say("stdout", b"out 1\\n"); say("stderr", b"err\\n"); say("stdout", b"out 2\\n")
-say("result", b"status 3\\n" + open(os.environ["FILES"], "rb").read() + b"end\\n")
+say("result", b"status 3\\n" + open(os.environ["FILES"], "rb").read() + b"end\\n" + b"\\n" * 256)
 """)
     def test_a_command_that_ends(
         self, emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -303,6 +303,22 @@ exit 3
         tier.need(self.KERNEL)
         with pytest.raises(TimeLimitError, match=r"^not done in 8 s"):
             boot.run(self.KERNEL, ["sleep", "1000"], time_limit_s=8)
+
+    def test_nothing_is_lost_when_nobody_reads_for_a_while(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The guest has long switched off when this machine finds time again: what it sent must be out by then."""
+        tier.need(self.KERNEL)
+        take = boot._Guest.take_result
+        waited: list[int] = []
+
+        def busy(guest: boot._Guest, data: bytes) -> None:
+            take(guest, data)
+            if len(data) > len(b"begin\nstatus 0\n") and not waited:
+                waited.append(len(data))
+                time.sleep(5)
+
+        monkeypatch.setattr(boot._Guest, "take_result", busy)
+        result = boot.run(self.KERNEL, ["sh", "-c", "head -c 300000 /dev/zero > big"], time_limit_s=120)
+        assert (result.status, [len(file.data) for file in result.files]) == (0, [300_000])
 
     def test_an_image_that_is_no_kernel(self, tmp_path: Path) -> None:
         tier.need(self.KERNEL)
