@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator
 from functools import lru_cache
 
+from migstream.host.profile import cpuid_word
 from migstream.registers import ids
 from migstream.verdicts.facts import Case, absent, both, loses_bits, refuses_bits, value
 from migstream.verdicts.model import Answer, Kernel
@@ -63,7 +64,10 @@ def _promised(case: Case) -> Iterator[str]:
         guest = entries(cpuid)
         for key, words in FEATURE_WORDS.items():
             for word in words if key in guest else ():
-                bits = guest[key][word] & ~here.get(key, (0, 0, 0, 0))[word] & ~RUNTIME_BITS.get((*key, word), 0)
+                # some KVMs show bits of the host whatever was written (`cpuid_forced`): nobody promised them
+                shown = case.host.cpuid_forced.get(cpuid_word(*key, word), (0, 0))[1]
+                allowed = here.get(key, (0, 0, 0, 0))[word] | RUNTIME_BITS.get((*key, word), 0) | shown
+                bits = guest[key][word] & ~allowed
                 missing[(*key, word)] = missing.get((*key, word), 0) | bits
     for (leaf, index, word), bits in missing.items():
         for bit in (bit for bit in range(32) if bits >> bit & 1):
