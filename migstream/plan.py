@@ -19,7 +19,7 @@ from migstream.registers.catalogue import lookup
 from migstream.verdicts.facts import Pair
 from migstream.verdicts.judge import Addition, additions, judge, unexplained
 from migstream.verdicts.model import Answer, Saved, Verdict
-from migstream.verdicts.policy import Policy
+from migstream.verdicts.policy import NO_POLICY, Policy
 
 if TYPE_CHECKING:
     from migstream.contract import Contract
@@ -70,7 +70,7 @@ class Plan:
     additions: tuple[Addition, ...] = ()
     notes: tuple[str, ...] = ()
     pair: Pair | None = None
-    policy: Policy = Policy()
+    policy: Policy = NO_POLICY
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -111,7 +111,7 @@ class Plan:
 
 
 def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile, *, banks: Sequence[Bank] = (),
-              contract: Contract | None = None, policy: Policy = Policy()) -> Plan:
+              contract: Contract | None = None, policy: Policy = NO_POLICY) -> Plan:
     """Judge a saved VM against a host. Never raises for what doesn't fit: ask `refusals` or call `require()`.
 
     Args:
@@ -125,7 +125,7 @@ def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile, *,
     return plan_for(Saved.of(machine, layouts, banks, contract), host, policy)
 
 
-def plan_for(saved: Saved, host: HostProfile, policy: Policy = Policy()) -> Plan:
+def plan_for(saved: Saved, host: HostProfile, policy: Policy = NO_POLICY) -> Plan:
     """The same for a guest whose values are collected already. Raises: PolicyError."""
     obstacles = tuple(reason for rule in _MACHINE_RULES if (reason := rule(saved.machine, host)))
     if saved.machine.arch != host.arch:

@@ -18,7 +18,7 @@ from migstream.transport import readback as check
 from migstream.transport.streams import Source, read_items
 from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written, columns
-from migstream.verdicts.policy import Policy
+from migstream.verdicts.policy import NO_POLICY, Policy
 
 
 class Restorer:
@@ -27,7 +27,7 @@ class Restorer:
     A context manager: the VM is closed unless `finish()` gave it to the caller.
     """
 
-    def __init__(self, backend: Backend, *, readback: bool = False, policy: Policy = Policy()) -> None:
+    def __init__(self, backend: Backend, *, readback: bool = False, policy: Policy = NO_POLICY) -> None:
         self.reader = StreamReader()
         self.report = Report()
         self._backend, self._readback = backend, readback
@@ -207,14 +207,16 @@ def _harmless(vm: Vm, refusal: Refusal, done: Written) -> str:
 
 
 def restore(source: Source, backend: Backend, *, readback: bool = False,
-            policy: Policy = Policy()) -> tuple[Vm, Report]:
+            policy: Policy = NO_POLICY) -> tuple[Vm, Report]:
     """Restore a stream into a fresh VM, which is complete and paused; `vm.start()` lets it run.
 
     Args:
         source: read in order to the end of the stream. backend: where the VM is made.
-        readback: read every register back and compare. policy: what the operator tolerates (`verdicts.policy`).
+        readback: read every register back and compare.
+        policy: what the operator tolerates (`verdicts.policy`).
 
-    Raises: StreamError and below, PolicyError, DoesNotFit (nothing was made), RestoreFailed (the VM was closed), BackendError.
+    Raises: StreamError and below, PolicyError,
+        DoesNotFit (nothing was made), RestoreFailed (the VM was closed), BackendError.
     """
     with Restorer(backend, readback=readback, policy=policy) as restorer:
         for section, item in read_items(source, restorer.reader):

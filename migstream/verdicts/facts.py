@@ -19,7 +19,7 @@ from migstream.registers.catalogue import Register, lookup
 from migstream.verdicts.model import Column, Saved
 
 NEVER_WRITTEN = 0x1DE7_EC7E_DBAD_C0DE
-"""What arm64 KVM resets a register to whose value after reset is architecturally UNKNOWN (sys_regs.c, reset_unknown)."""
+"""What KVM resets a register to whose value after reset is architecturally UNKNOWN (sys_regs.c, reset_unknown)."""
 
 
 class NotYet(Exception):

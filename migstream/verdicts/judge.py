@@ -14,7 +14,7 @@ from migstream.verdicts import arm64 as arm64_rules
 from migstream.verdicts import id_fields
 from migstream.verdicts import x86_64 as x86_rules
 from migstream.verdicts.facts import Case, NotYet, Pair
-from migstream.verdicts.model import Answer, Kernel, Saved, Verdict
+from migstream.verdicts.model import Answer, Kernel, Verdict
 from migstream.verdicts.rule import Rule
 
 _Exception = Callable[[Slot, Register, HostProfile], Verdict | None]

@@ -87,7 +87,7 @@ def _require(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
     if verdict.answer == Answer.FITS:
         return verdict
     return replace(verdict, answer=Answer.REFUSED, target=None, value=None,
-                   reason=f"the policy requires it as saved ({clause.reason}); it is: {verdict.answer} {verdict.reason}")
+                   reason=f"the policy requires it as saved ({clause.reason}); here: {verdict.answer} {verdict.reason}")
 
 
 def _ignore(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
@@ -172,6 +172,10 @@ def _clause(name: str, verb: str, row: dict[str, Any]) -> Clause:
         if not fnmatch.filter(known_names(), glob):
             raise UsageError(f"{where}: no register is called {printable(repr(glob))}")
     return Clause(verb, tuple(globs), reason.strip(), notices)
+
+
+NO_POLICY = Policy()
+"""Nothing is overruled."""
 
 
 @cache

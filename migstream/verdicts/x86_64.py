@@ -53,7 +53,7 @@ def entries(cpuid: bytes) -> dict[CpuidKey, tuple[int, int, int, int]]:
     """struct kvm_cpuid2 as a table: EAX, EBX, ECX, EDX by leaf and subleaf."""
     count = struct.unpack_from("<I", cpuid)[0] if len(cpuid) >= 8 else 0
     rows = (struct.unpack_from("<7I", cpuid, 8 + 40 * k) for k in range(min(count, (len(cpuid) - 8) // 40)))
-    return {(function, index): tuple(words) for function, index, _, *words in rows}  # type: ignore[misc]
+    return {(function, index): tuple(words) for function, index, _, *words in rows}
 
 
 def _promised(case: Case) -> Iterator[str]:
@@ -157,7 +157,7 @@ RULES: tuple[Rule, ...] = (
     Rule("KVM_*", absent, _REFUSED,
          lambda case: f"this kernel has no KVM_CAP_{case.row.needs}", "profile: capabilities"),
     # values
-    Rule("MSR_IA32_CR_PAT", _bad_types, _REFUSED, "{value} has a memory type that there is not", f"{_X86} kvm_pat_valid"),
+    Rule("MSR_IA32_CR_PAT", _bad_types, _REFUSED, "{value}: no such memory type", f"{_X86} kvm_pat_valid"),
     Rule("MSR_EFER", _efer_refused, _REFUSED, "{value}: bits that this kernel does not take", "profile: efer_taken"),
     Rule(_FLAGS, refuses_bits, _REFUSED, "{value}: bits that this kernel refuses: {bits}", _MSR_BITS),
     Rule(_FLAGS, loses_bits, _NOTICED, "{value}: bits of it read back as here: {bits}", _MSR_BITS, Kernel.DROPS),
