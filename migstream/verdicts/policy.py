@@ -83,10 +83,6 @@ class Policy:
         return verdict
 
 
-NO_POLICY = Policy()
-"""An operator who wants nothing special."""
-
-
 def _require(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
     if verdict.answer == Answer.FITS:
         return verdict
@@ -177,6 +173,10 @@ def _clause(name: str, verb: str, row: dict[str, Any]) -> Clause:
         if not fnmatch.filter(known_names(), glob):
             raise UsageError(f"{where}: no register is called {printable(repr(glob))}")
     return Clause(verb, tuple(globs), reason.strip(), notices)
+
+
+NO_POLICY = Policy()
+"""Nothing is overruled."""
 
 
 @cache

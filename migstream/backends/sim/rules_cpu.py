@@ -262,13 +262,6 @@ def _keep_debugregs(rows: Rows, values: Words) -> Words:
     return out
 
 
-def _components(rows: Rows) -> list[tuple[int, list[slice]]]:
-    """(component, its words in the area), as the host's CPUID places them."""
-    found = [(number, [slice(start // 8, (start + size) // 8)])
-             for number, start, size, _ in cpuid.extents(rows.guest.profile.cpuid)]
-    return [(0, [slice(0, 3), slice(4, 20)]), (1, [slice(20, 52)]), *found]
-
-
 def _keep_mp_state(rows: Rows, values: Words) -> Words:
     return values & np.uint64(0xFFFF_FFFF)
 

@@ -76,6 +76,13 @@ def _mxcsr(rows: Rows, values: Words) -> Mask:
     return bits(values[:, _BV], _SSE_AVX) & bits(values[:, _MXCSR], 0xFFFF_FFFF & ~mask)
 
 
+def _components(rows: Rows) -> list[tuple[int, list[slice]]]:
+    """(component, its words in the area), as the host's CPUID places them."""
+    found = [(number, [slice(start // 8, (start + size) // 8)])
+             for number, start, size, _ in cpuid.extents(rows.guest.profile.cpuid)]
+    return [(0, [slice(0, 3), slice(4, 20)]), (1, [slice(20, 52)]), *found]
+
+
 def _keep_xcrs(rows: Rows, values: Words) -> Words:
     named, xcr0 = _asked_xcr0(rows, values)
     out = np.zeros_like(values)
