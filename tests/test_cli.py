@@ -92,7 +92,7 @@ def test_a_stream_of_real_kvm_is_replayed_in_the_simulator_and_on_kvm(capsys: Ca
 def test_inspect_shows_one_screen(capsys: Capture, stream: Path) -> None:
     status, out, err = run(capsys, "inspect", stream)
     assert (status, err) == (0, "")
-    for text in ("migstream 1.0, x86_64", "4 vCPUs", "vm scope", "vcpu scope", "BANK", "END", "good"):
+    for text in ("migstream 1.1, x86_64", "4 vCPUs", "vm scope", "vcpu scope", "BANK", "END", "good"):
         assert text in out
     assert len(out.splitlines()) <= 40
 
