@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from migstream import __version__, cli_convert, cli_host, native
+from migstream import __version__, cli_check, cli_convert, cli_host, native
 from migstream.cli_host import BACKENDS, Parser, open_profile
 from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
 
@@ -409,6 +409,8 @@ _COMMANDS: dict[str, tuple[Any, Any, str, tuple[str, str]]] = {
              ("migstream demo", "migstream demo --vcpus 240 --backend kvm -o v.mig")),
     "inspect": (_inspect, _inspect_arguments, "show what is in a stream; FILE - is standard input",
                 ("migstream inspect v.mig", "migstream inspect v.mig --vcpu all --reg 'MSR_*TSC*'")),
+    "check": (cli_check.run, cli_check.arguments, "whether hosts can take a stream, register by register",
+              ("migstream check v.mig --host arm64-7.2", "migstream check v.mig --host here.json --policy ours.toml")),
     "convert": (cli_convert.run, cli_convert.arguments,
                 "a stream for another host or an older format; only what the guest can't have seen is changed",
                 ("migstream convert v.mig -o w.mig --for-host arm64-7.2",

@@ -100,7 +100,7 @@ class Plan:
         if self.pair is None or not any(again):
             return step
         columns = {**self.pair.saved.columns, **Saved.of(self.pair.saved.machine, (), [bank]).columns}
-        pair = Pair(replace(self.pair.saved, columns=columns), self.pair.host)
+        pair = self.pair.knowing(columns)
         verdicts = tuple(self.policy.apply(pair, judge(pair, v.slot)) if late else v
                          for late, v in zip(again, step.verdicts, strict=True))
         now = Plan((_step(step.source, verdicts),)).require().steps[0]

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
+from migstream.host import profiles
 from migstream.host.profile import HostProfile, from_json, to_json
 from migstream.model import Arch, Layout, Machine, Phase, Scope, Slot
 from migstream.plan import Answer, make_plan
 from migstream.registers import arm64 as rows
 from migstream.registers import arm64_ids, gic, vcpu_features
 from migstream.registers.catalogue import lookup
+from migstream.verdicts.facts import Pair
+from migstream.verdicts.model import Saved
 
 X0, Z3, PSCI_VERSION = arm64_ids.core(0), arm64_ids.zreg(3), arm64_ids.firmware(0)
 V0, PMCR = arm64_ids.core(84, arm64_ids.U128), arm64_ids.sysreg(3, 3, 9, 12, 0)
@@ -89,3 +92,11 @@ def test_features_by_name(text: str, mask: int) -> None:
     assert vcpu_features.names(0x14) == ["PSCI_0_2", "SVE"]
     with pytest.raises(KeyError):
         vcpu_features.parse("sve2")
+
+
+def test_a_vcpu_has_its_features_once_however_often_it_is_judged() -> None:
+    """At the pause the values are others and the host is the same: its PMU's registers are still listed."""
+    host = profiles.load("arm64-6.12")
+    machine = Machine(Arch.ARM64, 1, (), {"vcpu_features": vcpu_features.parse("pmu_v3")})
+    first = Pair(Saved.of(machine, (), ()), host)
+    assert first.knowing({}).host.listed == first.host.listed > host.listed

@@ -6,6 +6,7 @@ A question about values that are not known yet raises `NotYet`; the judge then g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 from migstream.host.behaviour import of_profile
@@ -30,10 +31,14 @@ class Pair:
     """A saved guest and a host: what does not depend on a single register."""
 
     def __init__(self, saved: Saved, host: HostProfile) -> None:
-        self.saved, self.arch = saved, saved.machine.arch
+        self.saved, self.arch, self._given = saved, saved.machine.arch, host
         self.features = int(saved.machine.devices.get("vcpu_features", vcpu_features.DEFAULT)) \
             if self.arch == Arch.ARM64 else 0
         self.host = host.with_features(self.features) if self.arch == Arch.ARM64 else host
+
+    def knowing(self, columns: Mapping[int, Column]) -> Pair:
+        """The same with other values. The host is taken as it was given: its features are added once."""
+        return Pair(replace(self.saved, columns=columns), self._given)
 
     def column(self, id: int) -> Column:
         """The values of a register; without values where they come later. Raises: NotYet, KeyError if not saved."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from migstream.host.profile import HostProfile
@@ -136,7 +136,7 @@ def replace_saved(pair: Pair, id: int, value: bytes) -> Pair:
     from migstream.verdicts.model import Column
 
     columns = {**pair.saved.columns, id: Column.of(Slot(id, len(value)), value)}
-    return Pair(replace(pair.saved, columns=columns), pair.host)
+    return pair.knowing(columns)
 
 
 def unexplained(pair: Pair) -> Iterator[str]:
