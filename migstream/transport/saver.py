@@ -61,8 +61,9 @@ def empty_banks(vm: Vm, layout: Layout) -> list[Bank]:
 
 
 def _fill(vm: Vm, banks: Sequence[Bank], per_vcpu: bool = False) -> None:
-    for bank in (bank for bank in banks for _ in range(repeats(vm, bank.layout, per_vcpu))):
-        _raise_first(vm.read(bank.layout, bank.first_vcpu, bank.values))
+    for bank in banks:
+        for _ in range(repeats(vm, bank.layout, per_vcpu)):
+            _raise_first(vm.read(bank.layout, bank.first_vcpu, bank.values))
 
 
 def _raise_first(refused: Sequence[Refusal]) -> None:
