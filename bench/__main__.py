@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -52,7 +53,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except MigstreamError as error:
         print(f"bench: {error}", file=sys.stderr)
         return error.exit_status
-    _print(module, options, result)
+    try:
+        _print(module, options, result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads any more; the interpreter must not find that out again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0 if result.get("complete", True) else INTERRUPTED
 
 

@@ -426,3 +426,15 @@ def test_the_lock_on_real_kvm(tmp_path: Path) -> None:
         ("lstar", 1), ("ioapic", 1), ("clock", 1), ("wall-clock", 1)}
     assert {at["way"] for at in lapics} == lock.LAPIC_WAYS.keys()
     assert all(at["p50"] > 0 for at in (*measured, *lapics))
+
+
+# What is kept
+
+
+def test_the_results_that_are_kept_can_be_read_and_say_their_machine() -> None:
+    kept = Path(blackout.__file__).with_name("results")
+    run = compare.load(kept / "blackout.json")
+    assert run["kind"] == "measured" and run["complete"] and run["machine"].keys() >= set(compare.SAME_MACHINE)
+    assert {"per-vCPU", "scoped", "prologue", "prologue+threads", "C best, 2 threads", "QEMU"} <= run["curves"].keys()
+    assert all((kept / name).exists() for name in ("blackout.png", "blackout.svg", "phases.png", "lock.png"))
+    assert json.loads((kept / "lock.json").read_text())["measured"]
