@@ -124,7 +124,11 @@ ROWS = (
     Recorded((V61,), (vm(), cpuid(), change(EVENTS, (25, "byte", 2)), change(MP_STATE, (0, "flip", 2))),
              {"answer": refused("KVM_MP_STATE", "KVM_SET_MP_STATE", "EINVAL")}, "no SIPI while an SMI is pending"),
     Recorded((V72,), (vm(), cpuid(), change(EVENTS, (25, "byte", 2)), change(MP_STATE, (0, "flip", 2))),
-             {"answer": []}, "which 7.2 takes"),
+             {"answer": []}, "7.2 takes it"),
+    Recorded((V72,), (vm(), cpuid(), change(MP_STATE, (0, "flip", 1)), change(EVENTS, (24, "word", 17))),
+             {"answer": [], "value.3": "0x1"}, "7.2 takes SMM while the vCPU waits for its SIPI"),
+    Recorded((V61, V612), (vm(), cpuid(), change(MP_STATE, (0, "flip", 1)), change(EVENTS, (24, "word", 17))),
+             {"answer": refused("KVM_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", "EINVAL")}, "INITs are latched while in SMM"),
 )
 
 CASES = [pytest.param(name, row, id=f"{name}-{row.why}") for row in ROWS for name in row.kernels]
