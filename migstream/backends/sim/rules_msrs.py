@@ -251,6 +251,8 @@ def refused_late(rows: Rows, index: int, values: Column) -> Mask:
 def keep(rows: Rows, index: int, values: Column) -> Column:
     """What is stored of values that are not refused."""
     rule = _BY_INDEX.get(index, _PLAIN)
+    if index in GATES:  # the 0 that a vCPU without the MSR takes is not stored
+        return np.where(_offered(rows, index), values, rows.get(storage(index))[:, 0])
     if rule.keep:
         return rule.keep(rows, values)
     _, kept = _tried(rows, index)
