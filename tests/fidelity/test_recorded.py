@@ -97,8 +97,14 @@ ROWS = (
              "a vCPU has the host's from the start"),
     Recorded((V72,), (vm(), cpuid(NO_ARCH_CAP), call("write", register=ARCH_CAPABILITIES, vcpu=0, value=4)),
              {"answer": short("MSR_IA32_ARCH_CAPABILITIES"), "value.0": None}, "an MSR that its CPUID has not"),
+    Recorded((V72,), (vm(), call("write", register=ARCH_CAPABILITIES, vcpu=0, value=0), cpuid(),
+                      call("read", register=ARCH_CAPABILITIES, vcpu=0)), {"value.0": "0x400000000c000079"},
+             "a 0 that was taken without CPUID was not stored"),
     Recorded((V72,), (vm(), change(SYSENTER_EIP, (3, "byte", 128), (4, "flip", 7))), {"value.0": "0x8080000000"},
              "a vCPU without CPUID counts as Intel's: 64 bits"),
+    Recorded((V72,), (vm(), change(SYSENTER_EIP, (4, "byte", 4)), cpuid(),
+                      call("read", register=SYSENTER_EIP, vcpu=0)), {"value.0": None},
+             "until CPUID says that it is AMD's"),
     Recorded((V72,), (vm(), change(TSC_AUX, (5, "flip", 0))), {"answer": short("MSR_TSC_AUX")},
              "and Intel's refuses the high half"),
     Recorded((V72,), (vm(), change(SREGS, (249, "flip", 3))),
@@ -124,7 +130,11 @@ ROWS = (
     Recorded((V61,), (vm(), cpuid(), change(EVENTS, (25, "byte", 2)), change(MP_STATE, (0, "flip", 2))),
              {"answer": refused("KVM_MP_STATE", "KVM_SET_MP_STATE", "EINVAL")}, "no SIPI while an SMI is pending"),
     Recorded((V72,), (vm(), cpuid(), change(EVENTS, (25, "byte", 2)), change(MP_STATE, (0, "flip", 2))),
-             {"answer": []}, "which 7.2 takes"),
+             {"answer": []}, "7.2 takes it"),
+    Recorded((V72,), (vm(), cpuid(), change(MP_STATE, (0, "flip", 1)), change(EVENTS, (24, "word", 17))),
+             {"answer": [], "value.3": "0x1"}, "7.2 takes SMM while the vCPU waits for its SIPI"),
+    Recorded((V61, V612), (vm(), cpuid(), change(MP_STATE, (0, "flip", 1)), change(EVENTS, (24, "word", 17))),
+             {"answer": refused("KVM_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", "EINVAL")}, "INITs are latched while in SMM"),
 )
 
 CASES = [pytest.param(name, row, id=f"{name}-{row.why}") for row in ROWS for name in row.kernels]

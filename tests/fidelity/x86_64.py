@@ -57,7 +57,8 @@ EXCLUDED = (
     Excluded("HV_X64_MSR_RESET with bit 0", "the next KVM_RUN asks userspace to reset the machine"),
     Excluded("the high half of MSR_IA32_SYSENTER_CS is 0 in what is written",
              "how much of it a VMCB keeps is the CPU's choice; QEMU's emulation keeps 32 bits"),
-    Excluded("the highest 16 bits of the bases of FS, GS, TR and LDT are 0 in what is written",
+    Excluded("the highest 16 bits of the bases of FS, GS, TR and LDT, of SYSENTER_ESP and EIP and of KERNEL_GS_BASE "
+             "are 0 in what is written",
              "VMLOAD makes them canonical, at a run of the CPU's choice"),
     Excluded("a valid VMCB in KVM_NESTED_STATE", "it would put the vCPU into a guest of the guest"),
     Excluded("in KVM_XSAVE, FCW is 0x37f and FSW, FOP, FIP, FDP and the padding of the x87 registers are 0 in what is "
@@ -243,7 +244,8 @@ def _mend(id: int, value: bytearray) -> None:
 
 
 _NEVER = ((x86_64.VCPU_EVENTS.id, 27, 28, 0), (x86_64.LAPIC.id, 0x380, 0x3A0, 0), (x86_64.TSC_KHZ.id, 3, 4, 0x7F),
-          (ids.msr_id(0x174), 4, 8, 0), (x86_64.XSAVE.id, 5, 24, 0),
+          (ids.msr_id(0x174), 4, 8, 0), *((ids.msr_id(index), 6, 8, 0) for index in (0x175, 0x176, 0xC000_0102)),
+          (x86_64.XSAVE.id, 5, 24, 0),
           *((x86_64.XSAVE.id, start + 10, start + 16, 0) for start in range(32, 160, 16)),
           *((sregs, 24 * place + 6, 24 * place + 8, 0) for sregs in (x86_64.SREGS.id, x86_64.SREGS2.id)
             for place in (3, 4, 6, 7)),

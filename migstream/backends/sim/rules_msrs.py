@@ -76,6 +76,14 @@ def _entry_point(rows: Rows, values: Column) -> Column:
     return np.where(_counts_as_intel(rows), _as_address(rows, values), values & np.uint64(kept))
 
 
+def _shown_entry_point(rows: Rows, values: Column) -> Column:
+    """kvm-amd shows the high half to a vCPU of Intel's alone, which CPUID may end (svm_get_msr)."""
+    _, kept = rows.guest.profile.msr_bits.get(SYSENTER_EIP, (U64, U64))
+    if kept >> 47 & 1:
+        return values
+    return np.where(_counts_as_intel(rows), values, values & np.uint64(kept))
+
+
 def _no_memory_type(rows: Rows, values: Column) -> Mask:
     """Memory types are 0, 1 and 4 to 7, on a kernel that looks (2 alone was refused)."""
     unknown = bits(values, 0xF8F8_F8F8_F8F8_F8F8) | bits(values & ~(values >> np.uint64(1)), 0x0202_0202_0202_0202)
@@ -147,7 +155,7 @@ RULES = (
     MsrRule("addresses must be canonical", (LSTAR, 0xC000_0083, 0xC000_0102), "__kvm_set_msr",
             refuse=_not_canonical, keep=_whole),
     MsrRule("addresses are made canonical", (0x175, SYSENTER_EIP), "__kvm_set_msr: __canonical_address",
-            refuse=_nothing, keep=_entry_point),
+            refuse=_nothing, keep=_entry_point, show=_shown_entry_point),
     MsrRule("eight memory types", (PAT,), "kvm_pat_valid", refuse=_no_memory_type, keep=_whole),
     MsrRule("a running clock", (TSC,), "kvm_synchronize_tsc; `tsc_follows`", refuse=_nothing, keep=_write_tsc,
             show=_tsc),
@@ -243,6 +251,8 @@ def refused_late(rows: Rows, index: int, values: Column) -> Mask:
 def keep(rows: Rows, index: int, values: Column) -> Column:
     """What is stored of values that are not refused."""
     rule = _BY_INDEX.get(index, _PLAIN)
+    if index in GATES:  # the 0 that a vCPU without the MSR takes is not stored
+        return np.where(_offered(rows, index), values, rows.get(storage(index))[:, 0])
     if rule.keep:
         return rule.keep(rows, values)
     _, kept = _tried(rows, index)
