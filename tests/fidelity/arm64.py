@@ -179,6 +179,14 @@ class Arm64:
         """A fresh stage."""
         return Arm64Stage(backend, profile)
 
+    def facts(self, real: Backend) -> dict[str, int]:
+        """None: an arm64 profile holds nothing that is another number at each boot."""
+        return {}
+
+    def told(self, profile: HostProfile, facts: dict[str, int]) -> HostProfile:
+        """The profile as it is."""
+        return profile
+
 
 class Author:
     """Makes one sequence."""

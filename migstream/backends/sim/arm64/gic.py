@@ -158,7 +158,7 @@ class ItsColumn:
 
 
 _FIRST_PPI, _PRIVATE = 16, 32
-_DEFAULT_LINES = {gic.VTIMER_IRQ.id: 27, gic.PTIMER_IRQ.id: 30}
+_TIMERS = {gic.VTIMER_IRQ.id: 0, gic.PTIMER_IRQ.id: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class TimerLine:
 
     def read(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
         """KVM_GET_DEVICE_ATTR of a vCPU."""
-        values[:, 0] = guest.notes.get(lookup(self.id).name, _DEFAULT_LINES[self.id])
+        values[:, 0] = guest.timer_line(_TIMERS[self.id])
         return np.zeros(len(values), np.int64)
 
     def write(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
@@ -177,7 +177,7 @@ class TimerLine:
         line = int(values[-1, 0]) & 0xFFFF_FFFF
         no = errno.EINVAL if not _FIRST_PPI <= line < _PRIVATE else errno.EBUSY if guest.entered else 0
         if not no:
-            guest.notes[lookup(self.id).name] = line
+            guest.set_timer_line(_TIMERS[self.id], line)
         return np.full(len(values), no, np.int64)
 
 
@@ -205,4 +205,5 @@ class PmuLine:
         wrong = (lines < _FIRST_PPI) | (lines >= most)
         errnos = np.where(lacks != 0, lacks, np.where(wrong, errno.EINVAL, np.where(old != 0, errno.EBUSY, 0)))
         guest.column(self.id)[rows, 0] = np.where(errnos == 0, lines, old)
+        guest.pmu_made[rows] |= errnos == 0
         return errnos

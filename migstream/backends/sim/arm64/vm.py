@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from migstream.backends.base import GuestMemory, Refusal, Vm
-from migstream.backends.sim.arm64 import access, ids, rules, rules_cpu, rules_firmware, rules_id
+from migstream.backends.sim.arm64 import access, attributes, entering, ids, rules, rules_cpu, rules_firmware, rules_id
 from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access, Guest
 from migstream.backends.sim.arm64.its import CTLR, Its
 from migstream.backends.sim.arm64.runner import Runner
+from migstream.backends.sim.arm64.rules import since
 from migstream.backends.sim.arm64.told import CAPABILITIES, CapabilityColumn, InitColumn, OffsetColumn
+from migstream.backends.sim.arm64.vgic import Vgic
 from migstream.backends.sim.memory import Memory
 from migstream.errors import BackendError, UsageError, errno_name
 from migstream.host.profile import FIXED
@@ -107,6 +109,11 @@ class Arm64SimVm(Vm):
             raise BackendError("KVM_ARM_VCPU_INIT", errno=no, vcpu=first,
                                what=what + (f"; this host has no {', '.join(missing)}" if missing else ""))
         self.guest.reset(first, wanted, self.features)
+        devices = self.machine.devices
+        if "gic_distributor" in devices:
+            self.guest.vgic = Vgic(self.guest.vcpus, irqs=int(devices.get("gic_irqs", 64)), initialized=True,
+                                   distributor=int(devices["gic_distributor"]),
+                                   redistributors=int(devices["gic_redistributors"]))
 
     @property
     def features(self) -> int:
@@ -221,9 +228,8 @@ class Arm64SimVm(Vm):
         if self._runner:
             raise UsageError("the vCPUs run already")
         for vcpu in range(self.guest.vcpus):
-            if no := self._run_errno(vcpu):
+            if no := entering.enter(self.guest, vcpu):
                 raise BackendError("KVM_RUN", errno=no, vcpu=vcpu)
-        self.guest.entered = self.guest.entered or bool(self.guest.vcpus)
         self._runner = Runner(self.guest, self.memory)
         self._runner.start()
 
@@ -251,6 +257,33 @@ class Arm64SimVm(Vm):
 
     # single ioctls of one vCPU: (errno, what was read)
 
+    def _init_before_6_5(self, vcpu: int, features: int) -> tuple[int, bytes]:
+        """kvm_vcpu_set_target(): bit by bit; POWER_OFF is a feature as others, and an unknown one leaves those before.
+
+        Those that are left are there at the next call: nothing takes them away but a reset that fails.
+        """
+        known, old = self._known_features, int(self.guest.features[vcpu])
+        if old != NO_FEATURES and (old | self._off(vcpu)) & known != features & known:
+            return errno.EINVAL, b""
+        if features & ~known:
+            self.guest.left_over[vcpu] = self.guest.left_over.get(vcpu, 0) | (features & known if old == -1 else 0)
+            return errno.ENOENT, b""
+        features |= self.guest.left_over.get(vcpu, 0)
+        if no := self._init_errno(features):
+            self.guest.features[vcpu] = NO_FEATURES
+            self.guest.left_over[vcpu] = 0
+            return no, b""
+        self.guest.off[vcpu] = features & _POWER_OFF
+        self._reset(vcpu, features)
+        return 0, b""
+
+    def _off(self, vcpu: int) -> int:
+        return self.guest.off.get(vcpu, 0)
+
+    def _reset(self, vcpu: int, features: int) -> None:
+        self.guest.reset(vcpu, 1, features & ~_POWER_OFF)
+        self.guest.column(ids.MP_STATE)[vcpu] = _STOPPED if features & _POWER_OFF else 0
+
     def _init_errno(self, features: int) -> int:
         """kvm_vcpu_init_check_features(): unknown ones ENOENT, those that this host lacks and half pairs EINVAL."""
         if features & ~self._known_features:
@@ -270,13 +303,14 @@ class Arm64SimVm(Vm):
         """KVM_ARM_VCPU_INIT; the target is what this host prefers unless told."""
         if target not in (None, self.target):
             return errno.EINVAL, b""
+        if not since(self.profile, 6, 5):
+            return self._init_before_6_5(vcpu, features)
         kept, old = features & ~_POWER_OFF, int(self.guest.features[vcpu])
         if no := self._init_errno(features):
             return no, b""
         if old not in (NO_FEATURES, kept) or (old == NO_FEATURES and self._asymmetric(kept)):
             return errno.EINVAL, b""
-        self.guest.reset(vcpu, 1, kept)
-        self.guest.column(ids.MP_STATE)[vcpu] = _STOPPED if features & _POWER_OFF else 0
+        self._reset(vcpu, features)
         return 0, b""
 
     target = 5
@@ -306,15 +340,9 @@ class Arm64SimVm(Vm):
         self.guest.finalized[vcpu] = True
         return 0, b""
 
-    def _unfinished(self, vcpu: int) -> int:
-        features = int(self.guest.features[vcpu])
-        if features == NO_FEATURES:
-            return errno.ENOEXEC
-        return errno.EPERM if features & vcpu_features.SVE and not self.guest.finalized[vcpu] else 0
-
     def listed(self, vcpu: int, room: int) -> tuple[int, bytes]:
         """KVM_GET_REG_LIST into an array with room for so many; the ids, ascending, or the count with E2BIG."""
-        if no := self._unfinished(vcpu):
+        if no := entering.unfinished(self.guest, vcpu):
             return no, b""
         found = sorted(self.guest.named(int(self.guest.features[vcpu])))
         if len(found) > room:
@@ -338,18 +366,47 @@ class Arm64SimVm(Vm):
 
     def run(self, vcpu: int) -> tuple[int, bytes]:
         """KVM_RUN that leaves before the first instruction; its EINTR counts as good."""
-        if no := self._run_errno(vcpu):
-            return no, b""
-        self.guest.entered = True
-        self.guest.ran[vcpu] = True
-        return 0, b""
+        no = entering.enter(self.guest, vcpu)
+        if not no and self.profile.behaviour.get("entering_is_running"):
+            entering.through_cpu(self.guest, vcpu)
+        return no, b""
 
-    def _run_errno(self, vcpu: int) -> int:
-        """kvm_arch_vcpu_run_pid_change(): init, finalize, and a PMU that is complete."""
-        if no := self._unfinished(vcpu):
-            return no
-        pmu = int(self.guest.features[vcpu]) & vcpu_features.PMU_V3
-        return errno.EINVAL if pmu and not self.guest.column(gic.PMU_IRQ.id)[vcpu, 0] else 0
+    def execute(self, vcpu: int, instructions: int) -> tuple[int, bytes]:
+        """KVM_RUN until something stops it: the exit's name; UsageError where nothing did."""
+        if no := entering.enter(self.guest, vcpu):
+            return no, b""
+        stopped = Runner(self.guest, self.memory, (vcpu,)).until_exit(instructions)
+        entering.through_cpu(self.guest, vcpu)
+        return 0, stopped.encode()
+
+    def create_gic(self) -> int:
+        """KVM_CREATE_DEVICE of a vGICv3: once, before any vCPU has run."""
+        if self.guest.vgic:
+            return errno.EEXIST
+        if self.guest.ran.any():
+            return errno.EBUSY
+        self.guest.vgic = Vgic(self.guest.vcpus)
+        return 0
+
+    def gic_attribute(self, verb: str, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]:
+        """KVM_HAS, GET and SET_DEVICE_ATTR of what makes the vGIC."""
+        if self.guest.vgic is None:
+            return errno.EBADF, b""
+        if verb == "has":
+            known = all_ids.attribute_id(gic.GICV3, group, attribute) in self.profile.attributes
+            return 0 if known else errno.ENXIO, b""
+        if verb == "set":
+            return self.guest.vgic.set(group, attribute, value), b""
+        no, found = self.guest.vgic.get(group, attribute)
+        return no, b"" if no else struct.pack("<I" if group == gic.IRQ_COUNT else "<Q", found)
+
+    def line(self, verb: str, vcpu: int, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]:
+        """KVM_HAS, GET and SET_DEVICE_ATTR of a vCPU."""
+        if verb == "has":
+            return attributes.has(self.guest, vcpu, group, attribute), b""
+        if verb == "set":
+            return attributes.set(self.guest, vcpu, group, attribute, value), b""
+        return attributes.get(self.guest, vcpu, group, attribute)
 
 
 class FinalizingColumn(access.Column):
