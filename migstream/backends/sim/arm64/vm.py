@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from migstream.backends.base import GuestMemory, Refusal, Vm
-from migstream.backends.sim.arm64 import access, ids, rules, rules_cpu, rules_firmware, rules_id
+from migstream.backends.sim.arm64 import access, board, ids, rules, rules_cpu, rules_firmware, rules_id
 from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access, Guest
 from migstream.backends.sim.arm64.its import CTLR, Its
@@ -107,6 +107,7 @@ class Arm64SimVm(Vm):
             raise BackendError("KVM_ARM_VCPU_INIT", errno=no, vcpu=first,
                                what=what + (f"; this host has no {', '.join(missing)}" if missing else ""))
         self.guest.reset(first, wanted, self.features)
+        board.make(self.profile, self.machine.devices)
 
     @property
     def features(self) -> int:
