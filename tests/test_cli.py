@@ -18,6 +18,8 @@ import pytest
 
 from migstream.cli import main
 from migstream.errors import EXIT_STATUS
+from migstream.host import profiles
+from migstream.model import Arch
 
 Capture = pytest.CaptureFixture[str]
 VECTORS = Path(__file__).parent.parent / "formats" / "vectors"
@@ -77,6 +79,22 @@ def test_demo_on_real_kvm(capsys: Capture, vcpus: int) -> None:
     assert {phase: row["vm"] for phase, row in result["replay"]["writes"].items()} == {
         "create": 1, "feature": 2, "state": 0, "interrupts": 4, "clock": 1}
     assert [d for d in result["replay"]["readback"]["differs"] if not d["reason"]] == []
+
+
+_FEATURES = {Arch.X86_64: [[]], Arch.ARM64: [[], ["--vcpu-features", "sve,pmu_v3,ptrauth"]]}
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize(("kernel", "features"), [
+    pytest.param(kernel, features, id=" ".join((kernel, *features[1:])))
+    for kernel in profiles.names() for features in _FEATURES[profiles.load(kernel).arch]])
+def test_demo_on_every_simulated_kernel(capsys: Capture, kernel: str, features: list[str]) -> None:
+    """Saved mid-run, restored in another process with read-back, counting on without a gap."""
+    result = document(capsys, "demo", "--backend", f"sim:{kernel}", "--vcpus", "3", "--memory", "8M", "--run", "0.05",
+                      *features)
+    assert all(after > before for before, after in zip(result["steps_at_save"], result["steps_after"], strict=True))
+    readback = result["replay"]["readback"]
+    assert readback["compared"] > 100 and [d for d in readback["differs"] if not d["reason"]] == []
 
 
 @pytest.mark.kvm

@@ -9,22 +9,28 @@ import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
 
 from migstream.backends.base import Backend, Vm
 from migstream.backends.kvm import KvmBackend, uapi
+from migstream.backends.sim import SimBackend
 from migstream.demo import guest_arm64 as guest
 from migstream.demo.run import BOARDS
+from migstream.host import profiles
 from migstream.model import Arch, Layout, Machine, MemoryRegion, Phase, Scope, Slot
 from migstream.registers import gic, vcpu_features
 from migstream.registers.catalogue import lookup
 
-OPENERS: dict[str, Callable[[], Backend]] = {"kvm": KvmBackend}
+SIMULATED = tuple(f"sim:{name}" for name in profiles.names() if name.startswith("arm64-"))
+
+OPENERS: dict[str, Callable[[], Backend]] = {
+    "kvm": KvmBackend, **{name: partial(SimBackend, name) for name in SIMULATED}}
 """Backends by the name of their parameter."""
 
-BACKENDS = (pytest.param("kvm", marks=pytest.mark.kvm_arm64),)
+BACKENDS = (*SIMULATED, pytest.param("kvm", marks=pytest.mark.kvm_arm64))
 
 BOARD = BOARDS[Arch.ARM64].devices
 MEMORY = (MemoryRegion(guest.RAM, 4 << 20),)

@@ -106,7 +106,7 @@ OWN = ("X0", "X30", "PC", "SP_EL1", "ELR_EL1", "V7", "TPIDR_EL0", "TPIDR_EL1", "
 
 @pytest.mark.parametrize("name", OWN)
 def test_each_vcpu_keeps_a_value_of_its_own(backend: Backend, name: str) -> None:
-    with create(backend, VCPUS, everything(backend)) as vm:
+    with create(backend, VCPUS, DEFAULT if name.startswith("V") else everything(backend)) as vm:
         if (place := by_name(vm).get(name)) is None:
             pytest.skip(f"vCPUs with all features have no {name} here")
         size = 4 if name.startswith("PMEV") else place[1].size
@@ -198,9 +198,9 @@ def test_a_vm_that_runs_is_not_started_twice_and_is_closed_all_the_same(backend:
 def test_a_guest_whose_self_check_fails_tells_the_host(backend: Backend) -> None:
     with installed(backend, 1) as vm:
         run_a_little(vm)
-        at = vm.memory.view(guest.CELLS, 8)
-        at[:] = struct.pack("<Q", struct.unpack("<Q", at)[0] + 5)
-        del at
+        place = by_name(vm)["X0"]
+        (count,) = struct.unpack("<Q", read(vm, place)[0])
+        assert write_errnos(vm, place, [u64(count + 5)]) == []  # in RAM the guest might be about to overwrite it
         vm.start()
         deadline = time.monotonic() + 30
         while not vm.exits() and time.monotonic() < deadline:

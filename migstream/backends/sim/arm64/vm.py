@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from migstream.backends.base import GuestMemory, Refusal, Vm
-from migstream.backends.sim.arm64 import access, attributes, entering, ids, rules, rules_cpu, rules_firmware, rules_id
+from migstream.backends.sim.arm64 import (
+    access,
+    attributes,
+    board,
+    entering,
+    ids,
+    rules,
+    rules_cpu,
+    rules_firmware,
+    rules_id,
+)
 from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access, Guest
 from migstream.backends.sim.arm64.its import CTLR, Its
@@ -110,6 +120,7 @@ class Arm64SimVm(Vm):
                                what=what + (f"; this host has no {', '.join(missing)}" if missing else ""))
         self.guest.reset(first, wanted, self.features)
         devices = self.machine.devices
+        board.make(self.profile, devices)
         if "gic_distributor" in devices:
             self.guest.vgic = Vgic(self.guest.vcpus, irqs=int(devices.get("gic_irqs", 64)), initialized=True,
                                    distributor=int(devices["gic_distributor"]),
