@@ -1,7 +1,7 @@
 """`python -m tests.fidelity`: how many random sequences the simulator answers as the real kernel does.
 
-The last line is `N sequences of C or more calls, M calls, D divergences, seed S, kernel K`. Exit status: 0 none diverges, 1 some do, 64
-misuse, 69 the kernel can't be had here, and the lab's own for a lab that failed.
+The last line is `N sequences of C or more calls, M calls, D divergences, seed S, kernel K`. Exit status: 0 none
+diverges, 1 some do, 64 misuse, 69 the kernel can't be had here, and the lab's own for a lab that failed.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Outcome:
 
     def line(self) -> str:
         """The figures in one line."""
-        return (f"{self.sequences} sequences of {self.fewest} or more calls, {self.calls} calls, {len(self.divergences)} divergences, "
-                f"seed {self.seed}, kernel {self.kernel}")
+        return (f"{self.sequences} sequences of {self.fewest} or more calls, {self.calls} calls, "
+                f"{len(self.divergences)} divergences, seed {self.seed}, kernel {self.kernel}")
 
 
 def on_host(seed: int, sequences: int, calls: int) -> Outcome:

@@ -436,7 +436,8 @@ def _clock(source: random.Random, profile: HostProfile, vcpu: int) -> Call:
 
 
 def _read(source: random.Random, profile: HostProfile, vcpu: int) -> Call:
-    register = source.choice((*_structs(profile), *(ids.msr_id(i) for i in (*profile.msrs, *profile.feature_msrs, *STRANGE_MSRS))))
+    msrs = (*profile.msrs, *profile.feature_msrs, *STRANGE_MSRS)
+    register = source.choice((*_structs(profile), *map(ids.msr_id, msrs)))
     return call("read", register=register, vcpu=vcpu)
 
 
