@@ -55,7 +55,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds")
     parser.add_argument("--backend", default="auto", help="kvm, or auto, which must be it")
-    parser.add_argument("--calibration", metavar="FILE", help="the calibration to check (bench/data's)")
+    parser.add_argument("--calibration", metavar="FILE", help="the calibration to check (the simulator's)")
 
 
 def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
