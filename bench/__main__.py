@@ -1,4 +1,4 @@
-"""`python -m bench blackout|calibrate|codec|compare|lock|model|startup`: each command's options with `--help`."""
+"""`python -m bench blackout|calibrate|codec|compare|lock|model|simulator|startup`: options with `COMMAND --help`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ BENCHES = {
     "compare": "two runs of blackout side by side",
     "lock": "one write for each vCPU by several threads, for real and in the model",
     "model": "the model against real KVM, point by point, with its error",
+    "simulator": "how long the simulator itself takes to restore 512 and 4096 vCPUs",
     "startup": "how long a command takes from nothing",
 }
 MODULES = {"model": "against"}

@@ -392,10 +392,8 @@ def _print_replay(options: argparse.Namespace, backend: str, report: Report, ran
 
     show.print_pairs([("restored", f"{options.file}, {show.size(report.bytes)}, on {backend}")])
     show.print_table(show.writes_table(report))
-    pairs = [("time", ", ".join(f"{name} {show.milliseconds(ns)}" for name, ns in report.times.items()))]
-    if backend.startswith("sim"):
-        pairs.append(("", "these are the simulator's own times; they say nothing about KVM"))
-    pairs += show.report_remarks(report)
+    time = show.time_json(report)
+    pairs = [("time", show.times(report.times, time)), *show.time_pairs(time), *show.report_remarks(report)]
     if "steps_after" in ran:
         before, after = ran["steps_before"][0], ran["steps_after"][0]
         pairs.append(("ran on", f"every vCPU counted on without a gap; vCPU 0: {before} -> {after}"))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from migstream.backends.base import Refusal
+from migstream.backends.base import MEASURED, WALL, Refusal, Stopwatch
 from migstream.model import OpaqueState, Scope
 from migstream.plan import Verdict
 from migstream.registers.catalogue import lookup
@@ -36,8 +35,8 @@ class Report:
     """Filled while a save or restore goes on.
 
     Attributes:
-        times: ns of each phase, in the order in which they began. Wall time; on the simulator it is the
-            simulator's own and says nothing about KVM.
+        stopwatch: what the times were taken with: the backend's.
+        times: ns of each phase, in the order in which they began. Of modelled time, only phases that are in the model.
         writes: register writes (restore) or reads (save) by phase name, then by scope.
         refused: what the host refused, and why that lost nothing.
         verdicts: the plan's answers other than a plain fit.
@@ -47,6 +46,7 @@ class Report:
         notes: other things worth knowing, a line each.
     """
 
+    stopwatch: Stopwatch = WALL
     times: dict[str, int] = field(default_factory=dict)
     writes: dict[str, dict[Scope, int]] = field(default_factory=dict)
     refused: list[tuple[Refusal, str]] = field(default_factory=list)
@@ -62,11 +62,13 @@ class Report:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the body to phase `name`."""
-        start = time.perf_counter_ns()
+        start = self.stopwatch.now_ns()
         try:
             yield
         finally:
-            self.times[name] = self.times.get(name, 0) + time.perf_counter_ns() - start
+            passed = self.stopwatch.now_ns() - start
+            if passed or self.stopwatch.kind == MEASURED:
+                self.times[name] = self.times.get(name, 0) + passed
 
     def count(self, phase: str, scope: Scope, registers: int) -> None:
         """Add register writes or reads."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
+from migstream.backends.base import MEASURED
 from migstream.errors import DoesNotFit, MigstreamError, RestoreFailed, StreamError, printable
 from migstream.model import Scope, Slot
 from migstream.registers.catalogue import lookup
@@ -277,15 +278,28 @@ def hex_lines(data: bytes | memoryview, base: int = 0) -> Iterator[str]:
 # reports and errors
 
 
-def times_json(report: Report) -> dict[str, int]:
-    """Phases with ns."""
-    return dict(report.times)
+def time_json(report: Report) -> dict[str, str]:
+    """What the times of a report are: `measured` here, or `modelled`, and from what."""
+    return {"kind": report.stopwatch.kind, "what": report.stopwatch.what}
+
+
+def time_pairs(time: dict[str, str]) -> list[tuple[str, str]]:
+    """What people have to be told of the times above."""
+    if time["kind"] == MEASURED:
+        return []
+    return [("", f"{time['kind']} time, {time['what']}; nothing was measured: it is not KVM's")]
+
+
+def times(phases: dict[str, int], time: dict[str, str]) -> str:
+    """Phases with their times, and what these are unless they were measured."""
+    shown = ", ".join(f"{name} {milliseconds(ns)}".lstrip() for name, ns in phases.items())
+    return shown if time["kind"] == MEASURED else f"{time['kind']} {shown}"
 
 
 def report_json(report: Report) -> dict[str, Any]:
     """A save's or restore's report for machines. Times in ns, sizes in bytes."""
     return {
-        "times_ns": times_json(report), "bytes": report.bytes, "raw_bytes": report.raw_bytes,
+        "time": time_json(report), "times_ns": dict(report.times), "bytes": report.bytes, "raw_bytes": report.raw_bytes,
         "stored_bytes": report.stored_bytes,
         "writes": {phase: {str(scope): n for scope, n in row.items()} for phase, row in report.writes.items()},
         "verdicts": [{"register": v.name, "id": f"{v.slot.id:#018x}", "answer": str(v.answer), "reason": v.reason}
@@ -304,7 +318,8 @@ def writes_table(report: Report) -> Table:
     for phase, row in report.writes.items():
         ns = sum(t for name, t in report.times.items() if name.split(" ")[0] == phase)
         rows.append((phase, str(row[Scope.VM]), str(row[Scope.VCPU]), milliseconds(ns) if ns else ""))
-    return Table(("phase", ">VM-scoped", ">vCPU-scoped", ">time"), rows)
+    title = ">time" if report.stopwatch.kind == MEASURED else f">{report.stopwatch.kind} time"
+    return Table(("phase", ">VM-scoped", ">vCPU-scoped", title), rows)
 
 
 def report_remarks(report: Report) -> list[tuple[str, str]]:

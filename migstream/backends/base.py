@@ -7,6 +7,7 @@ decides what a refusal means; only a broken request raises.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,32 @@ class GuestMemory:
         self._parts = []
 
 
+MEASURED, MODELLED = "measured", "modelled"
+"""What a report's times are: this machine's wall time, or what a model of a machine says."""
+
+
+class Stopwatch:
+    """What a report's times are taken with: wall time here, a model's time on a simulated host.
+
+    Attributes:
+        kind: MEASURED or MODELLED. what: of what, for people; "" for wall time.
+    """
+
+    kind = MEASURED
+
+    @property
+    def what(self) -> str:
+        """See the class."""
+        return ""
+
+    def now_ns(self) -> int:
+        """ns since some moment."""
+        return time.perf_counter_ns()
+
+
+WALL = Stopwatch()
+
+
 class Vm(ABC):
     """One guest. Made without vCPUs, so that what must precede them can be written first."""
 
@@ -104,6 +131,9 @@ class Vm(ABC):
     memory: GuestMemory
     threads: int = 0
     """How many threads a read or write may use; 0 leaves it to the backend."""
+
+    stopwatch: Stopwatch = WALL
+    """What the time of its primitives is taken with."""
 
     @abstractmethod
     def create_vcpus(self) -> None:
@@ -173,6 +203,8 @@ class Backend(ABC):
 
     name: str
     arch: Arch
+    stopwatch: Stopwatch = WALL
+    """What the time of its VMs' primitives is taken with."""
 
     @abstractmethod
     def profile(self) -> HostProfile:

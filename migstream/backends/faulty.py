@@ -127,7 +127,7 @@ class FaultyVm(Vm):
 
     def __init__(self, vm: Vm, switch: Switch) -> None:
         self._vm, self._switch = vm, switch
-        self.machine, self.memory = vm.machine, vm.memory
+        self.machine, self.memory, self.stopwatch = vm.machine, vm.memory, vm.stopwatch
         self._open = True
         switch.open_vms += 1
 
@@ -238,7 +238,7 @@ class FaultyBackend(Backend):
                  sleep: Callable[[float], object] = time.sleep) -> None:
         """Wrap a backend, which stays the caller's; without a fault uses are only counted."""
         self._backend, self.switch = backend, Switch(fault, sleep)
-        self.name, self.arch = backend.name, backend.arch
+        self.name, self.arch, self.stopwatch = backend.name, backend.arch, backend.stopwatch
 
     def profile(self) -> HostProfile:
         """See `Backend.profile`."""

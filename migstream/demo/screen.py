@@ -11,7 +11,7 @@ from typing import Any
 
 from migstream import show
 from migstream.backends import open_backend
-from migstream.backends.base import Backend
+from migstream.backends.base import MEASURED, MODELLED, Backend
 from migstream.contract import Contract
 from migstream.demo import run
 from migstream.errors import BackendUnavailable
@@ -51,7 +51,8 @@ class DemoResult:
         return {"backend": self.backend, "fallback": self.fallback, "file": self.output,
                 "vcpus": self.machine.vcpus, "memory": self.memory,
                 "save": show.report_json(self.saved.report), "replay": self.replayed,
-                "blackout_ns": self.blackout_ns(), "pinned": self.saved.pinned,
+                "time": show.time_json(self.saved.report), "blackout_ns": self.blackout_ns(),
+                "pinned": self.saved.pinned,
                 "steps_at_save": self.saved.steps, "steps_after": self.replayed["run"]["steps_after"]}
 
     def blackout_writes(self) -> dict[str, dict[str, int]]:
@@ -81,12 +82,10 @@ class DemoResult:
                                       "read back"))
         place = f", in {self.output}" if self.output else ""
         pairs.append(("stream", f"{show.size(save.bytes)}: {', '.join(parts)}{place}"))
-        pairs += [("save", _times(save.times)), ("restore", _times(self.replayed["times_ns"]))]
-        pairs.append(("blackout", f"{show.milliseconds(self.blackout_ns())}: all of the save after its prologue, and "
-                                  "the restore's RAM, state, interrupts and clock"))
-        if self.backend.startswith("sim"):
-            pairs.append(("", "these are the simulator's own times; they say nothing about KVM"))
-        show.print_pairs(pairs)
+        time = show.time_json(save)
+        pairs += [("save", show.times(save.times, time)), ("restore", show.times(self.replayed["times_ns"], time)),
+                  ("blackout", f"{show.times({'': self.blackout_ns()}, time)}: {_BLACKOUT[time['kind']]}")]
+        show.print_pairs([*pairs, *show.time_pairs(time)])
         columns = ("restored in phase", ">VM-scoped writes", ">vCPU-scoped writes", "when")
         show.print_table(show.Table(columns, self._rows()))
         show.print_table(show.Table(("vCPU", ">steps at save", ">restored at", ">later"), self._counters(counters)))
@@ -106,8 +105,11 @@ class DemoResult:
         return rows if len(rows) <= 6 else [*rows[:3], (f"… {len(rows) - 5} more", "", "", ""), *rows[-2:]]
 
 
-def _times(times: dict[str, int]) -> str:
-    return ", ".join(f"{name} {show.milliseconds(ns)}" for name, ns in times.items())
+_BLACKOUT = {
+    MEASURED: "all of the save after its prologue, and the restore's RAM, state, interrupts and clock",
+    MODELLED: "registers read after the prologue, and state, interrupts and clock written",
+}
+"""What is in the blackout's time, by what the time is."""
 
 
 def demo(backend_name: str, wanted: Callable[[Arch], Machine], output: str | None, seconds: float, level: int,

@@ -37,7 +37,7 @@ class Restorer:
         """See `restore`. Raises: UsageError."""
         self.reader = StreamReader()
         self._threads = check_threads(threads)
-        self.report = Report()
+        self.report = Report(backend.stopwatch)
         self._backend, self._readback, self._per_vcpu = backend, readback, vm_scope_per_vcpu
         self._policy = policy
         self._plan: Plan | None = None

@@ -97,7 +97,7 @@ class Saver:
 
         Raises: UsageError.
         """
-        self.vm, self.host, self.report = vm, host, Report()
+        self.vm, self.host, self.report = vm, host, Report(vm.stopwatch)
         self._per_vcpu = vm_scope_per_vcpu
         vm.threads = check_threads(threads)
         self._out, self._level = out, codec.check_level(level)

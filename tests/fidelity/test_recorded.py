@@ -24,7 +24,7 @@ from tests.fidelity.vocabularies import vocabulary
 
 V61, V612, V72, PVM = "x86_64-6.1", "x86_64-6.12", "x86_64-7.2", "x86_64-6.18-pvm"
 SREGS, SREGS2, EVENTS, MP_STATE = x86_64.SREGS.id, x86_64.SREGS2.id, x86_64.VCPU_EVENTS.id, x86_64.MP_STATE.id
-NESTED, XSAVE = x86_64.NESTED_STATE.id, x86_64.XSAVE.id
+NESTED, XSAVE, LAPIC = x86_64.NESTED_STATE.id, x86_64.XSAVE.id, x86_64.LAPIC.id
 CHIPS = {"irqchip": True, "pit": True, "tss_address": 0x7FFB_D000}
 
 ARCH_CAPABILITIES, DE_CFG, TSC_AUX, SYSENTER_EIP = (ids.msr_id(n) for n in (0x10A, 0xC001_1029, 0xC000_0103, 0x176))
@@ -77,6 +77,15 @@ ROWS = (
     Recorded((PVM,), (vm(1, {}), change(SREGS2, (0x100, "byte", 4)), call("enter", vcpu=0),
                       call("read", register=SREGS2, vcpu=0)),
              {"value.32": None}, "without an APIC in the kernel KVM_RUN takes CR8 from struct kvm_run"),
+    Recorded((PVM,), (vm(1, {}), change(SREGS2, (249, "flip", 3))), {"answer": [], "value.31": "0x800"},
+             "CR4.UMIP without CPUID, where the kernel puts UMIP into every table itself"),
+    Recorded((PVM,), (vm(1, {}), call("cpuid", vcpu=0, clear=[], entries=5)),
+             {"answer": [], "refused": refused("KVM_CPUID2", "KVM_GET_CPUID2", "E2BIG")},
+             "a table with leaf 1 and without 0xd has six entries more when it is read"),
+    Recorded((PVM,), (vm(1, {}), call("cpuid", vcpu=0, clear=[], entries=1)), {"answer": [], "value.0": "0x1"},
+             "one without leaf 1 is as it was"),
+    Recorded((*LAB, PVM), (vm(1, cap116=[1]), call("read", register=LAPIC, vcpu=0)), {"value.106": "0x10000"},
+             "without KVM_X86_QUIRK_LINT0_REENABLED the boot processor's LINT0 is masked"),
     Recorded((PVM, V72), (vm(), cpuid(NARROW), change(SREGS)), {"answer": []},
              "since 6.13 an APIC base that does not change is not looked at"),
     Recorded((V61, V612), (vm(), cpuid(NARROW), change(SREGS)),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from migstream.backends.base import Backend
 from migstream.backends.sim.arm64 import Arm64SimVm
 from migstream.backends.sim.clock import HostClock
+from migstream.backends.sim.timing import ModelledTime
 from migstream.backends.sim.validate import check
 from migstream.backends.sim.variants import MARK, varied
 from migstream.backends.sim.vm import SimVm
@@ -58,6 +59,7 @@ class SimBackend(Backend):
         capabilities = {name: 0 if name in without else value for name, value in profile.capabilities.items()}
         self._profile = dataclasses.replace(profile, backend=self.name, capabilities=capabilities)
         self._host = HostClock(_khz(profile), now_ns)
+        self.stopwatch = ModelledTime(profile.kernel)
 
     @classmethod
     def named(cls, name: str = "") -> SimBackend:
@@ -74,6 +76,7 @@ class SimBackend(Backend):
             raise UsageError(f"a {machine.arch.label} machine on a {self.arch.label} host")
         kind = Arm64SimVm if self.arch == Arch.ARM64 else SimVm
         vm = kind(self._profile, machine, self._host)
+        vm.stopwatch = self.stopwatch
         try:
             vm.build(dict(enabled_caps or {}))
         except BaseException:

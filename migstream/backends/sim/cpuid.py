@@ -147,7 +147,39 @@ def _forced(rows: Rows, values: Words) -> Words:
     return np.pad(out, ((0, 0), (0, rows.get(ID).shape[1] - out.shape[1])))
 
 
+_XSTATE = 0xD
+
+
+def _with_xstate(rows: Rows, values: Words) -> Words:
+    """The table with all of leaf 0xd behind it, where it has leaf 1 and none of 0xd."""
+    leaves = _own_leaves(rows.guest.profile.cpuid_forced, _XSTATE)
+    count = (values[:, 0] & _LOW).astype(np.intp)
+    keys = values[:, 1::ENTRY][:, :(values.shape[1] - 1) // ENTRY] & _LOW
+    used = np.arange(keys.shape[1]) < count[:, np.newaxis]
+    lacks = mask((used & (keys == 1)).any(axis=1) & ~(used & (keys == _XSTATE)).any(axis=1))
+    if not leaves.size or not lacks.any():
+        return values
+    out = np.pad(values, ((0, 0), (0, leaves.size)))
+    places = 1 + ENTRY * count[lacks, np.newaxis] + np.arange(leaves.size)
+    out[np.flatnonzero(lacks)[:, np.newaxis], places] = leaves.reshape(-1)
+    out[lacks, 0] += np.uint64(len(leaves))
+    return out
+
+
+def _own_leaves(forced: dict[int, tuple[int, int]], function: int) -> Words:
+    """The entries of a leaf of which the kernel makes every word itself, subleaf after subleaf."""
+    found: dict[int, list[int]] = {}
+    for key, (kept, also) in sorted(forced.items()):
+        if key >> 32 == function and not kept:
+            found.setdefault(key >> 8 & 0xFF_FFFF, []).append(also)
+    rows = [(function | index << 32, 1 | words[EAX] << 32, words[EBX] | words[ECX] << 32, words[EDX], 0)
+            for index, words in found.items() if len(words) == len(_PLACE)]
+    return np.array(rows, np.uint64).reshape(-1, ENTRY)
+
+
 KEEPS = (
+    Keep("leaf 0xd, where the kernel makes it itself", (ID,), _with_xstate,
+         "measured on pvm, whose `cpuid_forced` has the whole leaf; upstream keeps the table as long as it is"),
     Keep("bits that the kernel sets itself", (ID,), _forced, "measured: `cpuid_forced` of the profile"),
 )
 

@@ -57,13 +57,19 @@ _EFER_FEATURES = ((8, 0x8000_0001, 0, cpuid.EDX, 29), (10, 0x8000_0001, 0, cpuid
 
 
 def _not_offered(rows: Rows, register: NDArray[np.uint64], features: tuple[tuple[int, ...], ...]) -> Mask:
-    """Rows where a bit is set whose feature the vCPU's CPUID has not, though the kernel's supported CPUID has it."""
+    """Rows where a bit is set whose feature the vCPU's CPUID has not, though the kernel's supported CPUID has it.
+
+    A feature that the kernel puts into every table itself is there without one (guest_cpu_cap_set; measured on pvm).
+    """
     bad = np.zeros(len(register), np.bool_)
     if not bits(register, sum({1 << bit for bit, *_ in features})).any():
         return bad
     table = cpuid.Tables(rows.get(cpuid.ID))
     known = cpuid.Tables(np.frombuffer(rows.guest.profile.cpuid, np.uint64)[np.newaxis])
     for bit, leaf, subleaf, where, feature in features:
+        _, forced = rows.guest.profile.cpuid_forced.get(leaf << 32 | subleaf << 8 | where, (0, 0))
+        if forced >> feature & 1:
+            continue
         there, here = (bits(one.word(leaf, subleaf, where), 1 << feature) for one in (known, table))
         bad |= bits(register, 1 << bit) & there & ~here
     return bad

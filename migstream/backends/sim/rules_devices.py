@@ -37,6 +37,7 @@ _APIC_ENABLE, _X2APIC, _BSP, _PE = 1 << 11, 1 << 10, 1 << 8, 1 << 0
 _RESET_CS, _RESET_SELECTOR, _RESET_RIP = 0xFFFF_0000, 0xF000, 0xFFF0
 _TIMER_MODE, _DEADLINE = 0b11 << 17, 0b10 << 17
 _X2APIC_API, _LONG_IDS = 129, 1
+_DISABLE_QUIRKS, _LINT0_QUIRK, _MASKED_LVT = 116, 1, 0x10000
 
 
 def _no_irqchip(guest: Guest) -> bool:
@@ -288,7 +289,9 @@ def _reset_sregs(guest: Guest, numbers: NDArray[np.uint64], rows: Words) -> None
 
 def _reset_lapic(guest: Guest, numbers: NDArray[np.uint64], rows: Words) -> None:
     rows[:, _ID] = numbers << np.uint64(24) & _LOW
-    rows[numbers != 0, _LVT0] = 0x10000
+    rows[numbers != 0, _LVT0] = _MASKED_LVT
+    if guest.told.get(_DISABLE_QUIRKS, (0,))[0] & _LINT0_QUIRK:
+        rows[:, _LVT0] = _MASKED_LVT
 
 
 def _reset_mp_state(guest: Guest, numbers: NDArray[np.uint64], rows: Words) -> None:
@@ -297,4 +300,5 @@ def _reset_mp_state(guest: Guest, numbers: NDArray[np.uint64], rows: Words) -> N
 
 RESETS = {SREGS2: _reset_sregs, LAPIC: _reset_lapic, MP_STATE: _reset_mp_state}
 """How other vCPUs, and VMs without interrupt chips, differ from the profile's vCPU 0 (kvm_lapic_reset,
-kvm_arch_vcpu_create: vCPU 0 is the boot processor, the others wait for it)."""
+kvm_arch_vcpu_create: vCPU 0 is the boot processor, the others wait for it). Without KVM_X86_QUIRK_LINT0_REENABLED the
+boot processor's LINT0 is masked, too."""

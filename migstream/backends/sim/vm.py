@@ -14,6 +14,7 @@ from migstream.backends.sim.access import AnyColumn, column, enable, operation
 from migstream.backends.sim.guest import Guest, Rows
 from migstream.backends.sim.memory import Memory
 from migstream.backends.sim.runner import Runner
+from migstream.backends.sim.timing import timed
 from migstream.contract import Behaviour
 from migstream.errors import BackendError, UsageError
 from migstream.host.behaviour import of_profile
@@ -102,6 +103,7 @@ class SimVm(Vm):
         entries = self.guest.column(x86_64.CPUID2.id)[:, 0] & np.uint64(0xFFFF_FFFF)
         return 8 + 40 * int(entries.max(initial=0))
 
+    @timed("get")
     def read(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """See `Vm.read`. MP_STATE comes first, because reading it accepts pending INIT and SIPI."""
         rows, found = self._rows(layout, first_vcpu, values), []
@@ -111,6 +113,7 @@ class SimVm(Vm):
             found.append((number, program[number].read(rows, part)))
         return self._refusals(layout, first_vcpu, found, "GET")
 
+    @timed("set")
     def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """See `Vm.write`."""
         rows, found = self._rows(layout, first_vcpu, values), []

@@ -29,6 +29,7 @@ from migstream.backends.sim.arm64.rules import since
 from migstream.backends.sim.arm64.told import CAPABILITIES, CapabilityColumn, InitColumn, OffsetColumn
 from migstream.backends.sim.arm64.vgic import Vgic
 from migstream.backends.sim.memory import Memory
+from migstream.backends.sim.timing import timed
 from migstream.errors import BackendError, UsageError, errno_name
 from migstream.host.profile import FIXED
 from migstream.model import Arch, Layout, Machine, Scope
@@ -168,10 +169,12 @@ class Arm64SimVm(Vm):
         priorities = gic.active_priority_registers(chip.RULES["ICC_CTLR_EL1"].start)
         return gic.layouts(irqs, priorities, self.its is not None)
 
+    @timed("get")
     def read(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """See `Vm.read`."""
         return self._each(layout, first_vcpu, values, "GET")
 
+    @timed("set")
     def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """See `Vm.write`."""
         return self._each(layout, first_vcpu, values, "SET")
