@@ -153,7 +153,7 @@ def _baseline(options: argparse.Namespace) -> int:
     if len(set(options.profiles)) < 2:
         raise UsageError("host baseline: name two hosts or more")
     hosts = {name: open_profile(name) for name in dict.fromkeys(options.profiles)}
-    found = baseline(hosts, _features(options.vcpu_features), options.free)
+    found = baseline(hosts, parse_features(options.vcpu_features), options.free)
     if options.output is not None and not found.refusals:
         with open_output(options.output) as file:
             file.write(to_json(found.contract).encode())
@@ -167,7 +167,8 @@ def _baseline(options: argparse.Namespace) -> int:
     return 0
 
 
-def _features(words: str | None) -> int | None:
+def parse_features(words: str | None) -> int | None:
+    """The mask of `--vcpu-features`; None where it isn't given. Raises: UsageError."""
     from migstream.registers import vcpu_features
 
     if words is None:

@@ -17,7 +17,7 @@ from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
 from migstream.registers import vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.verdicts.facts import Pair
-from migstream.verdicts.judge import Addition, additions, judge, unexplained
+from migstream.verdicts.judge import Addition, additions, caveats, judge, replace_saved, unexplained, unhidden
 from migstream.verdicts.model import Answer, Saved, Verdict
 from migstream.verdicts.policy import NO_POLICY, Policy
 
@@ -135,8 +135,17 @@ def plan_for(saved: Saved, host: HostProfile, policy: Policy = NO_POLICY) -> Pla
     pair = Pair(saved, host)
     steps = tuple(_step(layout, tuple(policy.apply(pair, judge(pair, slot)) for slot in layout.slots))
                   for layout in saved.layouts)
-    added = tuple(replace(one, verdict=policy.apply(pair, one.verdict)) for one in additions(pair))
-    return Plan(steps, obstacles, added, tuple(unexplained(pair)), pair, policy)
+    added = tuple(_overruled(one, pair, policy) for one in (*additions(pair), *unhidden(pair)))
+    return Plan(steps, obstacles, added, (*caveats(pair), *unexplained(pair)), pair, policy)
+
+
+def _overruled(one: Addition, pair: Pair, policy: Policy) -> Addition:
+    """An addition as the policy wants it; its value is the contract's, not a bank's."""
+    if not policy.clauses:
+        return one
+    assert pair.saved.contract is not None
+    promised = replace_saved(pair, one.slot.id, pair.saved.contract.behaves_as[one.slot.id])
+    return replace(one, verdict=policy.apply(promised, one.verdict))
 
 
 def scope_notes(layouts: Sequence[Layout], host: HostProfile) -> list[str]:

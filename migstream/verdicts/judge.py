@@ -36,12 +36,26 @@ def judge(pair: Pair, slot: Slot) -> Verdict:
 
 
 def _by_rules(case: Case, row: Register) -> Verdict:
+    if (verdict := _behaves_so(case)) is not None:
+        return verdict
     for rule in rules_for(case.pair.arch, row.name):
         if rule.when(case):
             return rule.verdict(case)
     if is_id_register(case.pair.arch, row.name) and (verdict := id_fields.judge(case)) is not None:
         return verdict
     return Verdict(case.slot, Answer.FITS, case.slot)
+
+
+def _behaves_so(case: Case) -> Verdict | None:
+    """A register that the host hasn't got, and whose value is what its kernel told a guest that it behaves as."""
+    if case.listed:
+        return None
+    told = case.pair.host_behaves_as.get(case.slot.id)
+    if told is None or not case.known.only(int.from_bytes(told, "little")):
+        return None
+    return Verdict(case.slot, Answer.HARMLESS, None,
+                   f"a kernel without the register behaves as {int.from_bytes(told, 'little'):#x}",
+                   "profile: what this kernel answered to a guest", kernel=Kernel.REFUSES)
 
 
 @cache
@@ -137,6 +151,29 @@ def replace_saved(pair: Pair, id: int, value: bytes) -> Pair:
 
     columns = {**pair.saved.columns, id: Column.of(Slot(id, len(value)), value)}
     return pair.knowing(columns)
+
+
+def unhidden(pair: Pair) -> Iterator[Addition]:
+    """What neither kernel has a register for, where the target is known to behave otherwise: nothing can hide it."""
+    saved = {slot.id for layout in pair.saved.layouts for slot in layout.slots}
+    promised = pair.saved.contract.behaves_as if pair.saved.contract else {}
+    for id in sorted((promised.keys() & pair.host_behaves_as.keys()) - saved - pair.host.listed):
+        value, here = promised[id], pair.host_behaves_as[id]
+        if value != here:
+            slot = Slot(id, len(value))
+            text = (f"the guest's kernel behaved as {int.from_bytes(value, 'little'):#x}, this one as "
+                    f"{int.from_bytes(here, 'little'):#x}, and neither has a register to set it")
+            yield Addition(Verdict(slot, Answer.NOTICED, None, text, "what both kernels answered to a guest",
+                                   kernel=Kernel.REFUSES), lookup(id).scope)
+
+
+def caveats(pair: Pair) -> Iterator[str]:
+    """What the host's profile can't say, a line each."""
+    if not pair.host.scopes and not pair.host.says_scope:
+        yield "scope from catalogue: this host's profile was captured without the experiment"
+    if not pair.host.register_bits and not pair.host.msr_bits:
+        yield ("which bits this kernel lets be changed nobody has tried: its profile was captured without the "
+               "experiment")
 
 
 def unexplained(pair: Pair) -> Iterator[str]:
