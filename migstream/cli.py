@@ -411,7 +411,7 @@ _COMMANDS: dict[str, tuple[Any, Any, str, tuple[str, str]]] = {
              ("migstream demo", "migstream demo --vcpus 240 --backend kvm -o v.mig")),
     "inspect": (_inspect, _inspect_arguments, "show what is in a stream; FILE - is standard input",
                 ("migstream inspect v.mig", "migstream inspect v.mig --vcpu all --reg 'MSR_*TSC*'")),
-    "check": (cli_check.run, cli_check.arguments, "whether hosts can take a guest, register by register, and give it back",
+    "check": (cli_check.run, cli_check.arguments, "whether hosts can take a guest, and give it back, by register",
               ("migstream check v.mig --host arm64-7.2 --reverse", "migstream check --fleet arm64-6.12 arm64-7.2")),
     "convert": (cli_convert.run, cli_convert.arguments,
                 "a stream for another host or an older format; only what the guest can't have seen is changed",
