@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from migstream.errors import DoesNotFit
@@ -72,13 +73,13 @@ class Plan:
     pair: Pair | None = None
     policy: Policy = NO_POLICY
 
-    @property
+    @cached_property
     def verdicts(self) -> list[Verdict]:
         """All registers' verdicts, in restore order; additions last."""
         return [*(verdict for step in self.steps for verdict in step.verdicts),
                 *(addition.verdict for addition in self.additions)]
 
-    @property
+    @cached_property
     def refusals(self) -> list[str]:
         """Why it can't be done, one line each, what is refused first; empty where it can."""
         bad = [v for v in self.verdicts if v.stands_in_the_way]

@@ -18,6 +18,7 @@ from migstream.verdicts.model import Answer, Kernel, Verdict
 from migstream.verdicts.rule import Rule
 
 _Exception = Callable[[Slot, Register, HostProfile], Verdict | None]
+_Structure = Callable[[Slot, HostProfile], Verdict | None]
 
 
 def judge(pair: Pair, slot: Slot) -> Verdict:
@@ -26,6 +27,8 @@ def judge(pair: Pair, slot: Slot) -> Verdict:
     for exception in _EXCEPTIONS:
         if (verdict := exception(slot, row, pair.host)) is not None:
             return verdict
+    if slot.id in _STRUCTURES and (verdict := _STRUCTURES[slot.id](slot, pair.host)) is not None:
+        return verdict
     case = Case(pair, slot)
     try:
         return _by_rules(case, row)
@@ -94,23 +97,24 @@ def _unknown(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
     return _refuse(slot, "no row in the catalogue; a newer migstream may know how to write it", "migstream's catalogue")
 
 
-def _as_sregs(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    if slot.id != x86_64.SREGS2.id or host.capabilities.get("SREGS2"):
+def _as_sregs(slot: Slot, host: HostProfile) -> Verdict | None:
+    if host.capabilities.get("SREGS2"):
         return None
     return Verdict(slot, Answer.WRITTEN_AS, Slot(x86_64.SREGS.id, 312), "KVM_SREGS: this kernel has no KVM_CAP_SREGS2",
                    "Linux 5.14, KVM_CAP_SREGS2", kernel=Kernel.REFUSES)
 
 
-def _longer_xsave(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
+def _longer_xsave(slot: Slot, host: HostProfile) -> Verdict | None:
     size = host.sizes.get(slot.id, 0)
-    if slot.id != x86_64.XSAVE.id or size <= slot.size or not host.capabilities.get("XSAVE"):
+    if size <= slot.size or not host.capabilities.get("XSAVE"):
         return None
     return Verdict(slot, Answer.WRITTEN_AS, Slot(slot.id, size),
                    f"{size} bytes: the host's further components start out unused", "KVM_CAP_XSAVE2",
                    kernel=Kernel.UNKNOWN)
 
 
-_EXCEPTIONS: tuple[_Exception, ...] = (_other_size, _unknown, _as_sregs, _longer_xsave)
+_EXCEPTIONS: tuple[_Exception, ...] = (_other_size, _unknown)
+_STRUCTURES: dict[int, _Structure] = {x86_64.SREGS2.id: _as_sregs, x86_64.XSAVE.id: _longer_xsave}
 
 
 # What the stream lacks and the host has.
