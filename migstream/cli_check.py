@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from migstream import filekind
 from migstream.errors import UsageError
 
 if TYPE_CHECKING:
@@ -227,8 +228,11 @@ def open_policy(name: str | None) -> Policy:
     if name is None:
         return NO_POLICY
     try:
-        return parse(Path(name).read_text(encoding="utf-8"), name)
-    except (OSError, UnicodeDecodeError) as error:
+        data = Path(name).read_bytes()
+        if kind := filekind.of_bytes(data).replace(" (this is a policy)", ""):
+            raise UsageError(f"{name}: not a policy{kind}")
+        return parse(data.decode("utf-8"), name)
+    except (OSError, ValueError) as error:
         raise UsageError(f"{name}: {getattr(error, 'strerror', None) or 'not a policy: not UTF-8 text'}") from error
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from migstream import filekind
 from migstream.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -63,9 +64,12 @@ def open_profile(name: str) -> HostProfile:
     if not path.is_file():
         return profiles.load(name.removeprefix("sim:"))
     try:
-        return from_json(path.read_text(encoding="utf-8"), name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{name}: not a host profile: {error}") from error
+        data = path.read_bytes()
+        return from_json(data.decode("utf-8"), name)
+    except OSError as error:
+        raise UsageError(f"{name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name}: not a host profile: not UTF-8 text{filekind.of_bytes(data)}") from error
 
 
 def _capture(options: argparse.Namespace) -> int:

@@ -128,9 +128,9 @@ def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile, *,
 
 def plan_for(saved: Saved, host: HostProfile, policy: Policy = NO_POLICY) -> Plan:
     """The same for a guest whose values are collected already. Raises: PolicyError."""
+    if other := _other_arch(saved.machine, host):
+        return Plan((), (other,), policy=policy)
     obstacles = tuple(reason for rule in _MACHINE_RULES if (reason := rule(saved.machine, host)))
-    if saved.machine.arch != host.arch:
-        return Plan((), obstacles)
     if obstacles:
         saved = replace(saved, machine=replace(saved.machine, devices={}))
     pair = Pair(saved, host)
@@ -227,7 +227,7 @@ def _gic(machine: Machine, host: HostProfile) -> str:
     return f"this kernel can't make a device {missing[0]}" if missing else ""
 
 
-_MACHINE_RULES = (_other_arch, _too_many_vcpus, _unknown_device, _device_value, _vcpu_features, _gic)
+_MACHINE_RULES = (_too_many_vcpus, _unknown_device, _device_value, _vcpu_features, _gic)
 
 
 def _convert(step: Step, values: Words) -> Words:

@@ -10,9 +10,10 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from migstream.contract import Contract
+from migstream.host.baseline_x86_64 import shown
 from migstream.host.behaviour import of_profile
 from migstream.host.profile import HostProfile
-from migstream.model import Arch, Layout, Machine, Phase, Scope, Slot
+from migstream.model import Arch, Klass, Layout, Machine, Phase, Scope, Slot
 from migstream.registers import gic, ids, vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.verdicts.facts import Pair
@@ -104,6 +105,10 @@ def _defaults(pair: Pair) -> Iterator[tuple[int, bytes]]:
     for id, bytes_ in host.defaults.items():
         if id not in (x86_64.CPUID2.id, x86_64.SREGS.id if host.capabilities.get("SREGS2") else 0):
             yield id, bytes_
+    for index in host.feature_msrs:
+        id = ids.msr_id(index)
+        if index in host.msr_bits and lookup(id).klass == Klass.FEATURE:
+            yield id, shown(host, index).to_bytes(8, "little")
     yield x86_64.CPUID2.id, host.cpuid
 
 
