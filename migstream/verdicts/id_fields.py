@@ -39,8 +39,8 @@ def judge(case: Case) -> Verdict | None:
         return Verdict(case.slot, Answer.FITS, case.slot, source=_SOURCE)
     names = [_difference(field, number, default) + (f" ({why})" if why else "") for field, why in bad]
     names += [f"bits {unnamed:#x}"] if unnamed else []
-    kernel = Kernel.UNKNOWN if all((case.row.name, field.name) in TAKEN_AND_DROPPED for field, _ in bad) and bad \
-        else Kernel.REFUSES
+    open_question = all((case.row.name, field.name) in TAKEN_AND_DROPPED for field, _ in bad) and bad
+    kernel = Kernel.UNKNOWN if open_question or not _tried(case) else Kernel.REFUSES
     return Verdict(case.slot, Answer.NOTICED, None, ", ".join(names), _SOURCE, kernel=kernel)
 
 
@@ -48,7 +48,7 @@ def _refusal(case: Case, field: Field, number: int, default: int) -> str:
     """Why a field can't be what the guest saw; "" where it can."""
     wanted, has = _signed(field, number), _signed(field, default)
     if not _writable(case, field.mask):
-        return "this kernel lets nobody change it"
+        return "this kernel lets nobody change it" if _tried(case) else _NOBODY_TRIED
     if wanted > has:
         return "the host has less"
     lowest = LOWEST.get((case.row.name, field.name))
@@ -58,6 +58,14 @@ def _refusal(case: Case, field: Field, number: int, default: int) -> str:
 def _signed(field: Field, number: int) -> int:
     value = (number & field.mask) >> field.low
     return value - (1 << field.width) if field.signed and value >> field.width - 1 else value
+
+
+_NOBODY_TRIED = "nobody has tried whether this kernel lets it be changed"
+
+
+def _tried(case: Case) -> bool:
+    """Whether the profile was captured with the experiment, or the kernel says itself what can be written."""
+    return bool(case.host.register_bits) or case.slot.id in case.host.writable_masks
 
 
 def _writable(case: Case, mask: int) -> bool:
