@@ -34,7 +34,7 @@ def tier(nodeid: str, markers: set[str]) -> str:
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     outcome = yield
-    report = outcome.get_result()  # type: ignore[attr-defined]
+    report = outcome.get_result()  # type: ignore[attr-defined]  # pluggy's result has no types
     name = tier(item.nodeid, {mark.name for mark in item.iter_markers()})
     if report.skipped:
         _skipped[name] += 1

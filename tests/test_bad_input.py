@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from migstream.errors import BackendError
 from migstream.host import experiment, firmware_arm64, profiles
 from migstream.host.compare import differences, entries
 from migstream.host.probe import capture
-from migstream.host.profile import from_json, to_json
+from migstream.host.profile import HostProfile, from_json, to_json
 from migstream.host.scratch import Scratch
 from migstream.model import Layout, Machine
 from migstream.registers import arm64_ids, vcpu_features
@@ -36,6 +37,12 @@ from tests.lab.errors import LabError, TimeLimitError
 pytestmark = pytest.mark.sim
 ARM64 = [name for name in profiles.names() if name.startswith("arm64")]
 TPIDR_EL1 = arm64_ids.sysreg(3, 0, 13, 0, 4)
+
+
+@cache
+def captured(kernel: str) -> HostProfile:
+    """What a capture of the simulator of a kernel finds."""
+    return capture(SimBackend(kernel), "pytest")
 
 
 class Unreadable(SimBackend):
@@ -62,7 +69,7 @@ class Unreadable(SimBackend):
 @pytest.mark.parametrize("kernel", ARM64)
 def test_a_register_whose_read_fails_is_in_the_profile_by_name(kernel: str) -> None:
     """Recorded with its errno, never dropped, never given a value; all others are as without it."""
-    whole, found = (capture(host, "pytest") for host in (SimBackend(kernel), Unreadable(kernel, TPIDR_EL1)))
+    whole, found = captured(kernel), capture(Unreadable(kernel, TPIDR_EL1), "pytest")
     assert TPIDR_EL1 in found.registers and found.refused[TPIDR_EL1] == (errno.EIO, 0)
     assert TPIDR_EL1 not in {*found.defaults, *found.scopes, *found.register_bits, *found.after_run}
     changed = {change.name for change in differences(whole, found)}
@@ -83,14 +90,14 @@ KNOWN = {
 def test_a_capture_of_a_simulated_kernel_is_the_kernels(kernel: str) -> None:
     """Lists, defaults, writable bits, scopes, errnos, what a run ends: every trial answered as the real one did."""
     recorded = profiles.load(kernel)
-    changes = [change for change in differences(recorded, capture(SimBackend(kernel), "pytest"))
+    changes = [change for change in differences(recorded, captured(kernel))
                if (change.name, change.what) not in KNOWN and (change.what, change.right) != ("listed", "no")]
     assert changes == []
 
 
 @pytest.mark.parametrize("kernel", ARM64)
 def test_what_a_simulator_lacks_are_device_attributes_alone(kernel: str) -> None:
-    recorded, simulated = profiles.load(kernel), capture(SimBackend(kernel), "pytest", experiments=False)
+    recorded, simulated = profiles.load(kernel), captured(kernel)
     missing = entries(recorded).keys() - entries(simulated).keys()
     assert missing == recorded.attributes.keys() and not simulated.attributes
 

@@ -56,10 +56,7 @@ def probe(host: Host, experiments: bool) -> HostProfile:
     return _with_features(host, _experiments(host, profile, plain, plain.values), full)
 
 
-_UNTRIED: dict[str, Any] = {name: {} for name in (
-    "scopes", "scope_found", "register_bits", "bit_errnos", "readback", "after_run", "behaviour",
-    "feature_bits", "feature_scopes")}
-"""What experiments fill; a simulated host's profile has it already, which must not pass for found."""
+_UNTRIED: dict[str, Any] = {**experiment.UNTRIED, "behaviour": {}, "feature_bits": {}, "feature_scopes": {}}
 
 
 def _seen_by_a_guest(host: Host) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Pair:
         self.log.append(f"{lookup(id).name} vCPU {vcpu}: {words(old)} -> {words(new)}")
         answers = [self.write(vm, id, vcpu, new) for vm in (self.real, self.sim)]
         assert answers[0] == answers[1], self.story()
-        assert self.value(self.real, id, vcpu) == self.value(self.sim, id, vcpu), self.story()
+        self.same(id, vcpu)
 
     def changed(self, id: int, old: bytes) -> bytes:
         out = bytearray(old)
@@ -148,8 +148,15 @@ class Pair:
         """Every register of every vCPU, and of the VM."""
         for id in (*self.registers, x86_64.CPUID2.id):
             for vcpu in range(rows(self.real, layout((id, 8)))):
-                real, sim = (self.value(vm, id, vcpu) for vm in (self.real, self.sim))
-                assert real == sim, f"{lookup(id).name} vCPU {vcpu}: {words(real[0])} / {words(sim[0])}\n{self.story()}"
+                self.same(id, vcpu)
+
+    def same(self, id: int, vcpu: int) -> None:
+        """Both hold the same."""
+        real, sim = (self.value(vm, id, vcpu) for vm in (self.real, self.sim))
+        if real != sim:
+            ours, theirs = words(real[0]), words(sim[0])
+            only = {n: (ours.get(n), theirs.get(n)) for n in sorted({*ours, *theirs}) if ours.get(n) != theirs.get(n)}
+            pytest.fail(f"{lookup(id).name} vCPU {vcpu}: real, simulated: {only}; {real[1]} {sim[1]}\n{self.story()}")
 
     def story(self) -> str:
         return "\n".join(self.log)
