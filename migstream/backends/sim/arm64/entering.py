@@ -93,6 +93,13 @@ def _pmu(guest: Guest, vcpu: int) -> int:
     return 0 if guest.pmu_made[vcpu] and bool(line) == bool(guest.vgic) else errno.EINVAL
 
 
+def complete(guest: Guest, vcpu: int) -> None:
+    """kvm_handle_mmio_return(): an MMIO exit's instruction is done, and PC goes on, at the next KVM_RUN."""
+    if vcpu in guest.exited:
+        guest.exited.remove(vcpu)
+        guest.column(ids.PC)[vcpu] += np.uint64(4)
+
+
 def through_cpu(guest: Guest, vcpu: int) -> None:
     """What a run does to registers that the CPU has not all bits of."""
     for id, bits in CPU_KEEPS.items():

@@ -44,6 +44,9 @@ class GicRule:
     same: int = 0
 
 
+BEFORE_INIT = ("GICD_IIDR", "GICD_TYPER2")
+"""Registers that are there before KVM_DEV_ARM_VGIC_CTRL_INIT since 6.17: reg_allowed_pre_init()."""
+
 _PLAIN = GicRule(0, _ALL, "as written")
 
 RULES: dict[str, GicRule] = {

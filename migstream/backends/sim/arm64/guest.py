@@ -87,6 +87,7 @@ class Guest:
         ignored: bits of a register's id that mean nothing. vgic: the interrupt controller. pmu_made: whether each
             vCPU's PMU was initialized. lines_fixed: whether the timers' interrupts are. steal_time: address by vCPU.
         left_over, off: features by vCPU that a refused KVM_ARM_VCPU_INIT left, and POWER_OFF, before 6.5.
+        exited: vCPUs whose last exit was MMIO, which the next KVM_RUN completes: PC goes on then.
     """
 
     def __init__(self, profile: HostProfile, machine: Machine, host: HostClock, rules: Sequence[Rule]) -> None:
@@ -107,6 +108,7 @@ class Guest:
         self.steal_time: dict[int, int] = {}
         self.left_over: dict[int, int] = {}
         self.off: dict[int, int] = {}
+        self.exited: set[int] = set()
         self._columns: dict[int, Words] = {}
         self._listed: dict[int, frozenset[int]] = {}
         self._programs: dict[int, tuple[Rule, ...]] = {}

@@ -80,7 +80,7 @@ class Arm64SimVm(Vm):
             if no := self.enable(capability, args):
                 raise BackendError("KVM_ENABLE_CAP", errno=no, register=f"capability {capability}")
 
-    def enable(self, capability: int, args: tuple[int, ...], flags: int = 0) -> int:
+    def enable(self, capability: int, args: tuple[int, ...] = (), flags: int = 0) -> int:
         """KVM_ENABLE_CAP: 0, or the errno."""
         offered = CAPABILITIES.get(capability)
         name = offered.capability if offered else ""
@@ -367,6 +367,8 @@ class Arm64SimVm(Vm):
     def run(self, vcpu: int) -> tuple[int, bytes]:
         """KVM_RUN that leaves before the first instruction; its EINTR counts as good."""
         no = entering.enter(self.guest, vcpu)
+        if not no:
+            entering.complete(self.guest, vcpu)
         if not no and self.profile.behaviour.get("entering_is_running"):
             entering.through_cpu(self.guest, vcpu)
         return no, b""
@@ -375,9 +377,21 @@ class Arm64SimVm(Vm):
         """KVM_RUN until something stops it: the exit's name; UsageError where nothing did."""
         if no := entering.enter(self.guest, vcpu):
             return no, b""
+        entering.complete(self.guest, vcpu)
         stopped = Runner(self.guest, self.memory, (vcpu,)).until_exit(instructions)
+        if stopped == "KVM_EXIT_MMIO":
+            self.guest.exited.add(vcpu)
         entering.through_cpu(self.guest, vcpu)
         return 0, stopped.encode()
+
+    def set_counter_offset(self, offset: int, reserved: int) -> int:
+        """KVM_ARM_SET_COUNTER_OFFSET."""
+        values = np.array([[offset, reserved]], np.uint64)
+        return int(OffsetColumn().write(self.guest, slice(0, 1), np.arange(1), values)[0])
+
+    def load(self, address: int, code: bytes) -> None:
+        """Put a program into guest RAM."""
+        self.memory.view(address, len(code))[:] = code
 
     def create_gic(self) -> int:
         """KVM_CREATE_DEVICE of a vGICv3: once, before any vCPU has run."""
@@ -399,6 +413,29 @@ class Arm64SimVm(Vm):
             return self.guest.vgic.set(group, attribute, value), b""
         no, found = self.guest.vgic.get(group, attribute)
         return no, b"" if no else struct.pack("<I" if group == gic.IRQ_COUNT else "<Q", found)
+
+    def gic_register(self, verb: str, vcpu: int, id: int, value: int = 0) -> tuple[int, bytes]:
+        """KVM_GET and SET_DEVICE_ATTR of a register, by the affinity that this vCPU is made with."""
+        row, vgic = gic.access(id), self.guest.vgic
+        assert row is not None
+        if vgic is None:
+            return errno.EBADF, b""
+        at = 0 if row.scope == Scope.VM else self._with_affinity(vcpu)
+        if at is None:
+            return errno.EINVAL, b""
+        if not vgic.initialized and not (since(self.profile, 6, 17) and row.name in chip.BEFORE_INIT):
+            return errno.EBUSY, b""
+        rows, values = slice(at, at + 1), np.full((1, 1), value, np.uint64)
+        column = chip.GicColumn(id, chip.rule(self.guest, id))
+        no = int((column.write if verb == "set" else column.read)(self.guest, rows, np.arange(at, at + 1), values)[0])
+        return no, b"" if no or verb == "set" else values.tobytes()[:row.size]
+
+    def _with_affinity(self, wanted: int) -> int | None:
+        """kvm_mpidr_to_vcpu(): the first with this affinity; one that was not initialized has 0."""
+        numbers = self.guest.column(ids.MPIDR)[:, 0] & np.uint64(0xFF_00FF_FFFF)
+        numbers = np.where(self.guest.features == NO_FEATURES, 0, numbers)
+        found = np.flatnonzero(numbers == wanted)
+        return int(found[0]) if len(found) else None
 
     def line(self, verb: str, vcpu: int, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]:
         """KVM_HAS, GET and SET_DEVICE_ATTR of a vCPU."""
