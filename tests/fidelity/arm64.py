@@ -15,8 +15,8 @@ from migstream.host.profile import HostProfile
 from migstream.model import Arch, Klass, Machine, MemoryRegion
 from migstream.registers import arm64_ids, vcpu_features
 from migstream.registers.catalogue import lookup
-from tests.fidelity.arm64_kvm import RealArm64
 from tests.fidelity import arm64_devices as devices
+from tests.fidelity.arm64_kvm import RealArm64
 from tests.fidelity.calls import Answer, Call, Excluded, Stage, call
 
 EXCLUDED = (
@@ -178,7 +178,7 @@ class Arm64Stage(Stage):
             self.side.set(vcpu, id, value.to_bytes(lookup(id).size or 8, "little"))
         answer = self._ask(vcpu, lambda side: side.execute(vcpu, 2000))
         if "errno" not in answer:
-            answer |= {question.name: hex(question.answer(self._x(vcpu, 4 + n))) for n, question in enumerate(questions)}
+            answer |= {one.name: hex(one.answer(self._x(vcpu, 4 + n))) for n, one in enumerate(questions)}
         return answer
 
     def _x(self, vcpu: int, number: int) -> int:

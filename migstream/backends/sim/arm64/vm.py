@@ -14,8 +14,8 @@ from migstream.backends.sim.arm64 import access, attributes, entering, ids, rule
 from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access, Guest
 from migstream.backends.sim.arm64.its import CTLR, Its
-from migstream.backends.sim.arm64.runner import Runner
 from migstream.backends.sim.arm64.rules import since
+from migstream.backends.sim.arm64.runner import Runner
 from migstream.backends.sim.arm64.told import CAPABILITIES, CapabilityColumn, InitColumn, OffsetColumn
 from migstream.backends.sim.arm64.vgic import Vgic
 from migstream.backends.sim.memory import Memory
