@@ -16,6 +16,7 @@ from migstream.model import Arch, Klass, Machine, MemoryRegion
 from migstream.registers import arm64_ids, vcpu_features
 from migstream.registers.catalogue import lookup
 from tests.fidelity import arm64_devices as devices
+from tests.fidelity import arm64_program as program
 from tests.fidelity.arm64_kvm import RealArm64
 from tests.fidelity.calls import Answer, Call, Excluded, Stage, call
 
@@ -57,9 +58,8 @@ _STRANGE = (
 )
 """Ids that no kernel has, or not in this size, or only with a feature."""
 
-QUESTIONS = {question.key: question for question in firmware_arm64.questions()}
-_AT_START = ((ids.MP_STATE, 0), (ids.SCTLR, 0x30C5_0830), (ids.MDSCR, 0), (ids.PSTATE, 0x3C5),
-             (ids.PC, firmware_arm64.ADDRESS))
+_X_PC = {**dict(enumerate(ids.X)), 32: ids.PC}
+_AT_START = ((ids.MP_STATE, 0), (ids.SCTLR, 0x30C5_0830), (ids.MDSCR, 0), (ids.PSTATE, 0x3C5))
 """A vCPU that may run, MMU and debugging off, at EL1 with everything masked."""
 
 _PMU_IRQ = (0, 0)
@@ -122,12 +122,14 @@ class Arm64Stage(Stage):
         self.vcpus = vcpus
         if isinstance(self.backend, KvmBackend):
             self.side = RealSide(vcpus, caps)
+            self.side.load(program.ADDRESS, program.code())
             return self.side.enabled
         vm = self.backend.create(Machine(Arch.ARM64, vcpus, (MemoryRegion(0, 1 << 20),), {}))
         assert isinstance(vm, Arm64SimVm)
         enabled = [vm.enable(number) for number in caps]
         vm.guest.add_vcpus(vcpus)
         self.side = vm
+        vm.load(program.ADDRESS, program.code())
         return enabled
 
     def _ask(self, vcpu: int, ask: Callable[[Side], tuple[int, bytes]]) -> Answer:
@@ -166,24 +168,24 @@ class Arm64Stage(Stage):
         return self._ask(vcpu, lambda side: side.run(vcpu))
 
     def do_execute(self, vcpu: int, asked: list[int]) -> Answer:
-        """A guest program at EL1 with its MMU off, which asks its firmware and reads registers: what it sees."""
-        questions = [QUESTIONS[key] for key in asked]
+        """A guest at EL1 with its MMU off asks its firmware and reads registers: what it sees of each."""
         if self.side is None or vcpu >= self.vcpus:
             return {"no": "vCPU"}
         if not self.side.line("has", vcpu, *_PMU_IRQ)[0]:
             return {"no": "program on a vCPU with a PMU"}
-        self.side.run(vcpu)
-        self.side.load(firmware_arm64.ADDRESS, firmware_arm64.program(questions))
         for id, value in _AT_START:
             self.side.set(vcpu, id, value.to_bytes(lookup(id).size or 8, "little"))
-        answer = self._ask(vcpu, lambda side: side.execute(vcpu, 2000))
-        if "errno" not in answer:
-            answer |= {one.name: hex(one.answer(self._x(vcpu, 4 + n))) for n, one in enumerate(questions)}
-        return answer
+        return {program.QUESTIONS[key].name: self._seen(self.side, vcpu, program.QUESTIONS[key]) for key in asked}
 
-    def _x(self, vcpu: int, number: int) -> int:
-        assert self.side is not None
-        return int.from_bytes(self.side.get(vcpu, ids.X[number])[1], "little")
+    def _seen(self, side: Side, vcpu: int, question: firmware_arm64.Question) -> Answer:
+        side.run(vcpu)  # completes the exit before
+        for number, value in program.start(question).items():
+            side.set(vcpu, _X_PC[number], value.to_bytes(8, "little"))
+        answer = self._ask(vcpu, lambda side: side.execute(vcpu, 10))
+        seen = int.from_bytes(side.get(vcpu, ids.X[program.RESULT])[1], "little")
+        for number in range(program.RESULT):
+            side.set(vcpu, ids.X[number], bytes(8))  # of SMCCC's results only X0 is compared
+        return answer if "errno" in answer else {**answer, "seen": hex(question.answer(seen))}
 
     def do_enable(self, capability: int) -> Answer:
         """KVM_ENABLE_CAP of a VM that has vCPUs."""
@@ -320,7 +322,7 @@ class Author:
         if kind < 0.19:
             return call("run", vcpu=vcpu)
         if kind < 0.23:
-            return call("execute", vcpu=vcpu, asked=self.random.sample(sorted(QUESTIONS), 4))
+            return call("execute", vcpu=vcpu, asked=self.random.sample(sorted(program.QUESTIONS), 4))
         if kind < (0.42 if self.gic else 0.27):
             return devices.any_call(self.random, vcpu, self.gic)
         if self.random.random() < 0.12:

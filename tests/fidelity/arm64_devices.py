@@ -26,9 +26,9 @@ def made(source: random.Random) -> list[Call]:
            call("gic", verb="set", group=gic.ADDRESSES, attribute=3, value=_REDISTRIBUTORS),
            call("gic", verb="set", group=gic.IRQ_COUNT, attribute=0, value=96),
            call("gic", verb="set", group=gic.CONTROL, attribute=gic.INIT)]
-    if source.random() < 0.2:
+    if source.random() < 0.15:
         source.shuffle(out)
-    if source.random() < 0.2:
+    if source.random() < 0.1:
         out.pop(source.randrange(len(out)))
     return [call("gic_create"), *out]
 
@@ -49,7 +49,7 @@ def any_call(source: random.Random, vcpu: int, chip: bool) -> Call:
     kind = source.random()
     if chip and kind < 0.6:
         return _register(source, vcpu)
-    if kind < 0.7:
+    if kind < (0.7 if chip else 0.2):
         return _making(source)
     return _line(source, vcpu)
 

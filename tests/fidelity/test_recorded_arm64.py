@@ -40,11 +40,15 @@ def sees(*asked: int) -> Call:
     return call("execute", vcpu=0, asked=list(asked))
 
 
+def saw(value: int) -> dict[str, str]:
+    return {"exit": "KVM_EXIT_MMIO", "seen": hex(value)}
+
+
 NEVER_WRITTEN = 0x1DE7_EC7E_DBAD_C0DE
 SERROR = put(ids.VCPU_EVENTS, 1, size=64)
 NO_SERROR = {"value": (0x100).to_bytes(64, "little").hex()}
 AN_SERROR = {"value": (0x101 | 1 << 88).to_bytes(64, "little").hex()}
-CTR_SEEN, PFR0 = "CTR_EL0", 0x1101_0010_2111_0222
+PFR0 = 0x1101_0010_2111_0222
 
 ROWS = (
     Recorded(NEW, (*vm(), RUN, get(ids.ID_PFR1)), word(0x11001), "a run without a vGIC takes GIC from ID_PFR1_EL1"),
@@ -88,10 +92,10 @@ ROWS = (
     Recorded(NEW, (*vm(), RUN, SERROR, INIT, get(ids.VCPU_EVENTS)), AN_SERROR, "an SError survives init after a run"),
     Recorded(NEW, (*vm(), SERROR, INIT, get(ids.VCPU_EVENTS)), NO_SERROR, "and not before one"),
     Recorded((V61,), (*vm(), RUN, SERROR, INIT, get(ids.VCPU_EVENTS)), NO_SERROR, "6.1: it does not"),
-    Recorded(OLD, (*vm(), sees(ids.CTR)), {CTR_SEEN: "0x8444c004"}, "the guest reads the host's CTR_EL0"),
-    Recorded(NEW, (*vm(), sees(ids.CTR)), {CTR_SEEN: "0x9444c004"}, "the guest reads the VM's CTR_EL0"),
+    Recorded(OLD, (*vm(), sees(ids.CTR)), {"CTR_EL0": saw(0x8444_C004)}, "the guest reads the host's CTR_EL0"),
+    Recorded(NEW, (*vm(), sees(ids.CTR)), {"CTR_EL0": saw(0x9444_C004)}, "the guest reads the VM's CTR_EL0"),
     Recorded((V61, *NEW), (*vm(), put(ids.BITMAPS[0], 0), sees(0x8400_0050 << 32)),
-             {"TRNG_VERSION": "0xffffffffffffffff"}, "a guest does not get what a bitmap hides"),
+             {"TRNG_VERSION": saw((1 << 64) - 1)}, "a guest does not get what a bitmap hides"),
 )
 
 CASES = [pytest.param(name, row, id=f"{name}-{row.why}") for row in ROWS for name in row.kernels]

@@ -58,6 +58,7 @@ def enter(guest: Guest, vcpu: int) -> int:
 
 def _first(guest: Guest, vcpu: int) -> int:
     if guest.vgic and (no := guest.vgic.map_resources()):
+        guest.dead = since(guest.profile, 6, 5)  # kvm_vm_dead(); before, the vGIC was destroyed
         return no
     if not guest.vgic and not guest.entered and since(guest.profile, 6, 12):
         _hide_gic(guest)

@@ -88,6 +88,7 @@ class Guest:
             vCPU's PMU was initialized. lines_fixed: whether the timers' interrupts are. steal_time: address by vCPU.
         left_over, off: features by vCPU that a refused KVM_ARM_VCPU_INIT left, and POWER_OFF, before 6.5.
         exited: vCPUs whose last exit was MMIO, which the next KVM_RUN completes: PC goes on then.
+        dead: a VM that the kernel gave up.
     """
 
     def __init__(self, profile: HostProfile, machine: Machine, host: HostClock, rules: Sequence[Rule]) -> None:
@@ -109,6 +110,7 @@ class Guest:
         self.left_over: dict[int, int] = {}
         self.off: dict[int, int] = {}
         self.exited: set[int] = set()
+        self.dead = False
         self._columns: dict[int, Words] = {}
         self._listed: dict[int, frozenset[int]] = {}
         self._programs: dict[int, tuple[Rule, ...]] = {}
@@ -138,7 +140,7 @@ class Guest:
         self.uniform = features if (self.features == features).all() else None
         survivors = self._survivors(bool(self.ran[first:first + count].any()))
         for id, column in self._columns.items():
-            if not self.shared(id) and id not in survivors and gic.access(id) is None:
+            if not self.shared(id) and id not in survivors and id not in gic.LINES and gic.access(id) is None:
                 column[first:first + count] = self._fresh(id, range(first, first + count))
 
     def _survivors(self, ran: bool) -> frozenset[int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -56,6 +57,18 @@ class AnyColumn(Protocol):
         """Store `values`; an errno a row."""
 
 
+Single = TypeVar("Single", bound=Callable[..., tuple[int, bytes]])
+
+
+def _alive(ioctl: Single) -> Single:
+    """EIO from a VM that the kernel gave up: kvm_vm_dead()."""
+    @wraps(ioctl)
+    def checked(vm: Arm64SimVm, *args: Any, **kwargs: Any) -> tuple[int, bytes]:
+        return (errno.EIO, b"") if vm.guest.dead else ioctl(vm, *args, **kwargs)
+
+    return cast(Single, checked)
+
+
 class Arm64SimVm(Vm):
     """A VM on a simulated arm64 kernel. Made by `SimBackend.create`."""
 
@@ -84,6 +97,8 @@ class Arm64SimVm(Vm):
         """KVM_ENABLE_CAP: 0, or the errno."""
         offered = CAPABILITIES.get(capability)
         name = offered.capability if offered else ""
+        if self.guest.dead:
+            return errno.EIO
         if flags or not self.profile.capabilities.get(name):
             return errno.EINVAL
         if offered and offered.before_vcpus and self.guest.vcpus:
@@ -299,6 +314,7 @@ class Arm64SimVm(Vm):
         unknown = [mask for mask, no in self.profile.features_refused.items() if no == errno.ENOENT]
         return (min(unknown) if unknown else _VALID_FEATURES + 1) - 1
 
+    @_alive
     def init(self, vcpu: int, features: int, target: int | None = None) -> tuple[int, bytes]:
         """KVM_ARM_VCPU_INIT; the target is what this host prefers unless told."""
         if target not in (None, self.target):
@@ -328,6 +344,7 @@ class Arm64SimVm(Vm):
         """Whether all vCPUs must have the same features: kernels that keep ID registers once a VM."""
         return bool(self.profile.writable_masks) and "asymmetric" not in self.guest.notes
 
+    @_alive
     def finalize(self, vcpu: int, what: int) -> tuple[int, bytes]:
         """KVM_ARM_VCPU_FINALIZE."""
         features = int(self.guest.features[vcpu])
@@ -340,6 +357,7 @@ class Arm64SimVm(Vm):
         self.guest.finalized[vcpu] = True
         return 0, b""
 
+    @_alive
     def listed(self, vcpu: int, room: int) -> tuple[int, bytes]:
         """KVM_GET_REG_LIST into an array with room for so many; the ids, ascending, or the count with E2BIG."""
         if no := entering.unfinished(self.guest, vcpu):
@@ -349,6 +367,7 @@ class Arm64SimVm(Vm):
             return errno.E2BIG, struct.pack("<Q", len(found))
         return 0, struct.pack(f"<{len(found)}Q", *found)
 
+    @_alive
     def get(self, vcpu: int, id: int) -> tuple[int, bytes]:
         """KVM_GET_ONE_REG; KVM_GET_MP_STATE and KVM_GET_VCPU_EVENTS by our ids."""
         size = lookup(id).size or 1 << (id >> 52 & 0xF)
@@ -356,6 +375,7 @@ class Arm64SimVm(Vm):
         no = int(access.read(self._at(vcpu, id), values)[0])
         return no, b"" if no else values.tobytes()[:size]
 
+    @_alive
     def set(self, vcpu: int, id: int, value: bytes) -> tuple[int, bytes]:
         """KVM_SET_ONE_REG; KVM_SET_MP_STATE and KVM_SET_VCPU_EVENTS by our ids."""
         padded = value.ljust(-(-len(value) // 8) * 8, b"\0")
@@ -364,6 +384,7 @@ class Arm64SimVm(Vm):
     def _at(self, vcpu: int, id: int) -> Access:
         return Access(self.guest, self.guest.resolve(id), slice(vcpu, vcpu + 1), np.arange(vcpu, vcpu + 1))
 
+    @_alive
     def run(self, vcpu: int) -> tuple[int, bytes]:
         """KVM_RUN that leaves before the first instruction; its EINTR counts as good."""
         no = entering.enter(self.guest, vcpu)
@@ -373,6 +394,7 @@ class Arm64SimVm(Vm):
             entering.through_cpu(self.guest, vcpu)
         return no, b""
 
+    @_alive
     def execute(self, vcpu: int, instructions: int) -> tuple[int, bytes]:
         """KVM_RUN until something stops it: the exit's name; UsageError where nothing did."""
         if no := entering.enter(self.guest, vcpu):
@@ -386,6 +408,8 @@ class Arm64SimVm(Vm):
 
     def set_counter_offset(self, offset: int, reserved: int) -> int:
         """KVM_ARM_SET_COUNTER_OFFSET."""
+        if self.guest.dead:
+            return errno.EIO
         values = np.array([[offset, reserved]], np.uint64)
         return int(OffsetColumn().write(self.guest, slice(0, 1), np.arange(1), values)[0])
 
@@ -395,6 +419,8 @@ class Arm64SimVm(Vm):
 
     def create_gic(self) -> int:
         """KVM_CREATE_DEVICE of a vGICv3: once, before any vCPU has run."""
+        if self.guest.dead:
+            return errno.EIO
         if self.guest.vgic:
             return errno.EEXIST
         if self.guest.ran.any():
@@ -402,6 +428,7 @@ class Arm64SimVm(Vm):
         self.guest.vgic = Vgic(self.guest.vcpus)
         return 0
 
+    @_alive
     def gic_attribute(self, verb: str, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]:
         """KVM_HAS, GET and SET_DEVICE_ATTR of what makes the vGIC."""
         if self.guest.vgic is None:
@@ -412,8 +439,9 @@ class Arm64SimVm(Vm):
         if verb == "set":
             return self.guest.vgic.set(group, attribute, value), b""
         no, found = self.guest.vgic.get(group, attribute)
-        return no, b"" if no else struct.pack("<I" if group == gic.IRQ_COUNT else "<Q", found)
+        return no, b"" if no else struct.pack("<Q", found)
 
+    @_alive
     def gic_register(self, verb: str, vcpu: int, id: int, value: int = 0) -> tuple[int, bytes]:
         """KVM_GET and SET_DEVICE_ATTR of a register, by the affinity that this vCPU is made with."""
         row, vgic = gic.access(id), self.guest.vgic
@@ -437,13 +465,15 @@ class Arm64SimVm(Vm):
         found = np.flatnonzero(numbers == wanted)
         return int(found[0]) if len(found) else None
 
+    @_alive
     def line(self, verb: str, vcpu: int, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]:
         """KVM_HAS, GET and SET_DEVICE_ATTR of a vCPU."""
         if verb == "has":
             return attributes.has(self.guest, vcpu, group, attribute), b""
         if verb == "set":
             return attributes.set(self.guest, vcpu, group, attribute, value), b""
-        return attributes.get(self.guest, vcpu, group, attribute)
+        no, found = attributes.get(self.guest, vcpu, group, attribute)
+        return no, found.ljust(8, b"\0") if found else b""
 
 
 class FinalizingColumn(access.Column):
