@@ -58,8 +58,10 @@ def set(guest: Guest, vcpu: int, group: int, attribute: int, value: int) -> int:
 
 
 def _has_pmu(guest: Guest, vcpu: int) -> bool:
-    features = int(guest.features[vcpu])
-    return bool(features != NO_FEATURES and features & vcpu_features.PMU_V3)
+    """vcpu_has_feature(): since 6.5 the VM's features, which the first vCPU that is initialized decides."""
+    all_of_them = guest.features if since(guest.profile, 6, 5) else guest.features[vcpu:vcpu + 1]
+    made = all_of_them[all_of_them != NO_FEATURES]
+    return bool((made & vcpu_features.PMU_V3).any()) or bool(guest.left_over.get(vcpu, 0) & vcpu_features.PMU_V3)
 
 
 def _get_pmu(guest: Guest, vcpu: int, attribute: int) -> tuple[int, bytes]:

@@ -58,6 +58,7 @@ def enter(guest: Guest, vcpu: int) -> int:
 
 def _first(guest: Guest, vcpu: int) -> int:
     if guest.vgic and (no := guest.vgic.map_resources()):
+        guest.dead = since(guest.profile, 6, 5)  # kvm_vm_dead(); before, the vGIC was destroyed
         return no
     if not guest.vgic and not guest.entered and since(guest.profile, 6, 12):
         _hide_gic(guest)
@@ -91,6 +92,13 @@ def _pmu(guest: Guest, vcpu: int) -> int:
         return 0
     line = int(guest.column(gic.PMU_IRQ.id)[vcpu, 0])
     return 0 if guest.pmu_made[vcpu] and bool(line) == bool(guest.vgic) else errno.EINVAL
+
+
+def complete(guest: Guest, vcpu: int) -> None:
+    """kvm_handle_mmio_return(): an MMIO exit's instruction is done, and PC goes on, at the next KVM_RUN."""
+    if vcpu in guest.exited:
+        guest.exited.remove(vcpu)
+        guest.column(ids.PC)[vcpu] += np.uint64(4)
 
 
 def through_cpu(guest: Guest, vcpu: int) -> None:

@@ -15,7 +15,8 @@ CTR, CLIDR, OSLSR = _sys(3, 3, 0, 0, 1), _sys(3, 1, 0, 0, 1), _sys(2, 0, 1, 1, 4
 ID_SPACE = frozenset(_sys(3, 0, 0, crm, op2) for crm in range(1, 8) for op2 in range(8))
 """op0 3, op1 0, CRn 0, CRm 1 to 7: the ID registers, with those that are reserved."""
 
-ID_PFR1, ID_DFR0, ID_MMFR0, ID_MMFR4 = _sys(3, 0, 0, 1, 1), _sys(3, 0, 0, 1, 2), _sys(3, 0, 0, 1, 4), _sys(3, 0, 0, 2, 6)
+ID_PFR1, ID_DFR0, ID_MMFR0 = _sys(3, 0, 0, 1, 1), _sys(3, 0, 0, 1, 2), _sys(3, 0, 0, 1, 4)
+ID_MMFR4 = _sys(3, 0, 0, 2, 6)
 ID_AA64PFR0, ID_AA64PFR1, ID_AA64ZFR0 = _sys(3, 0, 0, 4, 0), _sys(3, 0, 0, 4, 1), _sys(3, 0, 0, 4, 4)
 ID_AA64DFR0, ID_AA64ISAR1 = _sys(3, 0, 0, 5, 0), _sys(3, 0, 0, 6, 1)
 ID_AA64MMFR0, ID_AA64MMFR1, ID_AA64MMFR2 = (_sys(3, 0, 0, 7, op2) for op2 in range(3))

@@ -9,6 +9,7 @@ import numpy as np
 
 from migstream.backends.sim.arm64 import ids
 from migstream.backends.sim.arm64.cpu import Cpu, Step, Translation
+from migstream.backends.sim.arm64.eyes import Eyes
 from migstream.backends.sim.mmu import Exit
 from migstream.errors import UsageError
 
@@ -74,7 +75,7 @@ class Runner:
             space = bool(columns[ids.SCTLR][k] & 1), columns[ids.TCR][k], columns[ids.TTBR0][k]
             translation = spaces.setdefault(space, Translation(memory, *space))
             cpus[k] = Cpu([columns[id][k] for id in ids.X], columns[ids.SP_EL1][k], columns[ids.PC][k],
-                          columns[ids.PSTATE][k], translation, decoded)
+                          columns[ids.PSTATE][k], translation, decoded, Eyes(self._guest, k))
             if columns[ids.PSTATE][k] & _MODE != _EL1H:
                 self.exits[k] = "KVM_EXIT_INTERNAL_ERROR"
         return cpus

@@ -56,7 +56,7 @@ class Vgic:
             return errno.ENXIO, 0
         if attribute == DISTRIBUTOR:
             return 0, self.distributor
-        return (0, self.redistributors) if attribute == REDISTRIBUTORS else (errno.ENODEV, 0)
+        return (0, self.redistributors) if attribute == REDISTRIBUTORS else (errno.ENXIO, 0)
 
     def set(self, group: int, attribute: int, value: int) -> int:
         """The errno of setting one."""
@@ -68,7 +68,7 @@ class Vgic:
             return errno.ENXIO
         if attribute == DISTRIBUTOR:
             return self._distributor(value)
-        return self._redistributors(value) if attribute == REDISTRIBUTORS else errno.ENODEV
+        return self._redistributors(value) if attribute == REDISTRIBUTORS else errno.ENXIO
 
     def _count(self, value: int) -> int:
         """vgic_set_common_attr()."""
