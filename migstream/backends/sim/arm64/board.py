@@ -52,7 +52,7 @@ ATTRIBUTES = (
 _KINDS = {"gic_distributor": "gicv3", "its": "its"}
 
 
-def make(profile: HostProfile, devices: Mapping[str, int]) -> None:
+def make_devices(profile: HostProfile, devices: Mapping[str, int]) -> None:
     """Refuse what KVM would. Raises: BackendError with the ioctl, the errno and the attribute."""
     for name, kind in _KINDS.items():
         if name in devices and kind not in profile.devices:

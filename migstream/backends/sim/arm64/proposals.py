@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 SDEI = "sdei"
 """In `HostProfile.behaviour`: the version of the series."""
 
+SCOPE_CAP = 210
+"""KVM_CAP_ARM_REG_SCOPE, as proposed for 5.18; the number is another capability's now."""
+
 ASYMMETRIC, ASYMMETRIC_CAP = "ARM_ASYMMETRIC_VCPUS", 1 << 16
 """A capability, with a number that no kernel uses: KVM_ARM_VCPU_INIT takes other features than the first vCPU's."""
 
@@ -90,7 +93,7 @@ def _nothing(at: Access, values: Words) -> Words:
     return np.zeros_like(values)
 
 
-RULES: tuple[Rule, ...] = (
+PROPOSED_RULES: tuple[Rule, ...] = (
     Rule("bits of events that there are", _sdei_bitmap, "SDEI v7: kvm_sdei_set_reg()", keep=_implemented),
     Rule("a handler of no event is taken and dropped", _no_such_handler, "SDEI v7: kvm_sdei_set_reg()", keep=_nothing),
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim.arm64 import ids
-from migstream.backends.sim.arm64.proposals import ASYMMETRIC, ASYMMETRIC_CAP
+from migstream.backends.sim.arm64.proposals import ASYMMETRIC, ASYMMETRIC_CAP, SCOPE_CAP
 from migstream.host.profile import SCOPE_CAPABILITY
 
 if TYPE_CHECKING:
@@ -29,14 +29,11 @@ class Capability:
     source: str
 
 
-SCOPE_NUMBER = 210
-"""KVM_CAP_ARM_REG_SCOPE, as proposed."""
-
 CAPABILITIES: dict[int, Capability] = {
     205: Capability("ARM_MTE", True, "kvm_vm_ioctl_enable_cap()"),
     216: Capability("ARM_SYSTEM_SUSPEND", False, "kvm_vm_ioctl_enable_cap() since 5.20"),
     239: Capability("ARM_WRITABLE_IMP_ID_REGS", True, "kvm_vm_ioctl_enable_cap() since 6.15"),
-    SCOPE_NUMBER: Capability(SCOPE_CAPABILITY, False, "register scope, v4 (2022): no check of vCPUs"),
+    SCOPE_CAP: Capability(SCOPE_CAPABILITY, False, "register scope, v4 (2022): no check of vCPUs"),
     ASYMMETRIC_CAP: Capability(ASYMMETRIC, True, "nobody's yet"),
 }
 """By number."""

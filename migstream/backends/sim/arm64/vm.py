@@ -10,18 +10,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from migstream.backends.base import GuestMemory, Refusal, Vm
-from migstream.backends.sim.arm64 import access, board, ids, proposals, rules, rules_cpu, rules_firmware, rules_id
+from migstream.backends.sim.arm64 import access, ids, rules, rules_cpu, rules_firmware, rules_id
 from migstream.backends.sim.arm64 import gic as chip
+from migstream.backends.sim.arm64.board import make_devices
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access, Guest
 from migstream.backends.sim.arm64.its import CTLR, Its
+from migstream.backends.sim.arm64.proposals import ASYMMETRIC_CAP, PROPOSED_RULES, SCOPE_CAP
 from migstream.backends.sim.arm64.runner import Runner
-from migstream.backends.sim.arm64.told import (
-    CAPABILITIES,
-    SCOPE_NUMBER,
-    CapabilityColumn,
-    InitColumn,
-    OffsetColumn,
-)
+from migstream.backends.sim.arm64.told import CAPABILITIES, CapabilityColumn, InitColumn, OffsetColumn
 from migstream.backends.sim.memory import Memory
 from migstream.errors import BackendError, UsageError, errno_name
 from migstream.model import Arch, Layout, Machine, Scope
@@ -41,7 +37,7 @@ if TYPE_CHECKING:
     from migstream.model import Words
 
 RULES: tuple[Rule, ...] = (
-    *rules_id.RULES, *rules_firmware.RULES, *rules_cpu.RULES, *proposals.RULES, *rules.PROFILE_RULES)
+    *rules_id.RULES, *rules_firmware.RULES, *rules_cpu.RULES, *PROPOSED_RULES, *rules.PROFILE_RULES)
 """All rules; of one register, in the order of the kernel's checks."""
 
 _VALID_FEATURES = 0x7F
@@ -81,7 +77,7 @@ class Arm64SimVm(Vm):
             raise UsageError(f"the simulator can't make a device {unknown[0]!r}; it knows {', '.join(sorted(known))}")
         self.memory = self._ram.build(self.machine.memory)
         if self.profile.says_scope:  # as the KVM backend does
-            self.enable(SCOPE_NUMBER, ())
+            self.enable(SCOPE_CAP, ())
         for capability, args in enabled_caps.items():
             if no := self.enable(capability, args):
                 raise BackendError("KVM_ENABLE_CAP", errno=no, register=f"capability {capability}")
@@ -94,7 +90,7 @@ class Arm64SimVm(Vm):
             return errno.EINVAL
         if offered and offered.before_vcpus and self.guest.vcpus:
             return errno.EBUSY
-        if capability == SCOPE_NUMBER:  # a matter between the kernel and who asks: nothing of it travels
+        if capability == SCOPE_CAP:  # a matter between the kernel and who asks: nothing of it travels
             if any(args):
                 return errno.EINVAL
             self.guest.ignored = all_ids.KVM_REG_ARM_SCOPE_VM
@@ -119,8 +115,8 @@ class Arm64SimVm(Vm):
             what = f"{errno_name(no)} for vCPU features {', '.join(vcpu_features.names(self.features))}"
             raise BackendError("KVM_ARM_VCPU_INIT", errno=no, vcpu=first,
                                what=what + (f"; this host has no {', '.join(missing)}" if missing else ""))
+        make_devices(self.profile, self.machine.devices)
         self.guest.reset(first, wanted, self.features)
-        board.make(self.profile, self.machine.devices)
 
     @property
     def features(self) -> int:
@@ -306,7 +302,7 @@ class Arm64SimVm(Vm):
     @property
     def uniform_features(self) -> bool:
         """Whether all vCPUs must have the same features: kernels that keep ID registers once a VM."""
-        return bool(self.profile.writable_masks) and proposals.ASYMMETRIC_CAP not in self.guest.told
+        return bool(self.profile.writable_masks) and ASYMMETRIC_CAP not in self.guest.told
 
     def finalize(self, vcpu: int, what: int) -> tuple[int, bytes]:
         """KVM_ARM_VCPU_FINALIZE."""
