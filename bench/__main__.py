@@ -1,4 +1,4 @@
-"""`python -m bench blackout|calibrate|check|codec|compare|lock|model|simulator|startup`: options with `COMMAND --help`."""
+"""`python -m bench`: blackout, calibrate, check, codec, compare, lock, model, simulator, startup; options with `--help`."""
 
 from __future__ import annotations
 

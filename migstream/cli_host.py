@@ -57,11 +57,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def open_profile(name: str) -> HostProfile:
-    """Return a captured file's profile, or a recorded one by name. Raises: UsageError."""
+    """Return a captured file's profile, or a recorded one by name, under the optional rules that the name gives.
+
+    Raises: UsageError; BackendUnavailable for a rule that there is not.
+    """
+    from migstream.backends.sim.backend import recorded
+    from migstream.backends.sim.variants import MARK
     from migstream.host import profiles
     from migstream.host.profile import from_json
 
     path = Path(name)
+    if not path.is_file() and MARK in name:
+        return recorded(name)[1]
     if not path.is_file():
         return profiles.load(name.removeprefix("sim:"))
     try:

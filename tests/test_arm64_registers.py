@@ -204,7 +204,7 @@ def test_any_id_has_a_row(id: int) -> None:
     (arm64_ids.sysreg(3, 0, 1, 2, 3), "ARM64_SYS_REG(3, 0, 1, 2, 3)"),
     (arm64_ids.sysreg(2, 7, 15, 15, 7), "ARM64_SYS_REG(2, 7, 15, 15, 7)"),
     (arm64_ids.firmware(9), "KVM_REG_ARM_FW_REG(9)"),
-    (0x6040000000140004, "0x6040000000140004"),      # an SDEI handler: 128 bits
+    (0x6040000000140004, "KVM_REG_ARM_FW_REG(4)"),      # an SDEI handler: 128 bits
     (0x60200000001000D6, "0x60200000001000d6"),
     (0x6030000080100000, "0x6030000080100000"),      # a bit that means nothing
     (0x9030000000100000, "0x9030000000100000"),

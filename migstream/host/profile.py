@@ -15,6 +15,7 @@ from migstream import filekind
 from migstream.errors import UsageError
 from migstream.model import Arch, Scope
 from migstream.registers import vcpu_features
+from migstream.registers.catalogue import lookup
 
 PROFILE_VERSION = 2
 """1 had two more lists of registers, which followed from `registers` and `feature_registers`; capture it again."""
@@ -151,18 +152,24 @@ class HostProfile:
     def known_scopes(self) -> dict[int, Scope]:
         """By register id: what the kernel says where it says (`scope_flags`), else what an experiment found.
 
-        Fixed registers are left out: the catalogue's scope serves.
+        Fixed registers are left out: the catalogue's scope serves. So it does for what is the VM's on every kernel and
+        has no flag: the series that proposed flags did not mark all of it (PSCI_VERSION).
         """
         found = {id: Scope(name) for id, name in {**self.scopes, **self.feature_scopes}.items() if name != FIXED}
         if not self.says_scope:
             return found
-        told = {id: Scope.VCPU for id in self.with_all_features().listed | self.listed}
+        told = {id: Scope.VCPU for id in self.with_all_features().listed | self.listed if not _always_of_vm(id)}
         return {**found, **told, **dict.fromkeys(self.scope_flags, Scope.VM)}
 
     @cached_property
     def listed(self) -> frozenset[int]:
         """`registers`, for looking one up."""
         return frozenset(self.registers)
+
+
+def _always_of_vm(id: int) -> bool:
+    row = lookup(id)
+    return row.known and row.scope_fixed and row.scope == Scope.VM
 
 
 def cpuid_word(function: int, index: int, register: int) -> int:

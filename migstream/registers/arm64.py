@@ -235,14 +235,14 @@ def _slice(id: int) -> Register | None:
 
 def _unnamed(id: int) -> Register | None:
     kind, number = kvm.class_of(id), id & 0xFFFF
-    if id & 0xF << 52 != kvm.U64:
+    if id & 0xF << 52 != kvm.U64 and kind != kvm.FW:
         return None
     if kind == kvm.FW_FEAT_BMAP:
         return _bitmap(number, f"KVM_REG_ARM_FW_FEAT_BMAP_REG({number})",
                        "not in the catalogue; all bitmaps are kept once a VM", known=False)
     names = {kvm.SYSREG: kvm.sysreg_name(id), kvm.FW: f"KVM_REG_ARM_FW_REG({number})"}
     return None if kind not in names else Register(
-        id, names[kind], 8, _VCPU, Phase.STATE, _STATE, "not in the catalogue", known=False)
+        id, names[kind], ids.size_in_id(id), _VCPU, Phase.STATE, _STATE, "not in the catalogue", known=False)
 
 
 def layouts(reg_list: Iterable[int], scopes: Mapping[int, Scope] | None = None,

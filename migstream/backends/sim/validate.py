@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from migstream.errors import UsageError
 from migstream.model import Arch
+from migstream.registers import vcpu_features
 from migstream.registers.catalogue import lookup
 
 if TYPE_CHECKING:
@@ -122,6 +123,55 @@ def _registers(profile: HostProfile) -> Iterator[str]:
     yield from (f"{lookup(id).name} is there twice" for id in _twice(profile.registers))
 
 
+def _listed_with_features(profile: HostProfile) -> Iterator[str]:
+    for mask, changed in profile.feature_registers.items():
+        if mask & ~profile.vcpu_features:
+            yield f"vCPU features {mask:#x} are not all in 'vcpu_features'"
+        yield from (f"{lookup(id).name} is there twice for features {mask:#x}" for id in _twice(changed))
+
+
+def _vcpu_features(profile: HostProfile) -> Iterator[str]:
+    if profile.vcpu_features & ~_NAMED_FEATURES or profile.vcpu_features < 0:
+        yield f"{profile.vcpu_features:#x} has bits that are no vCPU feature"
+    elif not profile.vcpu_features & vcpu_features.PSCI_0_2:
+        yield "no PSCI_0_2, which every vCPU of a recorded guest has"
+
+
+_NAMED_FEATURES = sum(feature.mask for feature in vcpu_features.FEATURES)
+
+
+def _devices(profile: HostProfile) -> Iterator[str]:
+    return (f"no device {name!r}; there are {', '.join(_DEVICES)}" for name in profile.devices if name not in _DEVICES)
+
+
+_DEVICES = ("gicv3", "its")
+
+
+def _writable(profile: HostProfile) -> Iterator[str]:
+    return _negative({lookup(id).name: value for id, value in profile.writable_masks.items()})
+
+
+def _feature_defaults(profile: HostProfile) -> Iterator[str]:
+    for id, value in profile.feature_defaults.items():
+        if lookup(id).size not in (None, len(value)):
+            yield f"{lookup(id).name} has {lookup(id).size} bytes, its default {len(value)}"
+
+
+def _scope_flags(profile: HostProfile) -> Iterator[str]:
+    known = profile.listed.union(*profile.feature_registers.values())
+    return (f"{lookup(id).name} is not in 'registers'" for id in profile.scope_flags if id not in known)
+
+
+def _attributes(profile: HostProfile) -> Iterator[str]:
+    for id, value in profile.attributes.items():
+        if value and lookup(id).known and lookup(id).size not in (None, len(value)):
+            yield f"{lookup(id).name} has {lookup(id).size} bytes, here {len(value)}"
+
+
+def _answers(profile: HostProfile) -> Iterator[str]:
+    return _negative({f"call {key:#x}": value for key, value in profile.firmware.items()})
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """What must hold of a field: `find` gives what does not, in words."""
@@ -137,13 +187,21 @@ CHECKS = (
     Check("capabilities", _ALL, _capabilities),
     Check("behaviour", _ALL, lambda profile: _negative(profile.behaviour)),
     Check("sizes", _X86, _sizes),
-    Check("defaults", _X86, _defaults),
+    Check("defaults", _ALL, _defaults),
     Check("msrs", _X86, _msrs),
     Check("feature_msrs", _X86, _feature_msrs),
     Check("cpuid", _X86, _cpuid),
     Check("cpuid_forced", _X86, _cpuid_forced),
     Check("msr_bits", _X86, _msr_bits),
     Check("registers", _ARM, _registers),
+    Check("vcpu_features", _ARM, _vcpu_features),
+    Check("feature_registers", _ARM, _listed_with_features),
+    Check("devices", _ARM, _devices),
+    Check("writable_masks", _ARM, _writable),
+    Check("feature_defaults", _ARM, _feature_defaults),
+    Check("scope_flags", _ARM, _scope_flags),
+    Check("attributes", _ARM, _attributes),
+    Check("firmware", _ARM, _answers),
     Check("register_bits", _ALL, _register_bits),
     Check("scopes", _ALL, _scopes),
     Check("refused", _ALL, lambda profile: _errno_pairs(profile.refused)),

@@ -23,6 +23,10 @@ MARK = "+"
 """What stands before each rule in a kernel's name."""
 
 
+Subject = tuple[object, ...]
+"""What a rule is about. Two rules contradict each other where one's is the beginning of the other's, or the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """An optional rule.
@@ -32,7 +36,8 @@ class Variant:
             rule without one. pattern: what the argument may look like (`re.fullmatch`).
         archs: architectures that it is for. what: what it does. source: the proposal, patch or reason that it follows.
         apply: makes the new profile. Raises: UsageError where this kernel or argument won't do.
-        excludes: names of rules that it contradicts. several: whether it may be given more than once.
+        several: whether it may be given more than once.
+        subject: what a rule with an argument is about, for contradictions; () for what nothing else is about.
     """
 
     name: str
@@ -42,8 +47,8 @@ class Variant:
     what: str
     source: str
     apply: Callable[[HostProfile, str], HostProfile]
-    excludes: tuple[str, ...] = ()
     several: bool = False
+    subject: Callable[[str], Subject] = lambda argument: ()
 
     @property
     def title(self) -> str:
@@ -58,9 +63,10 @@ class Variant:
 
 def variants(arch: Arch) -> tuple[Variant, ...]:
     """The optional rules of an architecture."""
+    from migstream.backends.sim.variants_arm64 import VARIANTS as ARM64
     from migstream.backends.sim.variants_x86_64 import VARIANTS as X86_64
 
-    return tuple(rule for rule in X86_64 if arch in rule.archs)
+    return tuple(rule for rule in (*ARM64, *X86_64) if arch in rule.archs)
 
 
 def varied(title: str, profile: HostProfile, words: list[str]) -> HostProfile:
@@ -101,10 +107,15 @@ def _pairs(chosen: list[_Chosen]) -> Iterator[tuple[_Chosen, _Chosen]]:
 
 
 def _agree(title: str, earlier: _Chosen, later: _Chosen) -> None:
-    (one, _, first), (other, _, second) = earlier, later
+    (one, argument, first), (other, others, second) = earlier, later
     twice = one is other and (not one.several or first == second)
-    if twice or other.name in one.excludes or one.name in other.excludes:
+    if twice or _overlap(one.subject(argument), other.subject(others)):
         raise UsageError(f"sim:{title}: {MARK}{first} and {MARK}{second} contradict each other")
+
+
+def _overlap(one: Subject, other: Subject) -> bool:
+    shared = min(len(one), len(other))
+    return shared > 0 and one[:shared] == other[:shared]
 
 
 def behaves(profile: HostProfile, **traits: int) -> HostProfile:

@@ -6,7 +6,7 @@ import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from migstream.backends.sim.variants import Variant, behaves
+from migstream.backends.sim.variants import Subject, Variant, behaves
 from migstream.errors import UsageError
 from migstream.model import Arch
 from migstream.registers import ids
@@ -94,6 +94,13 @@ def _msr(argument: str) -> int:
         raise UsageError(f"no MSR {word!r}; give its number or the kernel's name") from None
 
 
+def _subject(argument: str) -> Subject:
+    try:
+        return ("MSR", _msr(argument))
+    except UsageError:
+        return ("MSR", argument)
+
+
 def _hide_msr(profile: HostProfile, argument: str) -> HostProfile:
     index = _msr(argument)
     if index not in profile.msrs and index not in profile.feature_msrs:
@@ -141,9 +148,9 @@ VARIANTS = (
             "VMX MSRs, which read filtered once KVM_CAP_HYPERV_ENLIGHTENED_VMCS is enabled, before or after they were "
             "written", "the review of KVM_CAP_HYPERV_ENLIGHTENED_VMCS2 (2022): expose the filtered VMX MSRs", _evmcs),
     Variant("hide-msr", "=MSR", "=[A-Za-z0-9_]+", _X86, "the kernel knows this MSR no more",
-            "6.1 lists 97 MSRs, 6.12 68 of them", _hide_msr, several=True),
+            "6.1 lists 97 MSRs, 6.12 68 of them", _hide_msr, several=True, subject=_subject),
     Variant("add-msr", "=MSR", "=[A-Za-z0-9_]+", _X86, "a new MSR of a vCPU: all bits are kept, 0 at first",
-            "7.2 lists MSRs that 6.12 has not", _add_msr, several=True),
+            "7.2 lists MSRs that 6.12 has not", _add_msr, several=True, subject=_subject),
     Variant("clear-cpuid", "=LEAF.SUBLEAF.REGISTER.BIT",
             f"=(?:{_NUMBER})[.](?:{_NUMBER})[.]e[abcd]x[.](?:[12]?[0-9]|3[01])", _X86,
             "KVM_GET_SUPPORTED_CPUID without one bit, such as 0x7.0.ebx.20",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from migstream.backends.sim.arm64.vgic import Vgic
 from migstream.errors import BackendError
 
 if TYPE_CHECKING:
@@ -52,8 +53,11 @@ ATTRIBUTES = (
 _KINDS = {"gic_distributor": "gicv3", "its": "its"}
 
 
-def make(profile: HostProfile, devices: Mapping[str, int]) -> None:
-    """Refuse what KVM would. Raises: BackendError with the ioctl, the errno and the attribute."""
+def make_devices(profile: HostProfile, devices: Mapping[str, int], vcpus: int) -> Vgic | None:
+    """The initialized interrupt controller, None without one; refuse what KVM would.
+
+    Raises: BackendError with the ioctl, the errno and the attribute.
+    """
     for name, kind in _KINDS.items():
         if name in devices and kind not in profile.devices:
             raise BackendError("KVM_CREATE_DEVICE", errno=errno.ENODEV, register=kind)
@@ -62,3 +66,7 @@ def make(profile: HostProfile, devices: Mapping[str, int]) -> None:
         value = devices.get(attribute.device, default)
         if value is not None and (no := attribute.refuse(int(value))):
             raise BackendError("KVM_SET_DEVICE_ATTR", errno=no, register=attribute.name)
+    if "gic_distributor" not in devices:
+        return None
+    return Vgic(vcpus, irqs=devices.get("gic_irqs", _DEFAULT_IRQS), initialized=True,
+                distributor=devices["gic_distributor"], redistributors=devices["gic_redistributors"])

@@ -158,7 +158,8 @@ class Guest:
         """The same as the kernel names them; with the scope flag where that was asked for."""
         if not self.ignored:
             return self.listed(features)
-        return frozenset(id | self.ignored if self.shared(id) else id for id in self.listed(features))
+        flagged = frozenset(self.profile.scope_flags)
+        return frozenset(id | self.ignored if id in flagged else id for id in self.listed(features))
 
     def resolve(self, id: int) -> int:
         """The register that an id means: without the bits that this kernel ignores."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from migstream.model import Words
 
 PSCI_0_1 = 1
-PSCI_VERSIONS = (0x0000_0002, 0x0001_0000, 0x0001_0001, 0x0001_0002, 0x0001_0003, 0x0001_0004)
+PSCI_VERSIONS = (0x0000_0002, 0x0001_0000, 0x0001_0001, 0x0001_0002, 0x0001_0003)
 """Since 0.2, ascending: major in the upper half, minor in the lower."""
 
 
@@ -33,8 +33,8 @@ def _with_psci(at: Access) -> NDArray[np.bool_]:
 
 
 def _psci(at: Access, values: Words) -> Errnos:
-    newer = [version for version in PSCI_VERSIONS if version <= latest_psci(at.guest)]
-    known = np.isin(values[:, 0], np.array(newer, np.uint64))
+    latest = latest_psci(at.guest)
+    known = np.isin(values[:, 0], np.array([*(one for one in PSCI_VERSIONS if one <= latest), latest], np.uint64))
     return invalid(np.where(_with_psci(at), ~known, values[:, 0] != PSCI_0_1))
 
 

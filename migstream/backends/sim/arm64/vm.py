@@ -11,20 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import numpy as np
 
 from migstream.backends.base import GuestMemory, Refusal, Vm
-from migstream.backends.sim.arm64 import (
-    access,
-    attributes,
-    board,
-    entering,
-    ids,
-    rules,
-    rules_cpu,
-    rules_firmware,
-    rules_id,
-)
+from migstream.backends.sim.arm64 import access, attributes, entering, ids, rules, rules_cpu, rules_firmware, rules_id
 from migstream.backends.sim.arm64 import gic as chip
+from migstream.backends.sim.arm64.board import make_devices
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access, Guest
 from migstream.backends.sim.arm64.its import CTLR, Its
+from migstream.backends.sim.arm64.proposals import ASYMMETRIC_CAP, PROPOSED_RULES, SCOPE_CAP
 from migstream.backends.sim.arm64.rules import since
 from migstream.backends.sim.arm64.runner import Runner
 from migstream.backends.sim.arm64.told import CAPABILITIES, CapabilityColumn, InitColumn, OffsetColumn
@@ -32,7 +24,6 @@ from migstream.backends.sim.arm64.vgic import Vgic
 from migstream.backends.sim.memory import Memory
 from migstream.backends.sim.timing import timed
 from migstream.errors import BackendError, UsageError, errno_name
-from migstream.host.profile import FIXED
 from migstream.model import Arch, Layout, Machine, Scope
 from migstream.plan import DEVICES
 from migstream.registers import arm64 as rows
@@ -49,7 +40,8 @@ if TYPE_CHECKING:
     from migstream.host.profile import HostProfile
     from migstream.model import Words
 
-RULES: tuple[Rule, ...] = (*rules_id.RULES, *rules_firmware.RULES, *rules_cpu.RULES, *rules.PROFILE_RULES)
+RULES: tuple[Rule, ...] = (
+    *rules_id.RULES, *rules_firmware.RULES, *rules_cpu.RULES, *PROPOSED_RULES, *rules.PROFILE_RULES)
 """All rules; of one register, in the order of the kernel's checks."""
 
 _VALID_FEATURES = 0x7F
@@ -100,6 +92,8 @@ class Arm64SimVm(Vm):
         if unknown := sorted(self.machine.devices.keys() - known):
             raise UsageError(f"the simulator can't make a device {unknown[0]!r}; it knows {', '.join(sorted(known))}")
         self.memory = self._ram.build(self.machine.memory)
+        if self.profile.says_scope:  # as the KVM backend does
+            self.enable(SCOPE_CAP, ())
         for capability, args in enabled_caps.items():
             if no := self.enable(capability, args):
                 raise BackendError("KVM_ENABLE_CAP", errno=no, register=f"capability {capability}")
@@ -114,6 +108,11 @@ class Arm64SimVm(Vm):
             return errno.EINVAL
         if offered and offered.before_vcpus and self.guest.vcpus:
             return errno.EBUSY
+        if capability == SCOPE_CAP:  # a matter between the kernel and who asks: nothing of it travels
+            if any(args):
+                return errno.EINVAL
+            self.guest.ignored = all_ids.KVM_REG_ARM_SCOPE_VM
+            return 0
         self.guest.told[capability] = args
         return 0
 
@@ -135,12 +134,7 @@ class Arm64SimVm(Vm):
             raise BackendError("KVM_ARM_VCPU_INIT", errno=no, vcpu=first,
                                what=what + (f"; this host has no {', '.join(missing)}" if missing else ""))
         self.guest.reset(first, wanted, self.features)
-        devices = self.machine.devices
-        board.make(self.profile, devices)
-        if "gic_distributor" in devices:
-            self.guest.vgic = Vgic(self.guest.vcpus, irqs=int(devices.get("gic_irqs", 64)), initialized=True,
-                                   distributor=int(devices["gic_distributor"]),
-                                   redistributors=int(devices["gic_redistributors"]))
+        self.guest.vgic = make_devices(self.profile, self.machine.devices, self.guest.vcpus)
 
     @property
     def features(self) -> int:
@@ -154,10 +148,10 @@ class Arm64SimVm(Vm):
         """
         if self.guest.vcpus and self.features & vcpu_features.SVE:
             self.guest.finalized[:] = True
-        known = {**self.profile.scopes, **self.profile.feature_scopes}
-        scopes = {id: Scope(name) for id, name in known.items() if name != FIXED}
-        listed = self.guest.named(self.features)
-        found = (*rows.layouts(listed, scopes, self._extra()), *self._gic_layouts())
+        if self.guest.vcpus and self.guest.uniform is None:
+            raise UsageError("the vCPUs have different features: a layout is for all of them alike")
+        listed = self.guest.listed(self.features)
+        found = (*rows.layouts(listed, self.profile.known_scopes, self._extra()), *self._gic_layouts())
         layouts = tuple(sorted(found, key=lambda layout: layout.phase))
         refused = [no for at in layouts for no in self.read(at, 0, np.zeros((1, at.row_words), np.uint64))]
         bad = {refusal.register for refusal in refused}
@@ -356,7 +350,7 @@ class Arm64SimVm(Vm):
     @property
     def uniform_features(self) -> bool:
         """Whether all vCPUs must have the same features: kernels that keep ID registers once a VM."""
-        return bool(self.profile.writable_masks) and "asymmetric" not in self.guest.notes
+        return bool(self.profile.writable_masks) and ASYMMETRIC_CAP not in self.guest.told
 
     @_alive
     def finalize(self, vcpu: int, what: int) -> tuple[int, bytes]:
