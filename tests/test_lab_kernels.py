@@ -41,10 +41,12 @@ IN_GUEST = [
             "every register that KVM can list for a guest of ours holds a mark"),
     InGuest(CONTRACT, (*PYTEST, "kvm_arm64"), ARM64, 300, "what all backends have in common holds here, too"),
     InGuest(CONTRACT, (*PYTEST, "kvm"), X86_64, 300, "what all backends have in common holds here, too"),
-    InGuest("fidelity", ("python3", "-m", "tests.fidelity.guest", "fresh", "40"), X86_64, 300,
+    InGuest("fidelity", ("python3", "-m", "tests.fidelity.guest", "fresh", "40"), ARM64 + X86_64, 300,
             "random calls on the simulator and on the kernel, with a new seed each time: it keeps looking"),
     InGuest("recorded", ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fidelity/test_recorded.py"),
             X86_64, 240, "the answers that the simulator was mended for are the kernel's"),
+    InGuest("recorded", ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider",
+                         "tests/fidelity/test_recorded_arm64.py"), ARM64, 240, "the same"),
 ]  # fmt: skip
 
 CASES = [pytest.param(where, row, id=f"{where.name}-{row.name}") for where in ARM64 + X86_64 for row in IN_GUEST

@@ -1,7 +1,8 @@
 """`python -m tests.fidelity`: how many random sequences the simulator answers as the real kernel does.
 
-The last line is `N sequences of C or more calls, M calls, D divergences, seed S, kernel K`. Exit status: 0 none
-diverges, 1 some do, 64 misuse, 69 the kernel can't be had here, and the lab's own for a lab that failed.
+What is not compared is printed with its reason. The last line is `N sequences of C or more calls, M calls, D
+divergences, seed S, kernel K`. Exit status: 0 none diverges, 1 some do, 64 misuse, 69 the kernel can't be had here, and
+the lab's own for a lab that failed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Outcome:
     fewest: int
     divergences: list[int] = field(default_factory=list)
     tests: str = ""
+    excluded: list[dict[str, str]] = field(default_factory=list)
 
     def line(self) -> str:
         """The figures in one line."""
@@ -106,7 +108,8 @@ def _outcome(name: str, profile: HostProfile, seed: int, sequences: int, calls: 
              found: list[driver.Divergence]) -> Outcome:
     words = vocabulary(profile.arch)
     made = [len(driver.story(words, profile, seed, index, calls)) for index in range(sequences)]
-    return Outcome(name, seed, sequences, sum(made), min(made, default=0), [one.index for one in found])
+    return Outcome(name, seed, sequences, sum(made), min(made, default=0), [one.index for one in found],
+                   excluded=[row._asdict() for row in words.excluded])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,6 +141,8 @@ def _print(out: Outcome, as_json: bool) -> None:
         return
     if out.tests:
         print(out.tests)
+    for row in out.excluded:
+        print(f"not compared: {row['what']}: {row['reason']}")
     print(out.line())
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from migstream.backends.base import Backend
 from migstream.backends.kvm import KvmBackend, uapi
 from migstream.backends.sim.arm64 import Arm64SimVm, ids
+from migstream.host import firmware_arm64
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Klass, Machine, MemoryRegion
 from migstream.registers import arm64_ids, vcpu_features
 from migstream.registers.catalogue import lookup
+from tests.fidelity import arm64_devices as devices
+from tests.fidelity import arm64_program as program
 from tests.fidelity.arm64_kvm import RealArm64
 from tests.fidelity.calls import Answer, Call, Excluded, Stage, call
 
@@ -25,8 +28,9 @@ EXCLUDED = (
              "the kernel delivers the abort into ESR_EL1, FAR_EL1, PC and PSTATE: no simulator of an exception here"),
     Excluded("vCPUs with EL1_32BIT: KVM_ARM_VCPU_INIT's answer is compared, and they are not used",
              "a profile has no defaults of theirs"),
-    Excluded("KVM_RUN leaves before the first instruction",
-             "what a CPU in emulation does with counters and timers until it stops is a matter of time"),
+    Excluded("guest programs run on vCPUs without a PMU, at EL1 with the MMU off and exceptions masked",
+             "cycles are time; a guest that takes exceptions is no matter of the register interface"),
+    Excluded("KVM_PTP's answer to a guest is compared as answered or not", "it is a time"),
 )
 
 SVE, PMU, PTRAUTH, PSCI = vcpu_features.SVE, vcpu_features.PMU_V3, vcpu_features.PTRAUTH, vcpu_features.PSCI_0_2
@@ -54,8 +58,16 @@ _STRANGE = (
 )
 """Ids that no kernel has, or not in this size, or only with a feature."""
 
+_X_PC = {**dict(enumerate(ids.X)), 32: ids.PC}
+_AT_START = ((ids.MP_STATE, 0), (ids.SCTLR, 0x30C5_0830), (ids.MDSCR, 0), (ids.PSTATE, 0x3C5))
+"""A vCPU that may run, MMU and debugging off, at EL1 with everything masked."""
+
+_PMU_IRQ = (0, 0)
 _STRUCTS = {ids.MP_STATE: (uapi.GET_MP_STATE, uapi.SET_MP_STATE),
             ids.VCPU_EVENTS: (uapi.GET_VCPU_EVENTS, uapi.SET_VCPU_EVENTS)}
+_CAPABILITIES = (205, 216, 239, 9999)
+"""ARM_MTE, ARM_SYSTEM_SUSPEND, ARM_WRITABLE_IMP_ID_REGS, and one that there is not."""
+
 _FAR = (0, 1, 1 << 63, (1 << 64) - 1)
 
 
@@ -68,6 +80,14 @@ class Side(Protocol):
     def get(self, vcpu: int, id: int) -> tuple[int, bytes]: ...
     def set(self, vcpu: int, id: int, value: bytes) -> tuple[int, bytes]: ...
     def run(self, vcpu: int) -> tuple[int, bytes]: ...
+    def load(self, address: int, code: bytes) -> None: ...
+    def execute(self, vcpu: int, instructions: int) -> tuple[int, bytes]: ...
+    def enable(self, capability: int) -> int: ...
+    def set_counter_offset(self, offset: int, reserved: int) -> int: ...
+    def create_gic(self) -> int: ...
+    def gic_attribute(self, verb: str, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]: ...
+    def gic_register(self, verb: str, vcpu: int, id: int, value: int = 0) -> tuple[int, bytes]: ...
+    def line(self, verb: str, vcpu: int, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]: ...
     def close(self) -> None: ...
 
 
@@ -96,24 +116,29 @@ class Arm64Stage(Stage):
             self.side.close()
             self.side = None
 
-    def do_create(self, vcpus: int) -> Answer:
-        """Make a VM instead of the one that there is."""
+    def do_create(self, vcpus: int, caps: Sequence[int] = ()) -> Answer:
+        """Make a VM instead of the one that there is: KVM_ENABLE_CAP, then vCPUs."""
         self.close()
         self.vcpus = vcpus
         if isinstance(self.backend, KvmBackend):
-            self.side = RealSide(vcpus)
-            return {}
+            self.side = RealSide(vcpus, caps)
+            self.side.load(program.ADDRESS, program.code())
+            return self.side.enabled
         vm = self.backend.create(Machine(Arch.ARM64, vcpus, (MemoryRegion(0, 1 << 20),), {}))
         assert isinstance(vm, Arm64SimVm)
+        enabled = [vm.enable(number) for number in caps]
         vm.guest.add_vcpus(vcpus)
         self.side = vm
-        return {}
+        vm.load(program.ADDRESS, program.code())
+        return enabled
 
     def _ask(self, vcpu: int, ask: Callable[[Side], tuple[int, bytes]]) -> Answer:
         if self.side is None or vcpu >= self.vcpus:
             return {"no": "vCPU"}
         no, value = ask(self.side)
-        return {"errno": no} if no or not value else {"value": value.hex()}
+        if no or not value:
+            return {"errno": no}
+        return {"exit": value.decode()} if value.startswith(b"KVM_EXIT") else {"value": value.hex()}
 
     def do_init(self, vcpu: int, features: int, target: int | None = None) -> Answer:
         """KVM_ARM_VCPU_INIT."""
@@ -141,6 +166,55 @@ class Arm64Stage(Stage):
     def do_run(self, vcpu: int) -> Answer:
         """KVM_RUN that leaves at once."""
         return self._ask(vcpu, lambda side: side.run(vcpu))
+
+    def do_execute(self, vcpu: int, asked: list[int]) -> Answer:
+        """A guest at EL1 with its MMU off asks its firmware and reads registers: what it sees of each."""
+        if self.side is None or vcpu >= self.vcpus:
+            return {"no": "vCPU"}
+        if not self.side.line("has", vcpu, *_PMU_IRQ)[0]:
+            return {"no": "program on a vCPU with a PMU"}
+        for id, value in _AT_START:
+            self.side.set(vcpu, id, value.to_bytes(lookup(id).size or 8, "little"))
+        return {program.QUESTIONS[key].name: self._seen(self.side, vcpu, program.QUESTIONS[key]) for key in asked}
+
+    def _seen(self, side: Side, vcpu: int, question: firmware_arm64.Question) -> Answer:
+        side.run(vcpu)  # completes the exit before
+        for number, value in program.start(question).items():
+            side.set(vcpu, _X_PC[number], value.to_bytes(8, "little"))
+        answer = self._ask(vcpu, lambda side: side.execute(vcpu, 10))
+        seen = int.from_bytes(side.get(vcpu, ids.X[program.RESULT])[1], "little")
+        for number in range(program.RESULT):
+            side.set(vcpu, ids.X[number], bytes(8))  # of SMCCC's results only X0 is compared
+        return answer if "errno" in answer else {**answer, "seen": hex(question.answer(seen))}
+
+    def do_enable(self, capability: int) -> Answer:
+        """KVM_ENABLE_CAP of a VM that has vCPUs."""
+        return self._ask(0, lambda side: (side.enable(capability), b""))
+
+    def do_offset(self, offset: int, reserved: int) -> Answer:
+        """KVM_ARM_SET_COUNTER_OFFSET."""
+        return self._ask(0, lambda side: (side.set_counter_offset(offset, reserved), b""))
+
+    def do_gic_create(self) -> Answer:
+        """KVM_CREATE_DEVICE of a vGICv3."""
+        return {"no": "VM"} if self.side is None else {"errno": self.side.create_gic()}
+
+    def do_gic(self, verb: str, group: int, attribute: int, value: int = 0) -> Answer:
+        """KVM_HAS, GET or SET_DEVICE_ATTR of what makes the vGIC."""
+        return self._ask(0, lambda side: side.gic_attribute(verb, group, attribute, value))
+
+    def do_gic_get(self, vcpu: int, id: int) -> Answer:
+        """A register of the vGIC."""
+        return self._ask(vcpu, lambda side: side.gic_register("get", vcpu, id))
+
+    def do_gic_set(self, vcpu: int, id: int, value: int) -> Answer:
+        """The same; then it is read."""
+        answer = self._ask(vcpu, lambda side: side.gic_register("set", vcpu, id, value))
+        return {"set": answer, "get": self.do_gic_get(vcpu, id)}
+
+    def do_line(self, verb: str, vcpu: int, group: int, attribute: int, value: int = 0) -> Answer:
+        """KVM_HAS, GET or SET_DEVICE_ATTR of a vCPU."""
+        return self._ask(vcpu, lambda side: side.line(verb, vcpu, group, attribute, value))
 
     def do_dump(self, vcpu: int) -> Answer:
         """Every register of a vCPU that is not what the profile's vCPUs are made with, by name."""
@@ -179,6 +253,14 @@ class Arm64:
         """A fresh stage."""
         return Arm64Stage(backend, profile)
 
+    def facts(self, real: Backend) -> dict[str, int]:
+        """None: an arm64 profile holds nothing that is another number at each boot."""
+        return {}
+
+    def told(self, profile: HostProfile, facts: dict[str, int]) -> HostProfile:
+        """The profile as it is."""
+        return profile
+
 
 class Author:
     """Makes one sequence."""
@@ -187,6 +269,7 @@ class Author:
         self.random, self.profile = source, profile
         self.vcpus = source.choice((1, 2, 2, 3))
         self.features = source.choice(_SETS)
+        self.gic = source.random() < 0.35
         self.ids = sorted(profile.with_features(self.features).listed)
         kinds: dict[tuple[Klass, int], list[int]] = {}
         for id in self.ids:
@@ -195,12 +278,17 @@ class Author:
 
     def story(self, calls: int) -> list[Call]:
         """So many calls."""
-        out = [call("create", vcpus=self.vcpus)]
+        caps = [number for number in _CAPABILITIES if self.random.random() < 0.25]
+        out = [call("create", vcpus=self.vcpus, caps=caps)]
         for vcpu in range(self.vcpus):
             if self.random.random() < 0.1:
                 out += [self.any_call() for _ in range(2)]
             if self.random.random() < 0.95:
                 out += self.made(vcpu)
+        if self.gic:
+            out += devices.made(self.random)
+        if self.features & PMU and self.random.random() < 0.8:
+            out += devices.pmu(self.random, self.vcpus, self.gic)
         while len(out) < calls - 1:
             out.append(self.any_call())
         return [*out, call("dump", vcpu=self.random.randrange(self.vcpus))]
@@ -223,13 +311,21 @@ class Author:
             return call("init", vcpu=vcpu, features=self.features, target=self.random.choice((0, 1, 5, 6)))
         if kind < 0.08:
             return call("init", vcpu=vcpu, features=self.features)
+        if kind < 0.085:
+            return call("enable", capability=self.random.choice(_CAPABILITIES))
+        if kind < 0.09:
+            return call("offset", offset=self.random.choice((0, 1 << 20)), reserved=self.random.choice((0, 0, 1)))
         if kind < 0.11:
             return call("finalize", vcpu=vcpu, what=self.random.choice((4, 4, 0, 5)))
         if kind < 0.14:
             return call("listed", vcpu=vcpu, room=self.random.choice((0, 1, 100, 2000)))
         if kind < 0.19:
             return call("run", vcpu=vcpu)
-        if kind < 0.28:
+        if kind < 0.23:
+            return call("execute", vcpu=vcpu, asked=self.random.sample(sorted(program.QUESTIONS), 4))
+        if kind < (0.42 if self.gic else 0.27):
+            return devices.any_call(self.random, vcpu, self.gic)
+        if self.random.random() < 0.12:
             return call("get", vcpu=vcpu, id=self.id())
         id = self.id()
         return call("set", vcpu=vcpu, id=id, value=self.value(id))

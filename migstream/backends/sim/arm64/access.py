@@ -10,6 +10,7 @@ import numpy as np
 
 from migstream.backends.sim.arm64 import ids
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access, Guest
+from migstream.backends.sim.arm64.rules import since
 from migstream.registers import arm64_ids, vcpu_features
 from migstream.registers import ids as all_ids
 from migstream.registers.catalogue import lookup
@@ -27,8 +28,9 @@ _REGS_WORDS = 216
 _Z_FIRST, _P_FIRST = arm64_ids.zreg(0), arm64_ids.preg(0)
 _Z_LAST, _P_LAST = arm64_ids.zreg(31) | arm64_ids.SLICE_MASK, arm64_ids.preg(16) | arm64_ids.SLICE_MASK
 _STRUCTS = frozenset((ids.MP_STATE, ids.VCPU_EVENTS))
-_NEEDS_NO_INIT = frozenset((ids.MP_STATE,))
-"""kvm_arch_vcpu_ioctl_get_mpstate() looks at nothing else."""
+_UNTIL_INIT: dict[int, tuple[int, ...]] = {ids.MP_STATE: (99,), ids.VCPU_EVENTS: (6, 18)}
+"""Structs that a vCPU has before KVM_ARM_VCPU_INIT, up to a release: kvm_arch_vcpu_ioctl_get_mpstate() looks at
+nothing else; KVM_GET_VCPU_EVENTS and KVM_SET_VCPU_EVENTS in kvm_arch_vcpu_ioctl() did not before 6.18."""
 
 
 def missing(guest: Guest, id: int, features: int, finalized: bool) -> int:
@@ -37,7 +39,8 @@ def missing(guest: Guest, id: int, features: int, finalized: bool) -> int:
     The order is kvm_arm_get_reg()'s: architecture, then by class.
     """
     if features == NO_FEATURES:
-        return 0 if id in _NEEDS_NO_INIT else errno.ENOEXEC
+        until = _UNTIL_INIT.get(id)
+        return 0 if until and not since(guest.profile, *until) else errno.ENOEXEC
     if id in _STRUCTS:
         return 0
     if (id & ~_SIZE) >> 32 != arm64_ids.ARM64 >> 32:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from migstream.backends.sim.mmu import Exit
 from migstream.errors import UsageError
@@ -91,6 +91,16 @@ class Translation:
             raise mmio() from None
 
 
+class Host(Protocol):
+    """Who answers what an instruction asks of the hypervisor."""
+
+    def system_register(self, encoding: int) -> int | None:
+        """MRS: the value of a register, by op0 to op2 as in KVM's ids; None where the instruction is undefined."""
+
+    def hypercall(self, function: int, argument: int) -> int:
+        """HVC: what X0 becomes."""
+
+
 Step = Callable[["Cpu"], None]
 
 
@@ -104,6 +114,7 @@ class Cpu:
     pstate: int
     translation: Translation
     decoded: dict[int, Step]
+    host: Host | None = None
 
     def run(self, count: int) -> None:
         """Run instructions. Raises: Exit, with PC at the instruction that it is about."""
@@ -255,6 +266,36 @@ def _nothing(word: int) -> Step:
     return step
 
 
+def _move_register(word: int) -> Step:
+    rd, _, rm = _operands(word)
+
+    def step(cpu: Cpu) -> None:
+        cpu.put(rd, cpu.get(rm))
+
+    return step
+
+
+def _read_system(word: int) -> Step:
+    rt, encoding = word & 31, word >> 5 & 0x7FFF | 0x8000
+
+    def step(cpu: Cpu) -> None:
+        value = cpu.host.system_register(encoding) if cpu.host else None
+        if value is None:
+            raise unknown()
+        cpu.put(rt, value)
+
+    return step
+
+
+def _hypercall(word: int) -> Step:
+    def step(cpu: Cpu) -> None:
+        if not cpu.host:
+            raise unknown()
+        cpu.put(0, cpu.host.hypercall(cpu.x[0] & 0xFFFF_FFFF, cpu.x[1]))
+
+    return step
+
+
 def _wait(word: int) -> Step:
     """WFI: waits for an interrupt, and none is delivered here."""
     def step(cpu: Cpu) -> None:
@@ -273,6 +314,9 @@ FORMS: tuple[Form, ...] = (
     Form(0xFC00_0000, 0x1400_0000, "B", _branch),
     Form(0xFF00_001E, 0x5400_0000, "B.EQ, B.NE", _equal_branch),
     Form(0x9F80_0000, 0x9280_0000, "MOVN, MOVZ, MOVK", _move_wide),
+    Form(0xFFE0_FFE0, 0xAA00_03E0, "MOV (register)", _move_register),
+    Form(0xFFF0_0000, 0xD530_0000, "MRS", _read_system),
+    Form(0xFFFF_FFFF, 0xD400_0002, "HVC #0", _hypercall),
     Form(0xFFFF_FFFF, 0xD503_201F, "NOP", _nothing),
     Form(0xFFFF_FFFF, 0xD503_207F, "WFI", _wait),
 )

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim.arm64 import ids
+from migstream.backends.sim.arm64.vgic import Vgic
+from migstream.backends.sim.msr_rule import version
 from migstream.host.profile import FIXED
 from migstream.registers import gic, vcpu_features
 from migstream.registers.catalogue import lookup
@@ -34,6 +36,9 @@ NO_FEATURES = -1
 """Features of a vCPU that KVM_ARM_VCPU_INIT was not called for."""
 
 _U64 = (1 << 64) - 1
+_TIMER_LINES = {0: 27, 1: 30, 2: 28, 3: 26}
+"""KVM_ARM_VCPU_TIMER_IRQ_VTIMER, _PTIMER, _HVTIMER, _HPTIMER: the PPIs that a VM starts with (arch_timer.c)."""
+
 
 FEATURE_FIELDS: tuple[tuple[int, int, int, str], ...] = (
     (ids.ID_AA64PFR0, 0xF << 32, vcpu_features.SVE, "SVE"),
@@ -45,9 +50,29 @@ FEATURE_FIELDS: tuple[tuple[int, int, int, str], ...] = (
 """(register, bits, vCPU feature that they are 0 without, fields): arch/arm64/kvm/sys_regs.c, read_id_reg() of 5.10 and
 6.1, sanitise_id_*() since. A profile has the values without and with all features."""
 
-_SURVIVES_RESET = ids.CCSIDR_IDS | {
-    ids.TIMER_CVAL, ids.PTIMER_CVAL, ids.SVE_VLS, ids.TIMER_CNT, ids.PTIMER_CNT}
-"""What a second KVM_ARM_VCPU_INIT leaves alone: kvm_reset_vcpu() and kvm_timer_vcpu_reset() don't touch it."""
+@dataclass(frozen=True, slots=True)
+class Survivors:
+    """Registers that a second KVM_ARM_VCPU_INIT leaves alone, on kernels from `first` to before `last`.
+
+    `ran`: only those of a vCPU that has run.
+    """
+
+    ids: frozenset[int]
+    why: str
+    first: tuple[int, int] = (0, 0)
+    last: tuple[int, int] = (99, 0)
+    ran: bool = False
+
+
+_SURVIVES_RESET = (
+    Survivors(frozenset((*ids.CCSIDR_IDS, ids.SVE_VLS, *ids.CLOCKS)), "kvm_reset_vcpu() does not touch it"),
+    Survivors(frozenset((ids.SP_EL1, ids.ELR_EL1, ids.SPSR_EL1)),
+              "core registers to userspace, to the kernel system registers without a reset"),
+    Survivors(frozenset((ids.TIMER_CVAL, ids.PTIMER_CVAL)), "kvm_timer_vcpu_reset() resets the control alone; "
+              "measured: 7.2, where they are in the table of system registers, resets them", last=(6, 18)),
+    Survivors(frozenset((ids.MPIDR, ids.CLIDR)), "reset_vcpu_ftr_id_reg(): of an initialized vCPU they stay", (6, 5)),
+    Survivors(frozenset((ids.VCPU_EVENTS,)), "measured: 6.12, 7.2, not 6.1: a pending SError stays", (6, 2), ran=True),
+)
 
 
 class Guest:
@@ -59,7 +84,11 @@ class Guest:
         ran: whether it ever ran. entered: whether any did. told: capabilities enabled, with their arguments.
         offsets: of the virtual and the physical counter, ticks. counter_offset: struct kvm_arm_counter_offset if told.
         uniform: the features of all vCPUs where they are the same, else None. notes: what else the VM was told.
-        ignored: bits of a register's id that mean nothing.
+        ignored: bits of a register's id that mean nothing. vgic: the interrupt controller. pmu_made: whether each
+            vCPU's PMU was initialized. lines_fixed: whether the timers' interrupts are. steal_time: address by vCPU.
+        left_over, off: features by vCPU that a refused KVM_ARM_VCPU_INIT left, and POWER_OFF, before 6.5.
+        exited: vCPUs whose last exit was MMIO, which the next KVM_RUN completes: PC goes on then.
+        dead: a VM that the kernel gave up.
     """
 
     def __init__(self, profile: HostProfile, machine: Machine, host: HostClock, rules: Sequence[Rule]) -> None:
@@ -74,6 +103,14 @@ class Guest:
         self.uniform: int | None = None
         self.notes: dict[str, int] = {}
         self.ignored = 0
+        self.vgic: Vgic | None = None
+        self.pmu_made: Mask = np.zeros(0, np.bool_)
+        self.lines_fixed = False
+        self.steal_time: dict[int, int] = {}
+        self.left_over: dict[int, int] = {}
+        self.off: dict[int, int] = {}
+        self.exited: set[int] = set()
+        self.dead = False
         self._columns: dict[int, Words] = {}
         self._listed: dict[int, frozenset[int]] = {}
         self._programs: dict[int, tuple[Rule, ...]] = {}
@@ -89,6 +126,7 @@ class Guest:
         self.features = np.append(self.features, np.full(count, NO_FEATURES))
         self.finalized = np.append(self.finalized, np.zeros(count, np.bool_))
         self.ran = np.append(self.ran, np.zeros(count, np.bool_))
+        self.pmu_made = np.append(self.pmu_made, np.zeros(count, np.bool_))
         self.uniform = None
         for id, column in self._columns.items():
             if not self.shared(id):
@@ -100,9 +138,15 @@ class Guest:
         """Give vCPUs their features and the values that they are made with (kvm_reset_vcpu)."""
         self.features[first:first + count] = features
         self.uniform = features if (self.features == features).all() else None
+        survivors = self._survivors(bool(self.ran[first:first + count].any()))
         for id, column in self._columns.items():
-            if not self.shared(id) and id not in _SURVIVES_RESET and gic.access(id) is None:
+            if not self.shared(id) and id not in survivors and id not in gic.LINES and gic.access(id) is None:
                 column[first:first + count] = self._fresh(id, range(first, first + count))
+
+    def _survivors(self, ran: bool) -> frozenset[int]:
+        release = version(self.profile)
+        return frozenset(id for row in _SURVIVES_RESET if row.first <= release < row.last and (ran or not row.ran)
+                         for id in row.ids)
 
     def listed(self, features: int) -> frozenset[int]:
         """KVM_GET_REG_LIST of a vCPU with these features."""
@@ -132,6 +176,19 @@ class Guest:
         if id not in self._programs:
             self._programs[id] = tuple(rule for rule in self.rules if rule.about(self.profile, id))
         return self._programs[id]
+
+    def timer_line(self, attribute: int) -> int:
+        """The interrupt of a timer."""
+        return self.notes.get(f"timer {attribute}", _TIMER_LINES[attribute])
+
+    def set_timer_line(self, attribute: int, line: int) -> None:
+        """Set it."""
+        self.notes[f"timer {attribute}"] = line
+
+    @property
+    def most_counters(self) -> int:
+        """Event counters of the host's PMU: PMCR_EL0.N of a vCPU that is made with one."""
+        return self.initial(ids.PMCR, 0) >> 11 & 0x1F
 
     def initial(self, id: int, features: int) -> int:
         """The value of a register of up to 64 bits on a vCPU that was made with these features."""

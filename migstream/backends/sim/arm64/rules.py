@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim.arm64 import ids
+from migstream.backends.sim.msr_rule import version
 from migstream.registers.catalogue import lookup
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ def registers(*wanted: int) -> About:
     """The registers, on all kernels."""
     chosen = frozenset(wanted)
     return lambda profile, id: id in chosen
+
+
+def since(profile: HostProfile, *release: int) -> bool:
+    """Whether a kernel is this one or a later one: for what no capability and no trial of a profile tells."""
+    return version(profile) >= release
 
 
 def refused(rows: Mask | NDArray[np.bool_], no: int) -> Errnos:

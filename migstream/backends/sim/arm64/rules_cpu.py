@@ -13,7 +13,7 @@ from migstream.backends.sim.arm64.rules import Rule, invalid, kept, mask, refuse
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migstream.backends.sim.arm64.guest import Access, Errnos
+    from migstream.backends.sim.arm64.guest import Access, Errnos, Mask
     from migstream.host.profile import HostProfile
     from migstream.model import Words
 
@@ -119,19 +119,15 @@ def _shows_status(profile: HostProfile, id: int) -> bool:
     return _timer(profile, id) and profile.defaults.get(id, b"\0")[0] & 4 != 0
 
 
-def _hides_status(profile: HostProfile, id: int) -> bool:
-    return _timer(profile, id) and not _shows_status(profile, id)
-
-
 def _show_control(at: Access, values: Words) -> Words:
     """ISTATUS: the compare value has been reached; whether the timer is on does not matter."""
+    return np.where(reached(at), values | _ISTATUS, values & ~_ISTATUS)
+
+
+def reached(at: Access) -> Mask:
+    """Whether a timer's counter has reached its compare value, a column."""
     compare, count = (ids.TIMER_CVAL, ids.TIMER_CNT) if at.id == ids.TIMER_CTL else (ids.PTIMER_CVAL, ids.PTIMER_CNT)
-    fired = at.of(compare).load() <= np.uint64(now(at, count))
-    return np.where(fired, values | _ISTATUS, values & ~_ISTATUS)
-
-
-def _hide_control(at: Access, values: Words) -> Words:
-    return values & ~_ISTATUS
+    return np.asarray(at.of(compare).load() <= np.uint64(now(at, count)))
 
 
 def now(at: Access, counter: int) -> int:
@@ -196,6 +192,10 @@ def _store_pair(at: Access, values: Words) -> None:
 
 def _show_pair(at: Access, values: Words) -> Words:
     return at.of(ids.SAME_STORAGE[at.id]).load()
+
+
+def _show_counters(at: Access, values: Words) -> Words:
+    return values & counters(at)[:, np.newaxis]
 
 
 def _counted_pmcr(profile: HostProfile, id: int) -> bool:
@@ -264,12 +264,12 @@ RULES: tuple[Rule, ...] = (
          keep=_cut_vector),
     Rule("ISTATUS is not stored", _timer, "kvm_arm_timer_write(); profile: register_bits", keep=_keep_control),
     Rule("ISTATUS is computed", _shows_status, "read_timer_ctl() up to 6.16", show=_show_control),
-    Rule("ISTATUS is not shown", _hides_status, "measured: 7.2", show=_hide_control),
     Rule("counters run", registers(*ids.CLOCKS), "kvm_arm_timer_read()", after=_set_count, show=_show_count),
     Rule("bits of counters that there are", _masked_pairs, "set_pmreg() since 6.8", keep=_keep_counters),
     Rule("one sets, the other clears", _sets_and_clears, "set_pmreg() 6.8 to 6.14", keep=_set_or_clear),
     Rule("both show the same", _stored_elsewhere, "sys_reg_descs: both name the setting one's storage",
          after=_store_pair, show=_show_pair),
+    Rule("no bits of counters that went away", _masked_pairs, "get_pmreg() since 6.8", show=_show_counters),
     Rule("the number of counters is the VM's", _counted_pmcr, "set_pmcr() since 6.8", keep=_keep_pmcr, after=_lower_n,
          show=_show_pmcr),
     Rule("a state that vCPUs have", registers(ids.MP_STATE), "kvm_arch_vcpu_ioctl_set_mpstate()", refuse=_mp_state),

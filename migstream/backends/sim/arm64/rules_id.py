@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim.arm64 import ids
-from migstream.backends.sim.arm64.rules import Rule, invalid, kept, mask, refused, registers
+from migstream.backends.sim.arm64.rules import About, Rule, invalid, kept, mask, refused, registers, since
 from migstream.backends.sim.arm64.rules import taken as taken_bits
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ def ends_with_run(profile: HostProfile, id: int) -> bool:
 def _busy(at: Access, values: Words) -> Errnos:
     if not at.guest.entered:
         return np.zeros(len(values), np.int64)
-    return refused(values[:, 0] != at.word(), errno.EBUSY)
+    wanted = _drop_implementation_defined(at, values) if at.id in _NONE_FIELDS else values
+    return refused(wanted[:, 0] != at.word(), errno.EBUSY)
 
 
 _NONE_FIELDS = {ids.ID_AA64DFR0: 8, ids.ID_DFR0: 24}
@@ -141,8 +142,28 @@ def _drop_implementation_defined(at: Access, values: Words) -> Words:
 
 
 def _first_debug(at: Access, values: Words) -> Errnos:
-    """The debug version is looked at before the has-run check."""
     return invalid(values[:, 0] & np.uint64(0xF) < np.uint64(6))
+
+
+def _first_perfmon(at: Access, values: Words) -> Errnos:
+    """PMUv3 or none; all ones are none."""
+    version = values[:, 0] >> np.uint64(24) & np.uint64(0xF)
+    return invalid((version != 0) & (version < np.uint64(3)))
+
+
+def _first_aarch64(at: Access, values: Words) -> Errnos:
+    """EL0 and EL1 with AArch64."""
+    return invalid((values[:, 0] & np.uint64(0xF) == 0) | (values[:, 0] & np.uint64(0xF0) == 0))
+
+
+def _first_l1ip(at: Access, values: Words) -> Errnos:
+    """VPIPT (0) and AIVIVT (1) are reserved."""
+    return invalid(values[:, 0] >> np.uint64(14) & np.uint64(3) < np.uint64(2))
+
+
+def _looked_at_first(*wanted: int, release: tuple[int, int] = (6, 7)) -> About:
+    """Registers whose own check comes before that of a run, on kernels that have ID registers once a VM."""
+    return lambda profile, id: id in wanted and since(profile, *release) and ends_with_run(profile, id)
 
 
 def _implementation(at: Access, values: Words) -> Errnos:
@@ -195,6 +216,13 @@ def _ccsidr_fixed(profile: HostProfile, id: int) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule("a debug version of Armv8.0 or later", _looked_at_first(ids.ID_AA64DFR0, ids.ID_DFR0),
+         "set_id_aa64dfr0_el1(), set_id_dfr0_el1() since 6.7", refuse=_first_debug),
+    Rule("PMUv3 or none", _looked_at_first(ids.ID_DFR0), "set_id_dfr0_el1() since 6.7", refuse=_first_perfmon),
+    Rule("AArch64 at EL0 and EL1", _looked_at_first(ids.ID_AA64PFR0, release=(6, 16)),
+         "set_id_aa64pfr0_el1(), measured: 7.2, not 6.12", refuse=_first_aarch64),
+    Rule("an instruction cache policy that is not reserved", _looked_at_first(ids.CTR, release=(6, 14)),
+         "set_ctr_el0(), measured: 7.2, not 6.12", refuse=_first_l1ip),
     Rule("final after the first run", ends_with_run, "set_id_reg() since 6.5", refuse=_busy),
     Rule("fields are the host's or lower", _is_id, f"arm64_check_features(); {_MEASURED}", refuse=_fields),
     Rule("an implementation-defined PMU is none", registers(*_NONE_FIELDS), "set_id_aa64dfr0_el1(), set_id_dfr0_el1()",

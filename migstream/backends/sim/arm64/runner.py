@@ -9,7 +9,9 @@ import numpy as np
 
 from migstream.backends.sim.arm64 import ids
 from migstream.backends.sim.arm64.cpu import Cpu, Step, Translation
+from migstream.backends.sim.arm64.eyes import Eyes
 from migstream.backends.sim.mmu import Exit
+from migstream.errors import UsageError
 
 if TYPE_CHECKING:
     from migstream.backends.base import GuestMemory
@@ -29,8 +31,9 @@ class Runner:
         exits: vCPUs that stopped by themselves, with the kernel's name of the reason.
     """
 
-    def __init__(self, guest: Guest, memory: GuestMemory) -> None:
-        self._guest = guest
+    def __init__(self, guest: Guest, memory: GuestMemory, only: tuple[int, ...] | None = None) -> None:
+        """`only`: these vCPUs, where not all run."""
+        self._guest, self._only = guest, only
         self.exits: dict[int, str] = {}
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -41,6 +44,16 @@ class Runner:
         """Let the vCPUs run."""
         self._guest.ran[list(self._cpus)] = True
         self._thread.start()
+
+    def until_exit(self, instructions: int) -> str:
+        """Run the one vCPU here and now; the kernel's name of what stopped it."""
+        ((k, cpu),) = self._cpus.items()
+        try:
+            cpu.run(instructions)
+        except Exit as stopped:
+            self._store()
+            return stopped.reason
+        raise UsageError(f"nothing stopped vCPU {k} within {instructions} instructions")
 
     def pause(self) -> None:
         """Stop between two instructions and put the registers back. Raises: what went wrong in the thread."""
@@ -57,11 +70,12 @@ class Runner:
         decoded: dict[int, Step] = {}
         spaces: dict[tuple[bool, int, int], Translation] = {}
         cpus = {}
-        for k in np.flatnonzero(np.array(columns[ids.MP_STATE]) == _RUNNABLE).tolist():
+        runnable = np.flatnonzero(np.array(columns[ids.MP_STATE]) == _RUNNABLE).tolist()
+        for k in runnable if self._only is None else self._only:
             space = bool(columns[ids.SCTLR][k] & 1), columns[ids.TCR][k], columns[ids.TTBR0][k]
             translation = spaces.setdefault(space, Translation(memory, *space))
             cpus[k] = Cpu([columns[id][k] for id in ids.X], columns[ids.SP_EL1][k], columns[ids.PC][k],
-                          columns[ids.PSTATE][k], translation, decoded)
+                          columns[ids.PSTATE][k], translation, decoded, Eyes(self._guest, k))
             if columns[ids.PSTATE][k] & _MODE != _EL1H:
                 self.exits[k] = "KVM_EXIT_INTERNAL_ERROR"
         return cpus

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 
 from migstream.backends.base import GuestMemory, Refusal, Vm
-from migstream.backends.sim.arm64 import access, ids, rules, rules_cpu, rules_firmware, rules_id
+from migstream.backends.sim.arm64 import access, attributes, entering, ids, rules, rules_cpu, rules_firmware, rules_id
 from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access, Guest
 from migstream.backends.sim.arm64.its import CTLR, Its
+from migstream.backends.sim.arm64.rules import since
 from migstream.backends.sim.arm64.runner import Runner
 from migstream.backends.sim.arm64.told import CAPABILITIES, CapabilityColumn, InitColumn, OffsetColumn
+from migstream.backends.sim.arm64.vgic import Vgic
 from migstream.backends.sim.memory import Memory
 from migstream.backends.sim.timing import timed
 from migstream.errors import BackendError, UsageError, errno_name
@@ -55,6 +58,18 @@ class AnyColumn(Protocol):
         """Store `values`; an errno a row."""
 
 
+Single = TypeVar("Single", bound=Callable[..., tuple[int, bytes]])
+
+
+def _alive(ioctl: Single) -> Single:
+    """EIO from a VM that the kernel gave up: kvm_vm_dead()."""
+    @wraps(ioctl)
+    def checked(vm: Arm64SimVm, *args: Any, **kwargs: Any) -> tuple[int, bytes]:
+        return (errno.EIO, b"") if vm.guest.dead else ioctl(vm, *args, **kwargs)
+
+    return cast(Single, checked)
+
+
 class Arm64SimVm(Vm):
     """A VM on a simulated arm64 kernel. Made by `SimBackend.create`."""
 
@@ -79,10 +94,12 @@ class Arm64SimVm(Vm):
             if no := self.enable(capability, args):
                 raise BackendError("KVM_ENABLE_CAP", errno=no, register=f"capability {capability}")
 
-    def enable(self, capability: int, args: tuple[int, ...], flags: int = 0) -> int:
+    def enable(self, capability: int, args: tuple[int, ...] = (), flags: int = 0) -> int:
         """KVM_ENABLE_CAP: 0, or the errno."""
         offered = CAPABILITIES.get(capability)
         name = offered.capability if offered else ""
+        if self.guest.dead:
+            return errno.EIO
         if flags or not self.profile.capabilities.get(name):
             return errno.EINVAL
         if offered and offered.before_vcpus and self.guest.vcpus:
@@ -108,6 +125,11 @@ class Arm64SimVm(Vm):
             raise BackendError("KVM_ARM_VCPU_INIT", errno=no, vcpu=first,
                                what=what + (f"; this host has no {', '.join(missing)}" if missing else ""))
         self.guest.reset(first, wanted, self.features)
+        devices = self.machine.devices
+        if "gic_distributor" in devices:
+            self.guest.vgic = Vgic(self.guest.vcpus, irqs=int(devices.get("gic_irqs", 64)), initialized=True,
+                                   distributor=int(devices["gic_distributor"]),
+                                   redistributors=int(devices["gic_redistributors"]))
 
     @property
     def features(self) -> int:
@@ -224,9 +246,8 @@ class Arm64SimVm(Vm):
         if self._runner:
             raise UsageError("the vCPUs run already")
         for vcpu in range(self.guest.vcpus):
-            if no := self._run_errno(vcpu):
+            if no := entering.enter(self.guest, vcpu):
                 raise BackendError("KVM_RUN", errno=no, vcpu=vcpu)
-        self.guest.entered = self.guest.entered or bool(self.guest.vcpus)
         self._runner = Runner(self.guest, self.memory)
         self._runner.start()
 
@@ -254,6 +275,33 @@ class Arm64SimVm(Vm):
 
     # single ioctls of one vCPU: (errno, what was read)
 
+    def _init_before_6_5(self, vcpu: int, features: int) -> tuple[int, bytes]:
+        """kvm_vcpu_set_target(): bit by bit; POWER_OFF is a feature as others, and an unknown one leaves those before.
+
+        Those that are left are there at the next call: nothing takes them away but a reset that fails.
+        """
+        known, old = self._known_features, int(self.guest.features[vcpu])
+        if old != NO_FEATURES and (old | self._off(vcpu)) & known != features & known:
+            return errno.EINVAL, b""
+        if features & ~known:
+            self.guest.left_over[vcpu] = self.guest.left_over.get(vcpu, 0) | (features & known if old == -1 else 0)
+            return errno.ENOENT, b""
+        features |= self.guest.left_over.get(vcpu, 0)
+        if no := self._init_errno(features):
+            self.guest.features[vcpu] = NO_FEATURES
+            self.guest.left_over[vcpu] = 0
+            return no, b""
+        self.guest.off[vcpu] = features & _POWER_OFF
+        self._reset(vcpu, features)
+        return 0, b""
+
+    def _off(self, vcpu: int) -> int:
+        return self.guest.off.get(vcpu, 0)
+
+    def _reset(self, vcpu: int, features: int) -> None:
+        self.guest.reset(vcpu, 1, features & ~_POWER_OFF)
+        self.guest.column(ids.MP_STATE)[vcpu] = _STOPPED if features & _POWER_OFF else 0
+
     def _init_errno(self, features: int) -> int:
         """kvm_vcpu_init_check_features(): unknown ones ENOENT, those that this host lacks and half pairs EINVAL."""
         if features & ~self._known_features:
@@ -269,17 +317,19 @@ class Arm64SimVm(Vm):
         unknown = [mask for mask, no in self.profile.features_refused.items() if no == errno.ENOENT]
         return (min(unknown) if unknown else _VALID_FEATURES + 1) - 1
 
+    @_alive
     def init(self, vcpu: int, features: int, target: int | None = None) -> tuple[int, bytes]:
         """KVM_ARM_VCPU_INIT; the target is what this host prefers unless told."""
         if target not in (None, self.target):
             return errno.EINVAL, b""
+        if not since(self.profile, 6, 5):
+            return self._init_before_6_5(vcpu, features)
         kept, old = features & ~_POWER_OFF, int(self.guest.features[vcpu])
         if no := self._init_errno(features):
             return no, b""
         if old not in (NO_FEATURES, kept) or (old == NO_FEATURES and self._asymmetric(kept)):
             return errno.EINVAL, b""
-        self.guest.reset(vcpu, 1, kept)
-        self.guest.column(ids.MP_STATE)[vcpu] = _STOPPED if features & _POWER_OFF else 0
+        self._reset(vcpu, features)
         return 0, b""
 
     target = 5
@@ -297,6 +347,7 @@ class Arm64SimVm(Vm):
         """Whether all vCPUs must have the same features: kernels that keep ID registers once a VM."""
         return bool(self.profile.writable_masks) and "asymmetric" not in self.guest.notes
 
+    @_alive
     def finalize(self, vcpu: int, what: int) -> tuple[int, bytes]:
         """KVM_ARM_VCPU_FINALIZE."""
         features = int(self.guest.features[vcpu])
@@ -309,21 +360,17 @@ class Arm64SimVm(Vm):
         self.guest.finalized[vcpu] = True
         return 0, b""
 
-    def _unfinished(self, vcpu: int) -> int:
-        features = int(self.guest.features[vcpu])
-        if features == NO_FEATURES:
-            return errno.ENOEXEC
-        return errno.EPERM if features & vcpu_features.SVE and not self.guest.finalized[vcpu] else 0
-
+    @_alive
     def listed(self, vcpu: int, room: int) -> tuple[int, bytes]:
         """KVM_GET_REG_LIST into an array with room for so many; the ids, ascending, or the count with E2BIG."""
-        if no := self._unfinished(vcpu):
+        if no := entering.unfinished(self.guest, vcpu):
             return no, b""
         found = sorted(self.guest.named(int(self.guest.features[vcpu])))
         if len(found) > room:
             return errno.E2BIG, struct.pack("<Q", len(found))
         return 0, struct.pack(f"<{len(found)}Q", *found)
 
+    @_alive
     def get(self, vcpu: int, id: int) -> tuple[int, bytes]:
         """KVM_GET_ONE_REG; KVM_GET_MP_STATE and KVM_GET_VCPU_EVENTS by our ids."""
         size = lookup(id).size or 1 << (id >> 52 & 0xF)
@@ -331,6 +378,7 @@ class Arm64SimVm(Vm):
         no = int(access.read(self._at(vcpu, id), values)[0])
         return no, b"" if no else values.tobytes()[:size]
 
+    @_alive
     def set(self, vcpu: int, id: int, value: bytes) -> tuple[int, bytes]:
         """KVM_SET_ONE_REG; KVM_SET_MP_STATE and KVM_SET_VCPU_EVENTS by our ids."""
         padded = value.ljust(-(-len(value) // 8) * 8, b"\0")
@@ -339,20 +387,96 @@ class Arm64SimVm(Vm):
     def _at(self, vcpu: int, id: int) -> Access:
         return Access(self.guest, self.guest.resolve(id), slice(vcpu, vcpu + 1), np.arange(vcpu, vcpu + 1))
 
+    @_alive
     def run(self, vcpu: int) -> tuple[int, bytes]:
         """KVM_RUN that leaves before the first instruction; its EINTR counts as good."""
-        if no := self._run_errno(vcpu):
-            return no, b""
-        self.guest.entered = True
-        self.guest.ran[vcpu] = True
-        return 0, b""
+        no = entering.enter(self.guest, vcpu)
+        if not no:
+            entering.complete(self.guest, vcpu)
+        if not no and self.profile.behaviour.get("entering_is_running"):
+            entering.through_cpu(self.guest, vcpu)
+        return no, b""
 
-    def _run_errno(self, vcpu: int) -> int:
-        """kvm_arch_vcpu_run_pid_change(): init, finalize, and a PMU that is complete."""
-        if no := self._unfinished(vcpu):
-            return no
-        pmu = int(self.guest.features[vcpu]) & vcpu_features.PMU_V3
-        return errno.EINVAL if pmu and not self.guest.column(gic.PMU_IRQ.id)[vcpu, 0] else 0
+    @_alive
+    def execute(self, vcpu: int, instructions: int) -> tuple[int, bytes]:
+        """KVM_RUN until something stops it: the exit's name; UsageError where nothing did."""
+        if no := entering.enter(self.guest, vcpu):
+            return no, b""
+        entering.complete(self.guest, vcpu)
+        stopped = Runner(self.guest, self.memory, (vcpu,)).until_exit(instructions)
+        if stopped == "KVM_EXIT_MMIO":
+            self.guest.exited.add(vcpu)
+        entering.through_cpu(self.guest, vcpu)
+        return 0, stopped.encode()
+
+    def set_counter_offset(self, offset: int, reserved: int) -> int:
+        """KVM_ARM_SET_COUNTER_OFFSET."""
+        if self.guest.dead:
+            return errno.EIO
+        values = np.array([[offset, reserved]], np.uint64)
+        return int(OffsetColumn().write(self.guest, slice(0, 1), np.arange(1), values)[0])
+
+    def load(self, address: int, code: bytes) -> None:
+        """Put a program into guest RAM."""
+        self.memory.view(address, len(code))[:] = code
+
+    def create_gic(self) -> int:
+        """KVM_CREATE_DEVICE of a vGICv3: once, before any vCPU has run."""
+        if self.guest.dead:
+            return errno.EIO
+        if self.guest.vgic:
+            return errno.EEXIST
+        if self.guest.ran.any():
+            return errno.EBUSY
+        self.guest.vgic = Vgic(self.guest.vcpus)
+        return 0
+
+    @_alive
+    def gic_attribute(self, verb: str, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]:
+        """KVM_HAS, GET and SET_DEVICE_ATTR of what makes the vGIC."""
+        if self.guest.vgic is None:
+            return errno.EBADF, b""
+        if verb == "has":
+            known = all_ids.attribute_id(gic.GICV3, group, attribute) in self.profile.attributes
+            return 0 if known else errno.ENXIO, b""
+        if verb == "set":
+            return self.guest.vgic.set(group, attribute, value), b""
+        no, found = self.guest.vgic.get(group, attribute)
+        return no, b"" if no else struct.pack("<Q", found)
+
+    @_alive
+    def gic_register(self, verb: str, vcpu: int, id: int, value: int = 0) -> tuple[int, bytes]:
+        """KVM_GET and SET_DEVICE_ATTR of a register, by the affinity that this vCPU is made with."""
+        row, vgic = gic.access(id), self.guest.vgic
+        assert row is not None
+        if vgic is None:
+            return errno.EBADF, b""
+        at = 0 if row.scope == Scope.VM else self._with_affinity(vcpu)
+        if at is None:
+            return errno.EINVAL, b""
+        if not vgic.initialized and not (since(self.profile, 6, 17) and row.name in chip.BEFORE_INIT):
+            return errno.EBUSY, b""
+        rows, values = slice(at, at + 1), np.full((1, 1), value, np.uint64)
+        column = chip.GicColumn(id, chip.rule(self.guest, id))
+        no = int((column.write if verb == "set" else column.read)(self.guest, rows, np.arange(at, at + 1), values)[0])
+        return no, b"" if no or verb == "set" else values.tobytes()[:row.size]
+
+    def _with_affinity(self, wanted: int) -> int | None:
+        """kvm_mpidr_to_vcpu(): the first with this affinity; one that was not initialized has 0."""
+        numbers = self.guest.column(ids.MPIDR)[:, 0] & np.uint64(0xFF_00FF_FFFF)
+        numbers = np.where(self.guest.features == NO_FEATURES, 0, numbers)
+        found = np.flatnonzero(numbers == wanted)
+        return int(found[0]) if len(found) else None
+
+    @_alive
+    def line(self, verb: str, vcpu: int, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]:
+        """KVM_HAS, GET and SET_DEVICE_ATTR of a vCPU."""
+        if verb == "has":
+            return attributes.has(self.guest, vcpu, group, attribute), b""
+        if verb == "set":
+            return attributes.set(self.guest, vcpu, group, attribute, value), b""
+        no, found = attributes.get(self.guest, vcpu, group, attribute)
+        return no, found.ljust(8, b"\0") if found else b""
 
 
 class FinalizingColumn(access.Column):

@@ -1,0 +1,121 @@
+"""What the first KVM_RUN of a vCPU looks at and decides, and what a run does to registers that go through the CPU.
+
+Source: kvm_arch_vcpu_run_pid_change() in arch/arm64/kvm/arm.c; up to 5.15 kvm_vcpu_first_run_init().
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from migstream.backends.sim.arm64 import ids
+from migstream.backends.sim.arm64.guest import NO_FEATURES, Access
+from migstream.backends.sim.arm64.rules import mask, since
+from migstream.backends.sim.arm64.rules_cpu import reached
+from migstream.registers import gic, vcpu_features
+
+if TYPE_CHECKING:
+    from migstream.backends.sim.arm64.guest import Guest
+
+CPU_KEEPS: dict[int, int] = {
+    ids.AFSR0: 0, ids.AFSR1: 0, ids.AMAIR: 0, ids.VBAR: ~0x1F, ids.CSSELR: 0xF,
+    ids.SCTLR: 0xFFFF_F01F_FFFF_FFFF, ids.TIMER_CTL: 7, ids.PTIMER_CTL: 7,
+}
+"""Bits of EL1 registers that the CPU has: KVM loads a vCPU's registers into it, and saves what it finds there.
+
+Measured: all ones, 0x5a… and 0xa5… written to each register of the list, then KVM_RUN, on the lab's `-cpu max`.
+"""
+
+_CACHES_EMULATED = (6, 3)
+"""Since then the guest's CSSELR_EL1 is never in the CPU: accesses to it trap."""
+
+GIC_FIELDS = ((ids.ID_AA64PFR0, 0xF << 24), (ids.ID_PFR1, 0xF << 28))
+
+
+def unfinished(guest: Guest, vcpu: int) -> int:
+    """The errno of a vCPU that is not made yet: no features, or SVE that was not finalized."""
+    features = int(guest.features[vcpu])
+    if features == NO_FEATURES:
+        return errno.ENOEXEC
+    return errno.EPERM if features & vcpu_features.SVE and not guest.finalized[vcpu] else 0
+
+
+def enter(guest: Guest, vcpu: int) -> int:
+    """The errno of a KVM_RUN before it reaches the guest; what the first one decides is decided then."""
+    if guest.ran[vcpu]:
+        return 0
+    if no := unfinished(guest, vcpu):
+        return no
+    if not since(guest.profile, 5, 16):
+        guest.ran[vcpu] = True  # has_run_once is set before the checks: a second try passes
+    if no := _first(guest, vcpu):
+        return no
+    guest.ran[vcpu] = guest.entered = True
+    return 0
+
+
+def _first(guest: Guest, vcpu: int) -> int:
+    if guest.vgic and (no := guest.vgic.map_resources()):
+        guest.dead = since(guest.profile, 6, 5)  # kvm_vm_dead(); before, the vGIC was destroyed
+        return no
+    if not guest.vgic and not guest.entered and since(guest.profile, 6, 12):
+        _hide_gic(guest)
+    if no := _timers(guest):
+        return no
+    return _pmu(guest, vcpu)
+
+
+def _hide_gic(guest: Guest) -> None:
+    """kvm_finalize_sys_regs() since 6.12: no vGIC, no GICv3 CPU interface in the ID registers."""
+    for id, field in GIC_FIELDS:
+        at = Access(guest, id, slice(0, 1), np.arange(1))
+        at.store(at.load() & mask(~field))
+
+
+def _timers(guest: Guest) -> int:
+    """timer_irqs_are_valid(): each timer its own PPI; from then on they stay."""
+    if not guest.vgic:
+        return 0
+    lines = [guest.timer_line(n) for n in range(2)]
+    if lines[0] == lines[1]:
+        return errno.EINVAL
+    guest.lines_fixed = True
+    return 0
+
+
+def _pmu(guest: Guest, vcpu: int) -> int:
+    """kvm_arm_pmu_v3_enable(): initialized; with an interrupt if and only if there is a vGIC."""
+    if not int(guest.features[vcpu]) & vcpu_features.PMU_V3 or not (
+            guest.pmu_made[vcpu] or since(guest.profile, 5, 11)):  # before, one that was not made did not matter
+        return 0
+    line = int(guest.column(gic.PMU_IRQ.id)[vcpu, 0])
+    return 0 if guest.pmu_made[vcpu] and bool(line) == bool(guest.vgic) else errno.EINVAL
+
+
+def complete(guest: Guest, vcpu: int) -> None:
+    """kvm_handle_mmio_return(): an MMIO exit's instruction is done, and PC goes on, at the next KVM_RUN."""
+    if vcpu in guest.exited:
+        guest.exited.remove(vcpu)
+        guest.column(ids.PC)[vcpu] += np.uint64(4)
+
+
+def through_cpu(guest: Guest, vcpu: int) -> None:
+    """What a run does to registers that the CPU has not all bits of."""
+    for id, bits in CPU_KEEPS.items():
+        if id == ids.CSSELR and since(guest.profile, *_CACHES_EMULATED):
+            continue
+        if id in guest.listed(int(guest.features[vcpu])):
+            guest.column(id)[vcpu] &= mask(bits)
+    for id in (ids.TIMER_CTL, ids.PTIMER_CTL):
+        _save_status(Access(guest, id, slice(vcpu, vcpu + 1), np.arange(vcpu, vcpu + 1)))
+
+
+_ENABLE, _ISTATUS = np.uint64(1), np.uint64(4)
+
+
+def _save_status(at: Access) -> None:
+    """A timer's control is saved as the CPU has it, with ISTATUS where it is on; the next write takes it away."""
+    value = at.load()
+    at.store(np.where((value & _ENABLE != 0) & reached(at), value | _ISTATUS, value & ~_ISTATUS))

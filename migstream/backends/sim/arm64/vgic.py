@@ -1,0 +1,112 @@
+"""KVM_CREATE_DEVICE of a vGICv3, and the attributes that make it: addresses, number of interrupts, init.
+
+Sources: arch/arm64/kvm/vgic/vgic-init.c, vgic-kvm-device.c, vgic-mmio-v3.c.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+from migstream.registers import gic
+
+UNDEFINED = (1 << 64) - 1
+"""VGIC_ADDR_UNDEF: what an address that was not set reads as."""
+
+DISTRIBUTOR, REDISTRIBUTORS = 2, 3
+"""KVM_VGIC_V3_ADDR_TYPE_DIST and _REDIST."""
+
+_FRAME, _REDISTRIBUTOR_SIZE, _LEGACY_IRQS = 0x1_0000, 0x2_0000, 256
+
+
+@dataclass
+class Vgic:
+    """The interrupt controller of a VM.
+
+    Attributes:
+        vcpus: how many the VM has. address_bits: of guest-physical addresses. irqs: with the 32 private ones, 0 where
+            not told. bases: addresses by attribute. initialized: its registers are there. ready: a vCPU has run.
+    """
+
+    vcpus: int
+    address_bits: int = 40
+    align_late: bool = False
+    irqs: int = 0
+    distributor: int = UNDEFINED
+    redistributors: int = UNDEFINED
+    initialized: bool = False
+    ready: bool = False
+
+    def map_resources(self) -> int:
+        """kvm_vgic_map_resources() at the first run of a vCPU."""
+        if self.ready:
+            return 0
+        if UNDEFINED in (self.redistributors, self.distributor):
+            return errno.ENXIO
+        if not self.initialized:
+            return errno.EBUSY
+        self.ready = True
+        return 0
+
+    def get(self, group: int, attribute: int) -> tuple[int, int]:
+        """(errno, value) of an attribute that makes it."""
+        if group == gic.IRQ_COUNT:
+            return 0, self.irqs
+        if group != gic.ADDRESSES:
+            return errno.ENXIO, 0
+        if attribute == DISTRIBUTOR:
+            return 0, self.distributor
+        return (0, self.redistributors) if attribute == REDISTRIBUTORS else (errno.ENXIO, 0)
+
+    def set(self, group: int, attribute: int, value: int) -> int:
+        """The errno of setting one."""
+        if group == gic.IRQ_COUNT:
+            return self._count(value)
+        if group == gic.CONTROL and attribute == gic.INIT:
+            return self._init()
+        if group != gic.ADDRESSES:
+            return errno.ENXIO
+        if attribute == DISTRIBUTOR:
+            return self._distributor(value)
+        return self._redistributors(value) if attribute == REDISTRIBUTORS else errno.ENXIO
+
+    def _count(self, value: int) -> int:
+        """vgic_set_common_attr()."""
+        if value < gic.PRIVATE_IRQS + 32 or value > gic.MOST_IRQS or value & 31:
+            return errno.EINVAL
+        if self.ready or self.irqs:
+            return errno.EBUSY
+        self.irqs = value
+        return 0
+
+    def _init(self) -> int:
+        """vgic_init(); a second time does nothing."""
+        self.irqs = self.irqs or _LEGACY_IRQS
+        self.initialized = True
+        return 0
+
+    def _range(self, address: int, size: int) -> int:
+        """vgic_check_iorange()."""
+        if address % _FRAME:
+            return errno.EINVAL
+        return errno.E2BIG if (address + size) >> self.address_bits else 0
+
+    def _distributor(self, value: int) -> int:
+        if self.distributor != UNDEFINED:
+            return errno.EEXIST
+        no = self._range(value, _FRAME)
+        if not no:
+            self.distributor = value
+        return no
+
+    def _redistributors(self, value: int) -> int:
+        """vgic_v3_set_redist_base(): one region for all vCPUs, not over the distributor."""
+        if self.redistributors != UNDEFINED:
+            return errno.EEXIST
+        if no := self._range(value, 0):
+            return no
+        end = value + self.vcpus * _REDISTRIBUTOR_SIZE
+        if self.distributor != UNDEFINED and value < self.distributor + _FRAME and end > self.distributor:
+            return errno.EINVAL
+        self.redistributors = value
+        return 0

@@ -1,0 +1,115 @@
+"""arm64: divergences that were met and mended; see `test_recorded`."""
+
+from __future__ import annotations
+
+import pytest
+
+from migstream.backends.kvm import KvmBackend
+from migstream.backends.sim import SimBackend
+from migstream.backends.sim.arm64 import ids
+from migstream.registers import vcpu_features
+from tests.fidelity.calls import Call, call
+from tests.fidelity.test_recorded import Recorded, ask, here
+
+V510, V61, V612, V72 = "arm64-5.10", "arm64-6.1", "arm64-6.12", "arm64-7.2"
+ALL, OLD, NEW = (V510, V61, V612, V72), (V510, V61), (V612, V72)
+PSCI, PMU = vcpu_features.PSCI_0_2, vcpu_features.PSCI_0_2 | vcpu_features.PMU_V3
+POWER_OFF, UNKNOWN = 1, 1 << 31
+RUN, INIT = call("run", vcpu=0), call("init", vcpu=0, features=PSCI)
+
+
+def vm(vcpus: int = 1, features: int = PSCI, caps: tuple[int, ...] = ()) -> tuple[Call, ...]:
+    """A VM with vCPUs."""
+    return (call("create", vcpus=vcpus, caps=list(caps)),
+            *(call("init", vcpu=vcpu, features=features) for vcpu in range(vcpus)))
+
+
+def get(id: int, vcpu: int = 0) -> Call:
+    return call("get", vcpu=vcpu, id=id)
+
+
+def put(id: int, value: int, vcpu: int = 0, size: int = 8) -> Call:
+    return call("set", vcpu=vcpu, id=id, value=value.to_bytes(size, "little").hex())
+
+
+def word(value: int) -> dict[str, str]:
+    return {"value": value.to_bytes(8, "little").hex()}
+
+
+def sees(*asked: int) -> Call:
+    return call("execute", vcpu=0, asked=list(asked))
+
+
+def saw(value: int) -> dict[str, str]:
+    return {"exit": "KVM_EXIT_MMIO", "seen": hex(value)}
+
+
+NEVER_WRITTEN = 0x1DE7_EC7E_DBAD_C0DE
+SERROR = put(ids.VCPU_EVENTS, 1, size=64)
+NO_SERROR = {"value": (0x100).to_bytes(64, "little").hex()}
+AN_SERROR = {"value": (0x101 | 1 << 88).to_bytes(64, "little").hex()}
+PFR0 = 0x1101_0010_2111_0222
+
+ROWS = (
+    Recorded(NEW, (*vm(), RUN, get(ids.ID_PFR1)), word(0x11001), "a run without a vGIC takes GIC from ID_PFR1_EL1"),
+    Recorded(NEW, (*vm(), RUN, put(ids.ID_AA64PFR0, PFR0)), {"set": {"errno": 16}}, "and it can't be put back"),
+    Recorded(OLD, (*vm(), RUN, get(ids.ID_AA64PFR0)), word(PFR0), "before 6.12 GIC stays"),
+    Recorded((V61, *NEW), (*vm(), RUN, get(ids.AFSR0)), word(0), "AFSR0_EL1 goes through the CPU, which has none"),
+    Recorded((V510,), (*vm(), RUN, get(ids.AFSR0)), word(NEVER_WRITTEN), "5.10 leaves before it loads the CPU"),
+    Recorded(ALL, (*vm(), sees(ids.MIDR), get(ids.AFSR0)), word(0), "a guest that ran has been in the CPU"),
+    Recorded((V61,), (*vm(), RUN, get(ids.CSSELR)), word(0xE), "CSSELR_EL1 too, up to 6.2"),
+    Recorded(ALL, (*vm(), put(ids.VBAR, (1 << 64) - 1), sees(ids.MIDR), get(ids.VBAR)), word((1 << 64) - 32),
+             "VBAR_EL1 has no low bits"),
+    Recorded((V510, V61, V612), (call("create", vcpus=1), get(ids.VCPU_EVENTS)), NO_SERROR, "events before init"),
+    Recorded((V72,), (call("create", vcpus=1), get(ids.VCPU_EVENTS)), {"errno": 8}, "since 6.18 they want init"),
+    Recorded(OLD, (*vm(), call("init", vcpu=0, features=PSCI | POWER_OFF)), {"errno": 22}, "POWER_OFF is a feature"),
+    Recorded(NEW, (*vm(), call("init", vcpu=0, features=PSCI | POWER_OFF)), {"errno": 0}, "POWER_OFF is none any more"),
+    Recorded(OLD, (call("create", vcpus=1), call("init", vcpu=0, features=PSCI | UNKNOWN),
+                   call("init", vcpu=0, features=0), put(ids.PSCI_VERSION, 2)), {"set": {"errno": 0}},
+             "features that a refused init left"),
+    Recorded((V510,), (*vm(1, PMU), RUN), {"errno": 0}, "5.10 runs a PMU that nobody initialized"),
+    Recorded((V61, *NEW), (*vm(1, PMU), RUN), {"errno": 22}, "since 5.11 a PMU has to be initialized"),
+    Recorded(NEW, (*vm(), RUN, put(ids.ID_AA64DFR0, 0x3C5)), {"set": {"errno": 22}}, "DebugVer before the run"),
+    Recorded((V612,), (*vm(), RUN, put(ids.CTR, 0)), {"set": {"errno": 16}}, "6.12: CTR_EL0 after a run"),
+    Recorded((V72,), (*vm(), RUN, put(ids.CTR, 0)), {"set": {"errno": 22}}, "7.2: L1Ip before that"),
+    Recorded((V612,), (*vm(), RUN, put(ids.ID_AA64PFR0, 0x20)), {"set": {"errno": 16}}, "6.12: EL0 after a run"),
+    Recorded((V72,), (*vm(), RUN, put(ids.ID_AA64PFR0, 0x20)), {"set": {"errno": 22}}, "7.2: EL0 before that"),
+    Recorded((V612,), (*vm(2, PMU), put(ids.PMCNTENCLR, (1 << 64) - 1)), {"vCPU 0": word(0),
+                                                                          "vCPU 1": word(0x8000_001E)},
+             "PMCNTENCLR_EL0 is a vCPU's own"),
+    Recorded(NEW, (*vm(1, PMU), put(ids.PMCR, 0), get(ids.PMCNTENSET)), word(0x8000_0000), "fewer counters and bits"),
+    Recorded(ALL, (*vm(), put(ids.ELR_EL1, 77), INIT, get(ids.ELR_EL1)), word(77), "init leaves ELR_EL1"),
+    Recorded(OLD, (*vm(), put(ids.MPIDR, 0x8000_0007), INIT, get(ids.MPIDR)), word(0x8000_0000), "init resets MPIDR"),
+    Recorded(NEW, (*vm(), put(ids.MPIDR, 0x8000_0007), INIT, get(ids.MPIDR)), word(0x8000_0007), "init leaves MPIDR"),
+    Recorded((V510, V61, V612), (*vm(), put(ids.TIMER_CVAL, 1 << 63), INIT, get(ids.TIMER_CVAL)), word(1 << 63),
+             "init leaves TIMER_CVAL"),
+    Recorded((V72,), (*vm(), put(ids.TIMER_CVAL, 1 << 63), INIT, get(ids.TIMER_CVAL)), word(0),
+             "7.2 resets TIMER_CVAL"),
+    Recorded((V72,), (*vm(), put(ids.TIMER_CTL, 0xFF01), RUN, get(ids.TIMER_CTL)), word(5),
+             "7.2 keeps the CPU's ISTATUS"),
+    Recorded((V72,), (*vm(), put(ids.TIMER_CTL, 1), get(ids.TIMER_CTL)), word(1), "and computes none"),
+    Recorded((V61, V612), (*vm(), put(ids.TIMER_CTL, 0xFF01), RUN, get(ids.TIMER_CTL)), word(5), "three bits are left"),
+    Recorded(NEW, (*vm(), RUN, SERROR, INIT, get(ids.VCPU_EVENTS)), AN_SERROR, "an SError survives init after a run"),
+    Recorded(NEW, (*vm(), SERROR, INIT, get(ids.VCPU_EVENTS)), NO_SERROR, "and not before one"),
+    Recorded((V61,), (*vm(), RUN, SERROR, INIT, get(ids.VCPU_EVENTS)), NO_SERROR, "6.1: it does not"),
+    Recorded(OLD, (*vm(), sees(ids.CTR)), {"CTR_EL0": saw(0x8444_C004)}, "the guest reads the host's CTR_EL0"),
+    Recorded(NEW, (*vm(), sees(ids.CTR)), {"CTR_EL0": saw(0x9444_C004)}, "the guest reads the VM's CTR_EL0"),
+    Recorded((V61, *NEW), (*vm(), put(ids.BITMAPS[0], 0), sees(0x8400_0050 << 32)),
+             {"TRNG_VERSION": saw((1 << 64) - 1)}, "a guest does not get what a bitmap hides"),
+)
+
+CASES = [pytest.param(name, row, id=f"{name}-{row.why}") for row in ROWS for name in row.kernels]
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize(("name", "row"), CASES)
+def test_the_simulator_gives_the_recorded_answer(name: str, row: Recorded) -> None:
+    assert ask(SimBackend(name), name, row) == row.expected
+
+
+@pytest.mark.kvm_arm64
+@pytest.mark.parametrize(("name", "row"), CASES)
+def test_the_kernel_itself_gives_it(name: str, row: Recorded) -> None:
+    if name != here():
+        pytest.skip(f"this is not {name}")
+    assert ask(KvmBackend(), name, row) == row.expected
