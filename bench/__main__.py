@@ -1,4 +1,4 @@
-"""`python -m bench`: blackout, calibrate, check, codec, compare, lock, model, simulator, startup; options with `--help`."""
+"""`python -m bench`: blackout, calibrate, check, codec, compare, lock, model, simulator, startup; see `--help`."""
 
 from __future__ import annotations
 

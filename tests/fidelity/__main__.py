@@ -1,8 +1,8 @@
 """`python -m tests.fidelity`: how many random sequences the simulator answers as the real kernel does.
 
-What is not compared is printed with its reason. The last line is
-`N sequences of C or more calls, M calls, D divergences, seed S, kernel K`. Exit status: 0 none
-diverges, 1 some do, 64 misuse, 69 the kernel can't be had here, and the lab's own for a lab that failed.
+What is not compared is printed with its reason. The last line is `N sequences of C or more calls, M calls, D
+divergences, seed S, kernel K`. Exit status: 0 none diverges, 1 some do, 64 misuse, 69 the kernel can't be had here, and
+the lab's own for a lab that failed.
 """
 
 from __future__ import annotations
@@ -108,9 +108,8 @@ def _outcome(name: str, profile: HostProfile, seed: int, sequences: int, calls: 
              found: list[driver.Divergence]) -> Outcome:
     words = vocabulary(profile.arch)
     made = [len(driver.story(words, profile, seed, index, calls)) for index in range(sequences)]
-    excluded = [row._asdict() for row in words.excluded]
     return Outcome(name, seed, sequences, sum(made), min(made, default=0), [one.index for one in found],
-                   excluded=excluded)
+                   excluded=[row._asdict() for row in words.excluded])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

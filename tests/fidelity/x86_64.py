@@ -45,6 +45,45 @@ WORDS = (0, 1, 2, 3, 4, 7, 0xFF, 0x20, 0x500, 0x8001_0033, 0x11, 0xE7, 0xFEE0_09
          0x1001, 0x7_F001, 0xFFFF_F001, 0x0007_0406_0007_0406, (1 << 64) - 1)
 """64-bit words that mean something somewhere: modes, APIC bases, an area in RAM and one outside, memory types."""
 
+_SEGMENTS = (
+    (224, "word", (0x8001_0033, 0x6000_0010, 0x11, 0x10, 0x8000_0001, 0x2000_0010, 1 << 32)),       # CR0
+    (240, "word", (0, 0x1000, 1 << 51, (1 << 63) | 0x1000)),                                        # CR3
+    (248, "word", (0, 0x20, 0x6A0, 0x4_0020, 0x1_0000, 0x2_0020, 0x2000, 0x30_0000, 0x1000, 0x800)),  # CR4
+    (256, "word", (0, 5, 15, 16)),                                                                  # CR8
+    (264, "word", (0, 0x500, 0x1500, 0x1000, 0x100, 0xD01, 0x800, 0x400, 0x4000)),                  # EFER
+    (272, "word", (0xFEE0_0900, 0xFEE0_0D00, 0xFEE0_0C00, 0xFEE0_0800, 0xFEE0_0400, 0xFEE0_0000, 0x1234_5900)),
+    (13, "byte", (0, 1)), (12, "byte", (0, 3, 11)), (14, "byte", (0, 3)),                           # CS
+    (132, "byte", (0, 3)), (134, "byte", (0, 3)),                                                   # SS
+)
+AIMS: dict[int, tuple[tuple[int, str, tuple[int, ...]], ...]] = {
+    x86_64.SREGS.id: (*_SEGMENTS, (280, "word", (0, 1 << 32, 1 << 63))),
+    x86_64.SREGS2.id: (*_SEGMENTS, (280, "word", (0, 1, 2)), (288, "word", (0x1001, 0x2001))),
+    x86_64.REGS.id: ((136, "word", (2, 0x202, 0x1_0002, 0x2_0002, 0x102, 0)), (128, "word", (0, 0xFFF0, 1 << 47))),
+    x86_64.LAPIC.id: tuple((offset, "word", values) for offset, values in (
+        (0x20, (0, 1, 1 << 24, 0xFF00_0000)), (0x30, (0, 0x5_0014)), (0x80, (0, 0x20, 0xFF)), (0xA0, (0, 0x30)),
+        (0xD0, (0, 1 << 24, 0xFF00_0000)), (0xE0, (0xFFFF_FFFF, 0x0FFF_FFFF, 0)), (0xF0, (0xFF, 0x1FF, 0x11FF, 0x10)),
+        (0x100, (0, 1 << 31)), (0x120, (0, 1 << 8)), (0x170, (0, 1 << 31)), (0x180, (1 << 4,)), (0x270, (0, 1 << 31)),
+        (0x220, (0, 1 << 8)), (0x280, (0, 0x40)), (0x300, (0, 0x8_00F1, 0x4500, 0x1000)), (0x310, (0, 1 << 24, 1)),
+        (0x320, (0x1_0000, 0x2_00EC, 0x4_00EC, 0x6_00EC, 0xEC)), (0x350, (0x700, 0x1_0000, 0x8700)),
+        (0x360, (0x400, 0x1_0400)), (0x3E0, (0, 0xB)))),
+    x86_64.VCPU_EVENTS.id: ((0, "byte", (0, 1)), (1, "byte", (1, 2, 3, 4, 14, 32)), (2, "byte", (0, 1)),
+                            (3, "byte", (0, 1)), (8, "byte", (0, 1)), (9, "byte", (0x20, 0xFF)), (10, "byte", (0, 1)),
+                            (11, "byte", (0, 1, 2, 3)), (12, "byte", (0, 1)), (13, "byte", (0, 1, 2, 3)),
+                            (14, "byte", (0, 1)), (16, "byte", (0, 0x9F)), (24, "byte", (0, 1)), (25, "byte", (0, 1)),
+                            (26, "byte", (0, 1)), (28, "byte", (0, 1)), (55, "byte", (0, 1)), (56, "word", (0, 0x1000)),
+                            (20, "byte", (0, 1, 2, 4, 8, 0xD, 0xF, 0x10, 0x1F, 0x20, 0x2F, 0x3F, 0x40))),
+    x86_64.MP_STATE.id: ((0, "byte", (0, 1, 2, 3, 4, 5, 9, 10)),),
+    x86_64.XCRS.id: ((0, "byte", (0, 1, 2, 17)), (4, "byte", (0, 1)), (8, "byte", (0, 1)),
+                     (16, "word", (0, 1, 2, 3, 5, 6, 7, 0xE7, 1 << 63))),
+    x86_64.XSAVE.id: ((512, "word", (0, 1, 2, 3, 4, 7, 0xE7, 1 << 62)), (520, "word", (0, 1 << 63)),
+                      (24, "byte", (0, 0x80)), (26, "byte", (0, 1)), (160, "word", (0, 1)), (576, "word", (0, 7))),
+    x86_64.NESTED_STATE.id: ((0, "byte", (0, 1, 2, 4)), (1, "byte", (0, 1, 2)), (2, "byte", (0, 1, 2)),
+                             (4, "byte", (0, 0x7F, 0x80)), (0, "word", (0x80_0001_0100, 0x80_0001_0000))),
+    x86_64.DEBUGREGS.id: ((0, "word", (0, 1 << 63)), (32, "word", (0xFFFF_0FF0, 0, 0x4000, 1 << 32)),
+                          (40, "word", (0x400, 0, 0xFF, 1 << 32)), (48, "word", (0, 1))),
+}
+"""(place, how, values) as `do_change` takes them: modes, interrupt controller states, pending events."""
+
 STRANGE_MSRS = (0x0123_4567, 0x5000_0000, 0xC000_0999)
 """MSRs that no kernel has."""
 
@@ -388,6 +427,14 @@ def _struct(source: random.Random, profile: HostProfile, vcpu: int) -> Call:
     return call("change", register=register, vcpu=vcpu, edits=_edits(source, _length(profile, register)))
 
 
+def _aimed(source: random.Random, profile: HostProfile, vcpu: int) -> Call:
+    """Values that switch something on or off, in places where a rule looks."""
+    register = source.choice([id for id in AIMS if id != x86_64.NESTED_STATE.id or profile.sizes.get(id)])
+    places = [source.choice(AIMS[register]) for _ in range(source.choice((1, 1, 2, 3)))]
+    edits = [[place, how, source.choice(values)] for place, how, values in places]
+    return call("change", register=register, vcpu=vcpu, edits=edits)
+
+
 def _structs(profile: HostProfile) -> list[int]:
     kept = [id for id in _SIZES if id not in ABSOLUTE]
     return [*kept, *(id for id in (x86_64.NESTED_STATE.id,) if profile.sizes.get(id))]
@@ -468,8 +515,8 @@ def _list(source: random.Random, profile: HostProfile, vcpu: int) -> Call:
 
 
 _WEIGHTS: tuple[tuple[Callable[[random.Random, HostProfile, int], Call], float], ...] = (
-    (_struct, 43), (_msr, 30), (_strange_msr, 3), (_clock, 3), (_read, 7), (_cpuid, 4), (_copy, 2), (_enter, 4),
-    (_run, 3), (_list, 1), (_host, 0.3))
+    (_struct, 30), (_aimed, 20), (_msr, 25), (_strange_msr, 3), (_clock, 3), (_read, 7), (_cpuid, 4), (_copy, 2),
+    (_enter, 4), (_run, 3), (_list, 1), (_host, 0.3))
 _WEIGHTED = ([make for make, _ in _WEIGHTS], [weight for _, weight in _WEIGHTS])
 
 VOCABULARY = X86Vocabulary()
