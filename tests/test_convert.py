@@ -16,6 +16,7 @@ from migstream.contract import Behaviour
 from migstream.errors import DoesNotFit
 from migstream.host import profiles
 from migstream.host.profile import HostProfile, to_json
+from migstream.model import Bank
 from migstream.reader import StreamReader
 from migstream.registers import arm64_ids
 from migstream.registers.firmware_arm64 import ABSENT
@@ -186,7 +187,7 @@ def test_a_register_that_the_saving_kernel_lacked_gets_what_it_behaved_as(save: 
     capsys.readouterr()
 
 
-def _without(bank: build.Bank, id: int) -> build.Bank:
+def _without(bank: Bank, id: int) -> Bank:
     import numpy as np
 
     if id not in bank.layout.index:
