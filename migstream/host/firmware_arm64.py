@@ -157,6 +157,16 @@ def install(memory: MemoryOf, asked: Sequence[Question], address: int) -> None:
     memory.view(address, len(code))[:] = code
 
 
+def told(host: Host) -> dict[int, bytes]:
+    """What KVM_GET_ONE_REG has of the registers that a guest is asked for, of a vCPU with nothing set, by id.
+
+    Raises: BackendError.
+    """
+    with scratch_vm(host) as scratch:
+        values = {question.key: scratch.read(question.key, 8) for question in _id_registers()}
+    return {id: value for id, value in values.items() if isinstance(value, bytes)}
+
+
 def ask(host: Host, asked: Sequence[Question] = ()) -> Mapping[int, int]:
     """Return a host's answers to a guest of a scratch VM with nothing set, by key. Raises: BackendError, UsageError.
 
