@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -30,7 +31,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     capture = verbs.add_parser("capture", help="ask a backend what it offers, on scratch VMs; JSON")
     capture.add_argument("--backend", default="kvm", metavar="NAME", help=BACKENDS)
     capture.add_argument("-o", dest="output", default="-", metavar="FILE")
-    capture.add_argument("--made-by", metavar="TEXT", help="the command that the profile says it was made by")
+    capture.add_argument("--made-by", metavar="TEXT", help="what the profile says it was made by (this command)")
     capture.add_argument("--no-experiment", action="store_true", help="only what the host tells and reads")
     listing = verbs.add_parser("list", help="name the recorded profiles, and the optional rules of simulated kernels")
     show = verbs.add_parser("show", help="one screen of a profile, or its registers")
@@ -81,11 +82,15 @@ def _capture(options: argparse.Namespace) -> int:
     return 0
 
 
+RUN_BY = "MIGSTREAM_RUN_BY"
+"""Environment variable: what stands before this command where another one runs it, such as the lab's; for `made_by`."""
+
+
 def _made_by(options: argparse.Namespace) -> str:
     words = [f"-o {Path(options.output).name}" if options.output != "-" else "",
              f"--backend {options.backend}" if options.backend != "kvm" else "",
              "--no-experiment" if options.no_experiment else ""]
-    return " ".join(["migstream host capture", *filter(None, words)])
+    return " ".join(filter(None, [os.environ.get(RUN_BY, ""), "migstream host capture", *words]))
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -294,6 +294,7 @@ class FrameWriter:
         self._count = 0
         self._length = 0
         self._headers_crc = 0
+        self._ended = False
 
     @property
     def offset(self) -> int:
@@ -310,7 +311,12 @@ class FrameWriter:
         return data
 
     def send(self, section: Section) -> list[bytes | memoryview]:
-        """Return the buffers to write, in order; the payload is `section.stored` itself, not a copy."""
+        """Return the buffers to write, in order; the payload is `section.stored` itself, not a copy.
+
+        Raises: UsageError after `end()`.
+        """
+        if self._ended:
+            raise UsageError(f"a section {section.kind.strip()} after the end section: no reader would take the stream")
         header = self._header(section)
         if section.kind != "END ":
             self._headers_crc = crc32c(header[:-4], self._headers_crc)
@@ -320,10 +326,12 @@ class FrameWriter:
         return [header, section.stored, padding] if padding else [header, section.stored]
 
     def end(self) -> list[bytes | memoryview]:
-        """Return the end section's buffers; nothing may follow."""
+        """Return the end section's buffers; nothing may follow. Raises: UsageError the second time."""
         total = self._length + wire.HEADER_SIZE + _END.size
         stored = _END.build({"sections": self._count + 1, "headers_crc": self._headers_crc, "total_length": total})
-        return self.send(Section("END ", stored, len(stored)))
+        buffers = self.send(Section("END ", stored, len(stored)))
+        self._ended = True
+        return buffers
 
     def _header(self, section: Section) -> bytes:
         head = _HEADER.build({

@@ -7,7 +7,7 @@ a kind says how its payload becomes a model object and back.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -388,6 +388,14 @@ def encode(item: Machine | HostSummary | Behaviour | Layout | RamLayout | Opaque
     except StreamError as error:
         raise UsageError(f"can't be saved: {error}") from error
     return section
+
+
+def encode_opaque(states: Sequence[OpaqueState]) -> list[Section]:
+    """Return the sections of all opaque state of one stream. Raises: UsageError where a reader would refuse it."""
+    made = [encode(state) for state in states]
+    if (total := sum(section.raw_length for section in made)) > limits.MAX_OPAQUE:
+        raise UsageError(f"can't be saved: opaque state: {total} bytes; a stream takes at most {limits.MAX_OPAQUE}")
+    return made
 
 
 def decode(section: Section, layouts: list[Layout]) -> Item:

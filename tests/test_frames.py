@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import given
@@ -149,6 +149,17 @@ def test_the_two_writers_agree() -> None:
         out += writer.send(section)
     assert b"".join([*out, *writer.end()]) == STREAM
     assert writer.offset == len(STREAM)
+
+
+@pytest.mark.parametrize("call", (lambda w: w.send(WHOLE[0]), lambda w: w.end()))
+def test_nothing_follows_the_end(call: Callable[[FrameWriter], object]) -> None:
+    writer = FrameWriter(Arch.X86_64)
+    writer.begin()
+    writer.end()
+    length = writer.offset
+    with pytest.raises(UsageError, match="after the end section"):
+        call(writer)
+    assert writer.offset == length
 
 
 def test_a_payload_is_not_copied() -> None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from migstream.cli import main
+from migstream.cli_host import RUN_BY
 from migstream.host import profiles
+from migstream.host.compare import differences
+from migstream.host.firmware_arm64 import questions
 from migstream.host.profile import HostProfile, to_json
+from migstream.registers import x86_64
+from migstream.registers.firmware_arm64 import CALL_NAMES
+from tests.lab import boot, kernels
 
 
 def test_show_is_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +90,75 @@ def test_a_field_that_is_missing_is_named(tmp_path: Path, capsys: pytest.Capture
 def test_a_profile_for_a_simulator_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", "nothing.mig", "--backend", "sim", "--host", "x86_64-6.1"]) == 64
     assert "for real KVM" in capsys.readouterr().err
+
+
+def changes(left: HostProfile, right: HostProfile) -> set[tuple[str, str]]:
+    """(name, property) of all that differs."""
+    return {(one.name, one.what) for one in differences(left, right)}
+
+
+SAYS_NOTHING = {
+    "arch": "two architectures are not compared", "kernel": "named by whoever asks", "cpu": "likewise",
+    "backend": "how it was asked", "made_by": "likewise", "scope_found": "words about `scopes`",
+    "readback": "an example of `register_bits`", "registers": "the keys of defaults and refused",
+    "feature_registers": "likewise, with all features", "msrs": "the keys of defaults and refused",
+    "scope_flags": "no real kernel has any", "msr_bits": "`register_bits` has them, too",
+}
+"""Fields that `host diff` does not compare, with the reason."""
+
+
+ANOTHER: dict[str, Any] = {"register_bits": (b"\1", b"\1"), "feature_bits": (b"\1", b"\1"), "scopes": "other",
+                           "feature_scopes": "other", "after_run": (5, 5)}
+"""Another result of each trial: what was never tried is not compared."""
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(HostProfile)])
+def test_a_diff_leaves_nothing_out(field: str) -> None:
+    """Each table of a profile emptied, on the architecture that has it, is seen."""
+    whole = next((p for p in map(profiles.load, profiles.names()) if getattr(p, field)), None)
+    if field in SAYS_NOTHING or whole is None:
+        assert field in SAYS_NOTHING or field == "refused"
+        return
+    value = getattr(whole, field)
+    new: Any = dict.fromkeys(value, ANOTHER[field]) if field in ANOTHER else type(value)()
+    other = dataclasses.replace(whole, **{field: new})
+    assert changes(whole, other) and changes(other, whole)
+
+
+def test_diff_shows_what_a_guest_was_told_and_leaves_out_what_runs() -> None:
+    old, new = profiles.load("arm64-5.10"), profiles.load("arm64-7.2")
+    assert ("PSCI_VERSION", "a guest's HVC, X0") in changes(old, new)
+    assert ("host", "a guest's MRS") in changes(old, dataclasses.replace(old, guest_registers={}))
+    pit = profiles.load("x86_64-6.12")
+    assert not [name for name, _ in changes(pit, profiles.load("x86_64-7.2")) if name == "KVM_PIT2"]
+    defaults = {**pit.defaults, x86_64.PIT2.id: bytes(len(pit.defaults[x86_64.PIT2.id]))}
+    assert ("KVM_PIT2", "default") in changes(pit, dataclasses.replace(pit, defaults=defaults))
+
+
+def test_the_command_that_made_a_profile_has_what_ran_it(monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    """The lab says how it was called; so that the line can be typed again."""
+    machine = boot.Machine(features=("sve",), mode="nvhe")
+    before = boot.environment(kernels.kernel("arm64", "6.12"), machine)[RUN_BY]
+    assert before == "python -m tests.lab run --arch arm64 --kernel 6.12 --features sve --mode nvhe --"
+    monkeypatch.setenv(RUN_BY, before)
+    assert main(["host", "capture", "--backend", "sim", "--no-experiment"]) == 0
+    made_by = json.loads(capsys.readouterr().out)["made_by"]
+    assert made_by == f"{before} migstream host capture --backend sim --no-experiment"
+
+
+@pytest.mark.parametrize("name", [name for name in profiles.names() if "pvm" not in name])
+def test_recorded_profiles_say_the_exact_command(name: str) -> None:
+    arch, kernel = name.split("-")
+    before = boot.command_line(kernels.kernel(arch, kernel), boot.Machine())
+    assert profiles.load(name).made_by == f"{before} migstream host capture -o profile.json"
+
+
+@pytest.mark.parametrize("name", [name for name in profiles.names() if name.startswith("arm64")])
+def test_recorded_arm64_profiles_know_what_a_guest_was_told(name: str) -> None:
+    profile = profiles.load(name)
+    assert profile.firmware.keys() == CALL_NAMES.keys()
+    assert {*profile.firmware, *profile.guest_registers} == {question.key for question in questions()}
 
 
 def test_diff_shows_what_features_change_and_attributes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 
 import migstream
-from migstream import ram
+from migstream import limits, ram
 from migstream.backends.base import Backend, GuestMemory, Refusal, Vm
 from migstream.demo import run
-from migstream.errors import DoesNotFit, OutputError, RestoreFailed, Truncated
+from migstream.errors import DoesNotFit, OutputError, RestoreFailed, Truncated, UsageError
 from migstream.model import PAGE, Arch, Bank, Klass, Layout, Machine, MemoryRegion, OpaqueState, Phase, Scope, Slot
 from migstream.reader import StreamReader
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.report import Report
-from migstream.sections import EncodedBank
+from migstream.sections import EncodedBank, encode, encode_opaque
 from migstream.transport import capture_prologue, read_items, restore, save
 from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written
@@ -126,6 +126,26 @@ def test_opaque_state_comes_back(vm: Vm) -> None:
     target, report = restore(source, migstream.open_backend("sim"))
     target.close()
     assert report.opaque == [OpaqueState("virtio-net", b"\0\1\2")]
+
+
+def test_more_opaque_state_than_a_reader_takes_is_refused_before_the_pause(vm: Vm) -> None:
+    """Each part is within the limit of a section; all together are one byte over a stream's, or just within it."""
+    part, parts = 15 << 20, 5
+    raw = encode(OpaqueState("d0", bytes(part))).raw_length
+    sizes = [part] * (parts - 1) + [limits.MAX_OPAQUE - (parts - 1) * raw - (raw - part)]
+    states = [OpaqueState(f"d{n}", bytes(size)) for n, size in enumerate(sizes)]
+    assert sum(section.raw_length for section in encode_opaque(states)) == limits.MAX_OPAQUE
+    states[-1] = OpaqueState(f"d{parts - 1}", bytes(sizes[-1] + 1))
+    out, paused = io.BytesIO(), []
+    most = limits.MAX_OPAQUE
+    with pytest.raises(UsageError, match=f"opaque state: {most + 1} bytes; .* at most {most}"):
+        save(vm, out, host=migstream.open_backend("sim").summary(), pause=lambda: paused.append(1), opaque=states)
+    assert (out.getvalue(), paused) == (b"", [])
+
+
+def test_one_opaque_state_over_a_sections_limit_is_refused(vm: Vm) -> None:
+    with pytest.raises(UsageError, match="can't be saved"):
+        saved(vm, opaque=[OpaqueState("d", bytes(limits.MAX_RAW))])
 
 
 def test_a_stream_goes_through_a_pipe_in_one_pass(vm: Vm) -> None:

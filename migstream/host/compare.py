@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from migstream.host.attributes_arm64 import name
+from migstream.host.compare_tables import table_differences
 from migstream.host.profile import FIXED, HostProfile
 from migstream.model import Klass
 from migstream.registers import ids, vcpu_features
 from migstream.registers.bit_tables import BITS, decode
-from migstream.registers.catalogue import lookup
+from migstream.registers.catalogue import lookup, running
 
 SCOPES = ("vm", "vcpu", FIXED)
 _UNTRIED = "not tried"
@@ -119,9 +120,9 @@ class Change:
 
 
 def differences(left: HostProfile, right: HostProfile) -> list[Change]:
-    """What differs, by name: of the host, capabilities, then registers and attributes in the order of their ids.
+    """What differs, by name: of the host, capabilities, registers and attributes in the order of their ids, tables.
 
-    What was not tried on one of the hosts is not compared.
+    A register's property that was not tried on one of the hosts is not compared.
     """
     out = [change for what, of in _HOST for change in _only(what, of(left), of(right))]
     out += [Change(name, "capability", str(left.capabilities.get(name, 0)), str(right.capabilities.get(name, 0)))
@@ -130,7 +131,7 @@ def differences(left: HostProfile, right: HostProfile) -> list[Change]:
     ours, theirs = entries(left), entries(right)
     for id in sorted({*ours, *theirs}):
         out += _register(id, ours.get(id), theirs.get(id))
-    return out
+    return out + [Change(*row) for row in table_differences(left, right)]
 
 
 _HOST: tuple[tuple[str, Callable[[HostProfile], list[str]]], ...] = (
@@ -163,8 +164,17 @@ def _there(entry: Entry | None) -> str:
 
 
 def _default_differs(left: Entry, right: Entry) -> bool:
-    """Running clocks always do."""
-    return left.default != right.default and lookup(left.id).klass != Klass.CLOCK
+    """Running clocks always do; what of other registers runs is not compared."""
+    return lookup(left.id).klass != Klass.CLOCK and _still(left) != _still(right)
+
+
+def _still(entry: Entry) -> int | bytes | None:
+    """The default with the bits cleared that run by themselves."""
+    runs = running(entry.id)
+    if entry.default is None or runs is None:
+        return entry.default
+    moving = sum((1 << width) - 1 << low for low, width in runs.spans)
+    return int.from_bytes(entry.default, "little") & ~moving
 
 
 def _defaults(left: Entry, right: Entry) -> tuple[str, str]:

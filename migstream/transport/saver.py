@@ -124,7 +124,10 @@ class Saver:
             self._banks = [bank for layout in late for bank in empty_banks(self.vm, layout)]
 
     def state(self, *, ram_too: bool = True, opaque: Sequence[OpaqueState] = ()) -> Report:
-        """Write all the rest; the vCPUs stand still. Raises: BackendError, OutputError."""
+        """Write all the rest; the vCPUs stand still.
+
+        Raises: BackendError, OutputError; UsageError for opaque state over the format's limits.
+        """
         assert self._prologue is not None
         self.vm.warm()
         with self.report.phase("registers"):
@@ -140,8 +143,8 @@ class Saver:
         with self.report.phase("encode"):
             for bank in banks:
                 self._bank(bank)
-            for item in opaque:
-                self._send(sections.encode(item))
+            for section in sections.encode_opaque(opaque):
+                self._send(section)
             self._write(self._frames.end())
         self.report.bytes = self._frames.offset
         return self.report
@@ -188,11 +191,13 @@ def save(vm: Vm, out: Sink, *, host: HostSummary, pause: Callable[[], None], pro
         prologue: from `capture_prologue`, taken earlier. KVM lets nobody read a vCPU that runs, so a guest that is
             running needs it; without it the prologue is read here, after `pause`.
         level: zstd level; 0 stores.
-        opaque: device state that the caller emulates itself.
+        opaque: device state that the caller emulates itself; all together at most `limits.MAX_OPAQUE` bytes.
         threads: that read registers; 0 leaves it to the backend. More than one needs the compiled batch.
 
-    Raises: BackendError, OutputError. The VM is left paused then, too.
+    Raises: BackendError, OutputError. The VM is left paused then, too. UsageError for opaque state over the format's
+        limits: nothing was written, and `pause` was not called.
     """
+    sections.encode_opaque(opaque)
     saver = Saver(vm, out, host=host, level=level, threads=threads)
     if prologue is None:
         with saver.report.phase("pause"):

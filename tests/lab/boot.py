@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import selectors
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from migstream.cli_host import RUN_BY
 from tests.lab import image, kernels, tools
 from tests.lab.console import Console
 from tests.lab.errors import LabError, TimeLimitError
@@ -138,7 +140,20 @@ def environment(kernel: Kernel, machine: Machine) -> Mapping[str, str]:
         "MIGSTREAM_LAB_CPU": machine.cpu,
         "MIGSTREAM_LAB_FEATURES": ",".join(machine.features),
         "MIGSTREAM_LAB_MODE": machine.mode or "",
+        RUN_BY: command_line(kernel, machine),
     }
+
+
+def command_line(kernel: Kernel, machine: Machine) -> str:
+    """What to type before a command to run it on this kernel and machine; what is as by default is left out."""
+    words = ["python", "-m", "tests.lab", "run", "--arch", kernel.arch, "--kernel", kernel.version]
+    for option, value, default in (
+        ("--cpu", machine.cpu, Machine.cpu), ("--features", ",".join(machine.features), ""),
+        ("--mode", machine.mode, None), ("--memory", machine.memory_mib, Machine.memory_mib),
+        ("--smp", machine.cpus, Machine.cpus),
+    ):
+        words += [option, str(value)] if value != default else []
+    return shlex.join([*words, "--"])
 
 
 def emulator_arguments(kernel: Kernel, machine: Machine, vmlinuz: Path, initrd: Path) -> list[str]:
