@@ -49,14 +49,16 @@ def wanted(options: argparse.Namespace, arch: str, folder: Path) -> lab.Wanted:
 
 
 def baseline_of(named: Sequence[kernels.Kernel]) -> str:
-    """The contract that guests which travel everywhere are started under; "" where these kernels have none."""
+    """The contract that guests which travel everywhere are started under: all but what no value would do for."""
     from migstream.contract import to_json
     from migstream.host.baseline import baseline
 
-    found = baseline({kernel.name: profiles.load(kernel.name) for kernel in named})
-    for line in found.refusals:
-        print(f"no baseline: {line}")
-    return "" if found.refusals else to_json(found.contract)
+    hosts = {kernel.name: profiles.load(kernel.name) for kernel in named}
+    refused = baseline(hosts).refusals
+    for line in refused:
+        print(f"not in the baseline: {line}")
+    found = baseline(hosts, free=[line.partition(": ")[0] for line in refused])
+    return to_json(found.contract)
 
 
 def run(want: lab.Wanted, boots: bool = True) -> int:

@@ -21,7 +21,7 @@ from migstream.backends import open_backend
 from migstream.backends.base import Backend, Vm
 from migstream.contract import Contract, from_json
 from migstream.demo import run
-from migstream.errors import DoesNotFit, MigstreamError
+from migstream.errors import DoesNotFit, MigstreamError, RestoreFailed
 from migstream.model import Arch, OpaqueState
 from migstream.registers import vcpu_features
 from migstream.report import Report
@@ -40,7 +40,7 @@ CHAIN = "eyes-chain"
 WHATEVER = parse("""
 migstream_policy = 1
 [[clamp]]
-register = "ID_*"
+register = ["ID_*", "SVE_VLS"]
 reason = "as near as the target comes"
 guest_notices = true
 [[tolerate]]
@@ -137,10 +137,11 @@ def _restored(backend: Backend, file: str) -> tuple[Vm, Report, list[str]]:
         try:
             with open(file, "rb") as source:
                 return *restore(source, backend, readback=True, policy=policy), refused
-        except DoesNotFit as error:
-            if refused:
+        except (DoesNotFit, RestoreFailed) as error:
+            at_the_pause = isinstance(error, RestoreFailed) and str(error).startswith("at the pause")
+            if refused or not (at_the_pause or isinstance(error, DoesNotFit)):
                 raise
-            refused, policy = list(error.reasons), WHATEVER
+            refused, policy = list(error.reasons) if isinstance(error, DoesNotFit) else [str(error)], WHATEVER
 
 
 def _replay(backend: Backend, file: str) -> dict[str, Any]:

@@ -252,7 +252,7 @@ class Arm64Host(ArchHost):
         from migstream.host.behaviour import of_profile
 
         try:
-            answers, registers = firmware_arm64.ask(backend), firmware_arm64.told(backend)
+            answers, registers = firmware_arm64.ask_twice(backend)
         except (BackendError, UsageError) as error:
             known = of_profile(backend.profile())
             return replace(known, unknown=(*known.unknown, f"no scratch guest could ask this kernel: {error}"))
