@@ -1,4 +1,4 @@
-"""`python -m bench blackout|calibrate|codec|compare|lock|model|startup`: each command's options with `--help`."""
+"""`python -m bench blackout|calibrate|check|codec|compare|lock|model|startup`: each command's options with `--help`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from migstream.progress import progress
 BENCHES = {
     "blackout": "blackout against vCPU count, by strategy, beside C and QEMU",
     "calibrate": "what each ioctl costs on this machine, for modelled time",
+    "check": "a stream of 512 vCPUs judged against 100 host profiles",
     "codec": "what it costs to turn registers into a bank and back",
     "compare": "two runs of blackout side by side",
     "lock": "one write for each vCPU by several threads, for real and in the model",

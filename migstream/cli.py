@@ -346,6 +346,7 @@ def _replay_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--backend", default="auto", metavar="NAME", help=BACKENDS)
     sub.add_argument("--host", metavar="FILE", help="this host's profile from `host capture`: its measured scopes")
     sub.add_argument("--readback", action="store_true", help="read every register back and compare")
+    sub.add_argument("--policy", metavar="FILE", help="TOML: what the operator overrules, as for `check`")
     sub.add_argument("--fault", metavar="WHAT", help=argparse.SUPPRESS)
     sub.add_argument("--run", dest="seconds", type=_seconds, metavar="SECONDS",
                      help="let the guest run on, then stop it")
@@ -359,6 +360,7 @@ def _replay(options: argparse.Namespace) -> int:
     from migstream.errors import StreamError
     from migstream.transport import Restorer, open_source, read_items
 
+    policy = cli_check.open_policy(options.policy)
     backend = open_backend(options.backend)
     if options.host:
         backend.know(open_profile(options.host))
@@ -367,7 +369,7 @@ def _replay(options: argparse.Namespace) -> int:
     ran: dict[str, Any] = {}
     try:
         with (open_source(options.file) as source,
-              Restorer(backend, readback=options.readback, threads=options.threads) as restorer):
+              Restorer(backend, readback=options.readback, policy=policy, threads=options.threads) as restorer):
             for section, item in read_items(source, restorer.reader):
                 restorer.take(section, item)
             vm, report = restorer.finish()
@@ -384,7 +386,7 @@ def _replay(options: argparse.Namespace) -> int:
         show.print_json("replay", {"backend": backend.name, **show.report_json(report), "run": ran})
     else:
         _print_replay(options, backend.name, report, ran)
-    return 10 if report.lossy else 0
+    return 10 if report.lossy or any(verdict.loses for verdict in report.verdicts) else 0
 
 
 def _print_replay(options: argparse.Namespace, backend: str, report: Report, ran: dict[str, Any]) -> None:
@@ -409,8 +411,8 @@ _COMMANDS: dict[str, tuple[Any, Any, str, tuple[str, str]]] = {
              ("migstream demo", "migstream demo --vcpus 240 --backend kvm -o v.mig")),
     "inspect": (_inspect, _inspect_arguments, "show what is in a stream; FILE - is standard input",
                 ("migstream inspect v.mig", "migstream inspect v.mig --vcpu all --reg 'MSR_*TSC*'")),
-    "check": (cli_check.run, cli_check.arguments, "whether hosts can take a stream, register by register",
-              ("migstream check v.mig --host arm64-7.2", "migstream check v.mig --host here.json --policy ours.toml")),
+    "check": (cli_check.run, cli_check.arguments, "whether hosts can take a guest, and give it back, by register",
+              ("migstream check v.mig --host arm64-7.2 --reverse", "migstream check --fleet arm64-6.12 arm64-7.2")),
     "convert": (cli_convert.run, cli_convert.arguments,
                 "a stream for another host or an older format; only what the guest can't have seen is changed",
                 ("migstream convert v.mig -o w.mig --for-host arm64-7.2",

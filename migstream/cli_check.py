@@ -1,55 +1,224 @@
-"""`migstream check`: whether hosts can take a stream, register by register, before anything is touched."""
+"""`migstream check`: whether hosts can take a guest, register by register, before anything is touched."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migstream.errors import DoesNotFit, UsageError
+from migstream import filekind
+from migstream.errors import UsageError
 
 if TYPE_CHECKING:
+    from migstream.contract import Contract
+    from migstream.fleet import Vmm
+    from migstream.host.profile import HostProfile
     from migstream.plan import Plan
+    from migstream.transport import Source
+    from migstream.verdicts.model import Saved
     from migstream.verdicts.policy import Policy
 
-FITS, WITH_LOSS = 0, 10
-_WORST = 20
-"""Verdicts that one screen shows of a host."""
+_FULL = 3
+"""Hosts that are shown with all that stands in the way; more of them are a line each."""
+
+_ROWS = 40
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    sub.add_argument("file", metavar="STREAM|-")
-    sub.add_argument("--host", action="append", required=True, metavar="P",
+    sub.add_argument("file", metavar="STREAM|CONTRACT|-", nargs="?")
+    sub.add_argument("--host", action="append", default=[], metavar="P",
                      help="a captured profile, or a name from `host list`; may be given several times")
+    sub.add_argument("--reverse", action="store_true", help="and whether the guest can come back from there")
+    sub.add_argument("--source", metavar="P", help="with --reverse: where it comes from, if no recorded profile is its")
+    sub.add_argument("--matrix", nargs="+", metavar="P", help="a fresh guest of each of these hosts on each other one")
+    sub.add_argument("--fleet", nargs=2, metavar=("OLD", "NEW"),
+                     help="old and new kernel with old and new VMM: which moves are safe, and where the fence lies")
+    sub.add_argument("--old-vmm", metavar="WORDS", help=f"{_VMM_WORDS}; default knows:OLD")
+    sub.add_argument("--new-vmm", metavar="WORDS", help="likewise; default contract,opts-out")
+    sub.add_argument("--vcpu-features", metavar="LIST", help="arm64, of the guests of --matrix and --fleet (none)")
     sub.add_argument("--policy", metavar="FILE", help="TOML: what the operator tolerates, clamps, ignores, requires")
     sub.add_argument("--all", action="store_true", help="every verdict that has a reason, not the worst alone")
 
 
+_VMM_WORDS = "a VMM: contract, opts-out, knows:PROFILE (rows for that kernel's registers alone), with commas"
+
+
 def run(options: argparse.Namespace) -> int:
-    """Judge; the exit status is the worst host's. Raises: StreamError and below, UsageError, PolicyError."""
+    """Judge; the exit status is the worst answer's. Raises: StreamError and below, UsageError, PolicyError."""
+    asked = [name for name in ("file", "matrix", "fleet") if getattr(options, name) is not None]
+    if len(asked) != 1:
+        raise UsageError("check: a stream or contract with --host, or --matrix, or --fleet: one of the three")
+    for name, only in _ONLY.items():
+        if getattr(options, name) not in (None, [], False) and asked[0] not in only:
+            raise UsageError(f"check: --{name.replace('_', '-')} goes with {_ASKED[only[0]]}")
+    return _MODES[asked[0]](options)
+
+
+_ASKED = {"file": "a stream or contract", "matrix": "--matrix or --fleet", "fleet": "--fleet"}
+_ONLY: dict[str, tuple[str, ...]] = {
+    "host": ("file",), "reverse": ("file",), "source": ("file",), "old_vmm": ("fleet",), "new_vmm": ("fleet",),
+    "vcpu_features": ("matrix", "fleet"),
+}
+"""Which options go with which of the three questions; `policy` and `all` with most, see `_fleet`."""
+
+
+# A stream or a contract.
+
+
+def _file(options: argparse.Namespace) -> int:
+    from migstream import show, show_check
     from migstream.cli_host import open_profile
     from migstream.plan import plan_for
-    from migstream.survey import survey
+
+    if not options.host:
+        raise UsageError("check: --host says where the guest is to go")
+    if options.source and not options.reverse:
+        raise UsageError("check: --source goes with --reverse")
+    policy = open_policy(options.policy)
+    given = read_input(options.file)
+    hosts = {name: open_profile(name) for name in options.host}
+    plans = {name: plan_for(given.saved(host), host, policy) for name, host in hosts.items()}
+    if options.reverse:
+        source = given.source(options, hosts)
+        back = {name: _way_back(plan, source, policy) for name, plan in plans.items()}
+    else:
+        back = {}
+    statuses = [show_check.status(plan) for plan in (*plans.values(), *filter(None, back.values()))]
+    if options.json:
+        show.print_json("check", {"file": options.file, "kind": given.kind, "notes": given.notes,
+                                  "hosts": _hosts_json(plans, back)})
+    else:
+        _print_hosts(plans, back, given, options.all)
+    return max(*statuses, show_check.NOT if None in back.values() else 0)
+
+
+def _way_back(plan: Plan, source: HostProfile, policy: Policy) -> Plan | None:
+    """The guest as the host would save it after the move, on where it came from; None where it can't move."""
+    from migstream.plan import plan_for
+    from migstream.verdicts.guest import moved
+
+    if plan.refusals or plan.pair is None:
+        return None
+    return plan_for(moved(plan.pair, plan.verdicts), source, policy)
+
+
+def _hosts_json(plans: Mapping[str, Plan], back: Mapping[str, Plan | None]) -> dict[str, Any]:
+    from migstream.show_check import plain
+
+    out: dict[str, Any] = {name: plain(plan) for name, plan in plans.items()}
+    for name, plan in back.items():
+        out[name]["back"] = None if plan is None else plain(plan)
+    return out
+
+
+def _print_hosts(plans: Mapping[str, Plan], back: Mapping[str, Plan | None], given: Input, everything: bool) -> None:
+    from migstream import show, show_check
+
+    rows: list[tuple[str, str]] = [("note" if k == 0 else "", line) for k, line in enumerate(given.notes)]
+    if len(plans) > _FULL and not everything:
+        table = show_check.hosts_table({name: plan for name, plan in plans.items()})
+        show.print_table(show.Table(table.columns, table.rows[:_ROWS]), 0)
+        rows += [("", show_check.rest(len(plans), _ROWS))] if len(plans) > _ROWS else []
+    else:
+        rows += [row for name, plan in plans.items() for row in show_check.host_pairs(name, plan, everything)]
+    for name, plan in back.items():
+        title = f"{name} and back"
+        rows += [(title, "does not fit: the guest does not get there")] if plan is None else \
+            show_check.host_pairs(title, plan, everything)
+    show.print_pairs(rows)
+
+
+class Input:
+    """A guest to be judged: a stream's or a contract's.
+
+    Attributes:
+        kind: `stream` or `contract`. notes: what is worth knowing of it, a line each.
+    """
+
+    def __init__(self, name: str, kind: str, found: Saved | Contract, kernel: str, cpu: str) -> None:
+        self.name, self.kind, self._found, self._kernel, self._cpu = name, kind, found, kernel, cpu
+        self.notes = _contract_notes(found) if kind == "contract" else []
+
+    def saved(self, host: HostProfile) -> Saved:
+        """The guest, as it would go to a host."""
+        from migstream.contract import Contract
+        from migstream.verdicts.guest import of_contract
+
+        return of_contract(self._found, host) if isinstance(self._found, Contract) else self._found
+
+    def source(self, options: argparse.Namespace, hosts: Mapping[str, HostProfile]) -> HostProfile:
+        """The host that the guest comes from: --source, one of the hosts, or a recorded one. Raises: UsageError."""
+        from migstream.cli_host import open_profile
+        from migstream.host import profiles
+        from migstream.host.profile import HostProfile
+
+        if options.source:
+            return open_profile(options.source)
+        for host in hosts.values():
+            if (host.kernel, host.cpu) == (self._kernel, self._cpu):
+                return host
+        found = profiles.recorded(HostProfile(self.saved(next(iter(hosts.values()))).machine.arch, self._kernel,
+                                              self._cpu, ""))
+        if found is None:
+            raise UsageError(f"{self.name}: no recorded profile of where it comes from ({self._kernel or 'not said'}): "
+                             "name it with --source")
+        return found
+
+
+def _contract_notes(contract: Any) -> list[str]:
+    from migstream.registers.catalogue import lookup
+
+    if not contract.varies:
+        return []
+    return [f"{', '.join(lookup(id).name for id in contract.varies)}: not the same on all vCPUs; judged by vCPU 0's"]
+
+
+def read_input(name: str) -> Input:
+    """Read a stream or a contract, told apart by their first byte. Raises: StreamError, UsageError, OutputError."""
     from migstream.transport import open_source
+
+    with open_source(name) as file:
+        head = file.read(1)
+        if head in (b"{", b" ", b"\n", b"\t", b"\r", b"["):
+            return _contract(name, head + file.read())
+        return _stream(name, _Resumed(head, file))
+
+
+class _Resumed:
+    """A source whose first byte was read already."""
+
+    def __init__(self, head: bytes, rest: Source) -> None:
+        self._head, self._rest = head, rest
+
+    def read(self, size: int, /) -> bytes:
+        """See `Source.read`."""
+        head, self._head = self._head[:size], b""
+        return head + self._rest.read(size - len(head)) if size > len(head) else head
+
+
+def _contract(name: str, data: bytes) -> Input:
+    from migstream.contract import from_json
+
+    try:
+        contract = from_json(data.decode("utf-8"), name)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name}: not a contract: not UTF-8 text") from error
+    return Input(name, "contract", contract, contract.kernel, contract.cpu)
+
+
+def _stream(name: str, source: Source) -> Input:
+    from migstream.survey import survey
     from migstream.verdicts.model import Saved
 
-    policy = open_policy(options.policy)
-    with open_source(options.file) as source:
-        seen = survey(source)
+    seen = survey(source)
     if seen.error is not None:
-        raise seen.error.in_file(options.file)
-    machine = seen.reader.machine
+        raise seen.error.in_file(name)
+    machine, host = seen.reader.machine, seen.reader.host
     assert machine is not None
     saved = Saved.of(machine, seen.reader.layouts, [bank.decode() for bank in seen.banks], seen.contract())
-    plans = {name: plan_for(saved, open_profile(name), policy) for name in options.host}
-    if options.json:
-        from migstream.show import print_json
-
-        print_json("check", {"file": options.file, "hosts": {name: as_plain(plan) for name, plan in plans.items()}})
-    else:
-        _print(plans, options.all)
-    return max(status(plan) for plan in plans.values())
+    return Input(name, "stream", saved, host.kernel if host else "", host.cpu if host else "")
 
 
 def open_policy(name: str | None) -> Policy:
@@ -59,57 +228,94 @@ def open_policy(name: str | None) -> Policy:
     if name is None:
         return NO_POLICY
     try:
-        return parse(Path(name).read_text(encoding="utf-8"), name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{name}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+        data = Path(name).read_bytes()
+        if kind := filekind.of_bytes(data).replace(" (this is a policy)", ""):
+            raise UsageError(f"{name}: not a policy{kind}")
+        return parse(data.decode("utf-8"), name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name}: {getattr(error, 'strerror', None) or 'not a policy: not UTF-8 text'}") from error
 
 
-def status(plan: Plan) -> int:
-    """Exit status for one host: 0, 10 where the policy lets a guest notice something, 11 where it does not fit."""
-    if plan.refusals:
-        return DoesNotFit.exit_status
-    return WITH_LOSS if any(verdict.loses for verdict in plan.verdicts) else FITS
+# Hosts among themselves.
 
 
-_WORDS = {FITS: "fits", WITH_LOSS: "fits with loss", DoesNotFit.exit_status: "does not fit"}
+def _matrix(options: argparse.Namespace) -> int:
+    from migstream import show, show_check
+    from migstream.cli_host import open_profile
+    from migstream.fleet import matrix
+
+    names = list(dict.fromkeys(options.matrix))
+    if len(names) < 2:
+        raise UsageError("check --matrix: name two hosts or more")
+    hosts = {name: open_profile(name) for name in names}
+    plans = matrix(hosts, _features(options), open_policy(options.policy))
+    if options.json:
+        show.print_json("check", {"matrix": [{"from": a, "to": b, **show_check.plain(plan)}
+                                             for (a, b), plan in plans.items()]})
+    else:
+        legend = show_check.Legend()
+        show.print_table(show_check.square(names, show_check.matrix_reasons(names, plans), "fits", legend), 0)
+        show.print_pairs(legend.pairs(options.all))
+        if options.all:
+            show.print_pairs(row for (a, b), plan in plans.items()
+                             for row in show_check.host_pairs(f"{a} -> {b}", plan, True))
+    return max(map(show_check.status, plans.values()))
 
 
-def as_plain(plan: Plan) -> dict[str, Any]:
-    """One host's answer for machines: status, counts by answer, and each verdict that has a reason."""
-    return {
-        "status": status(plan), "counts": counts(plan), "obstacles": list(plan.obstacles), "notes": list(plan.notes),
-        "verdicts": [{"register": v.name, "id": f"{v.slot.id:#x}", "answer": v.answer.name.lower(), "reason": v.reason,
-                      "source": v.source, "at_the_pause": v.pending, "tolerated": v.tolerated}
-                     for v in plan.verdicts if v.reason],
-    }
+def _features(options: argparse.Namespace) -> int:
+    from migstream.cli_host import parse_features
+    from migstream.registers import vcpu_features
+
+    found = parse_features(options.vcpu_features)
+    return vcpu_features.DEFAULT if found is None else found
 
 
-def counts(plan: Plan) -> dict[str, int]:
-    """Registers by answer, the worst first, without answers that nothing has."""
-    from migstream.verdicts.model import Answer
+def _fleet(options: argparse.Namespace) -> int:
+    from migstream import show, show_check
+    from migstream.cli_host import open_profile
+    from migstream.fleet import four_way
 
-    answers = [verdict.answer for verdict in plan.verdicts]
-    return {answer.name.lower(): answers.count(answer) for answer in reversed(Answer) if answer in answers}
+    if options.policy:
+        raise UsageError("check: --policy goes with a stream, a contract or --matrix: a policy is one host's")
+    old, new = (open_profile(name) for name in options.fleet)
+    default = f"knows:{options.fleet[0]}"
+    vmms = (_vmm("old", options.old_vmm or default), _vmm("new", options.new_vmm or "contract,opts-out"))
+    fleet = four_way(old, new, vmms, _features(options))
+    if options.json:
+        show.print_json("check", {"fleet": show_check.fleet_document(fleet)})
+        return show_check.fleet_status(fleet)
+    legend = show_check.Legend()
+    show.print_pairs(show_check.fleet_pairs(fleet))
+    show.print_table(show_check.square([place.name for place in fleet.places], show_check.direct(fleet), "safe",
+                                       legend), 0)
+    stranded = show_check.stranded_table(fleet, legend)
+    if stranded.rows:
+        show.print_table(stranded, 0)
+    show.print_pairs([*legend.pairs(options.all), *(("fence", line) for line in show_check.fence_lines(fleet))])
+    if options.all:
+        show.print_pairs((" -> ".join(str(n + 1) for n in route) if k == 0 else "", reason)
+                         for route, reasons in fleet.routes.items() for k, reason in enumerate(reasons))
+    return show_check.fleet_status(fleet)
 
 
-def _print(plans: dict[str, Plan], everything: bool) -> None:
-    from migstream.show import print_pairs
+def _vmm(name: str, words: str) -> Vmm:
+    """A VMM from its words. Raises: UsageError."""
+    from migstream.cli_host import open_profile
+    from migstream.fleet import Vmm
 
-    rows: list[tuple[str, str]] = []
-    for name, plan in plans.items():
-        said = ", ".join(f"{number} {word.replace('_', ' ')}" for word, number in counts(plan).items())
-        rows.append((name, f"{_WORDS[status(plan)]}: {said or 'not judged'}"))
-        rows += [("", line) for line in (*plan.obstacles, *_lines(plan, everything), *plan.notes)]
-    print_pairs(rows)
+    flags = {word.strip() for word in words.split(",") if word.strip()}
+    known = [word for word in flags if word.startswith("knows:")]
+    if unknown := sorted(flags - {*known, "contract", "opts-out"}):
+        raise UsageError(f"--{name}-vmm: no word {unknown[0]!r}; {_VMM_WORDS}")
+    if len(known) > 1:
+        raise UsageError(f"--{name}-vmm: one knows:PROFILE at most")
+    rows = _rows_of(open_profile(known[0].removeprefix("knows:"))) if known else None
+    return Vmm(name, rows, "contract" in flags, "opts-out" in flags)
 
 
-def _lines(plan: Plan, everything: bool) -> list[str]:
-    """Verdicts with a reason, the worst first; those that stand in the way alone unless all are wanted."""
-    from migstream.verdicts.model import Answer
+def _rows_of(host: HostProfile) -> frozenset[int]:
+    """What a VMM that was written for this kernel has rows for."""
+    return frozenset({*host.listed, *host.with_all_features().listed, *host.defaults, *host.attributes})
 
-    order = list(Answer)
-    told = [v for v in plan.verdicts if v.reason and (everything or v.stands_in_the_way or v.loses)]
-    lines = [str(v) for v in sorted(told, key=lambda v: -order.index(v.answer))]
-    if everything or len(lines) <= _WORST:
-        return lines
-    return [*lines[:_WORST], f"… and {len(lines) - _WORST} more; --all shows every one"]
+
+_MODES = {"file": _file, "matrix": _matrix, "fleet": _fleet}

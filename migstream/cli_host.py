@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from migstream import filekind
 from migstream.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -64,9 +65,12 @@ def open_profile(name: str) -> HostProfile:
     if not path.is_file():
         return profiles.load(name.removeprefix("sim:"))
     try:
-        return from_json(path.read_text(encoding="utf-8"), name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{name}: not a host profile: {error}") from error
+        data = path.read_bytes()
+        return from_json(data.decode("utf-8"), name)
+    except OSError as error:
+        raise UsageError(f"{name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name}: not a host profile: not UTF-8 text{filekind.of_bytes(data)}") from error
 
 
 def _capture(options: argparse.Namespace) -> int:
@@ -158,7 +162,7 @@ def _baseline(options: argparse.Namespace) -> int:
     if len(set(options.profiles)) < 2:
         raise UsageError("host baseline: name two hosts or more")
     hosts = {name: open_profile(name) for name in dict.fromkeys(options.profiles)}
-    found = baseline(hosts, _features(options.vcpu_features), options.free)
+    found = baseline(hosts, parse_features(options.vcpu_features), options.free)
     if options.output is not None and not found.refusals:
         with open_output(options.output) as file:
             file.write(to_json(found.contract).encode())
@@ -172,7 +176,8 @@ def _baseline(options: argparse.Namespace) -> int:
     return 0
 
 
-def _features(words: str | None) -> int | None:
+def parse_features(words: str | None) -> int | None:
+    """The mask of `--vcpu-features`; None where it isn't given. Raises: UsageError."""
     from migstream.registers import vcpu_features
 
     if words is None:

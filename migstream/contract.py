@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from migstream import filekind
 from migstream.errors import Corrupt, UsageError, printable
 from migstream.model import Arch, Bank, Klass
 from migstream.registers import ids
@@ -170,10 +171,10 @@ def from_json(text: str, name: str = "contract") -> Contract:
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{name}: not a contract: not JSON: {printable(error)}") from error
     if not isinstance(data, dict) or "migstream_contract" not in data:
-        raise UsageError(f"{name}: not a contract: field 'migstream_contract' missing{_other_kind(data)}")
+        raise UsageError(f"{name}: not a contract: field 'migstream_contract' missing{filekind.of_object(data)}")
     if data["migstream_contract"] != CONTRACT_VERSION:
         raise UsageError(f"{name}: field 'migstream_contract': contract version {printable(data['migstream_contract'])}"
                          f"; this migstream reads {CONTRACT_VERSION}")
@@ -182,11 +183,6 @@ def from_json(text: str, name: str = "contract") -> Contract:
         raise UsageError(f"{name}: not a contract: unknown field {printable(repr(unknown[0]))}")
     behaviour = Behaviour(*(fields.pop(key) for key in ("found", "behaves_as", "how", "firmware", "unknown")))
     return _checked(name, Contract(**fields, behaviour=behaviour))
-
-
-def _other_kind(data: Any) -> str:
-    known = [key for key in ("migstream_host_profile", "migstream_json") if isinstance(data, dict) and key in data]
-    return f" (this is a {known[0].removeprefix('migstream_').replace('_', ' ')})" if known else ""
 
 
 def _field(name: str, data: dict[str, Any], key: str, read: Callable[[Any], Any]) -> Any:

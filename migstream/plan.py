@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from migstream.errors import DoesNotFit
@@ -17,7 +18,7 @@ from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
 from migstream.registers import vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.verdicts.facts import Pair
-from migstream.verdicts.judge import Addition, additions, judge, unexplained
+from migstream.verdicts.judge import Addition, additions, caveats, judge, replace_saved, unexplained, unhidden
 from migstream.verdicts.model import Answer, Saved, Verdict
 from migstream.verdicts.policy import NO_POLICY, Policy
 
@@ -72,13 +73,13 @@ class Plan:
     pair: Pair | None = None
     policy: Policy = NO_POLICY
 
-    @property
+    @cached_property
     def verdicts(self) -> list[Verdict]:
         """All registers' verdicts, in restore order; additions last."""
         return [*(verdict for step in self.steps for verdict in step.verdicts),
                 *(addition.verdict for addition in self.additions)]
 
-    @property
+    @cached_property
     def refusals(self) -> list[str]:
         """Why it can't be done, one line each, what is refused first; empty where it can."""
         bad = [v for v in self.verdicts if v.stands_in_the_way]
@@ -127,16 +128,25 @@ def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile, *,
 
 def plan_for(saved: Saved, host: HostProfile, policy: Policy = NO_POLICY) -> Plan:
     """The same for a guest whose values are collected already. Raises: PolicyError."""
+    if other := _other_arch(saved.machine, host):
+        return Plan((), (other,), policy=policy)
     obstacles = tuple(reason for rule in _MACHINE_RULES if (reason := rule(saved.machine, host)))
-    if saved.machine.arch != host.arch:
-        return Plan((), obstacles)
     if obstacles:
         saved = replace(saved, machine=replace(saved.machine, devices={}))
     pair = Pair(saved, host)
     steps = tuple(_step(layout, tuple(policy.apply(pair, judge(pair, slot)) for slot in layout.slots))
                   for layout in saved.layouts)
-    added = tuple(replace(one, verdict=policy.apply(pair, one.verdict)) for one in additions(pair))
-    return Plan(steps, obstacles, added, tuple(unexplained(pair)), pair, policy)
+    added = tuple(_overruled(one, pair, policy) for one in (*additions(pair), *unhidden(pair)))
+    return Plan(steps, obstacles, added, (*caveats(pair), *unexplained(pair)), pair, policy)
+
+
+def _overruled(one: Addition, pair: Pair, policy: Policy) -> Addition:
+    """An addition as the policy wants it; its value is the contract's, not a bank's."""
+    if not policy.clauses:
+        return one
+    assert pair.saved.contract is not None
+    promised = replace_saved(pair, one.slot.id, pair.saved.contract.behaves_as[one.slot.id])
+    return replace(one, verdict=policy.apply(promised, one.verdict))
 
 
 def scope_notes(layouts: Sequence[Layout], host: HostProfile) -> list[str]:
@@ -217,7 +227,7 @@ def _gic(machine: Machine, host: HostProfile) -> str:
     return f"this kernel can't make a device {missing[0]}" if missing else ""
 
 
-_MACHINE_RULES = (_other_arch, _too_many_vcpus, _unknown_device, _device_value, _vcpu_features, _gic)
+_MACHINE_RULES = (_too_many_vcpus, _unknown_device, _device_value, _vcpu_features, _gic)
 
 
 def _convert(step: Step, values: Words) -> Words:

@@ -16,6 +16,7 @@ from migstream.report import Report
 
 if TYPE_CHECKING:
     from migstream.describe import Shown
+    from migstream.plan import Verdict
     from migstream.sections import EncodedBank
     from migstream.survey import Survey
 
@@ -288,14 +289,20 @@ def report_json(report: Report) -> dict[str, Any]:
         "times_ns": times_json(report), "bytes": report.bytes, "raw_bytes": report.raw_bytes,
         "stored_bytes": report.stored_bytes,
         "writes": {phase: {str(scope): n for scope, n in row.items()} for phase, row in report.writes.items()},
-        "verdicts": [{"register": v.name, "id": f"{v.slot.id:#018x}", "answer": str(v.answer), "reason": v.reason}
-                     for v in report.verdicts],
+        "verdicts": [{"register": v.name, "id": f"{v.slot.id:#018x}", "answer": str(v.answer), "reason": v.reason,
+                      "policy": policy_json(v)} for v in report.verdicts],
         "refused": [{"register": lookup(no.register).name, "vcpu": no.vcpu, "operation": no.operation,
                      "errno": no.errno, "why_harmless": why} for no, why in report.refused],
         "readback": {"compared": report.readback, "differs": [
             {"register": lookup(d.register).name, "vcpus": list(d.vcpus), "reason": d.reason} for d in report.differs]},
         "notes": list(report.notes),
     }
+
+
+def policy_json(verdict: Verdict) -> dict[str, str] | None:
+    """What a policy made of a verdict: its word, its reason, and the answer before; None where it did nothing."""
+    by = verdict.overruled
+    return None if by is None else {"verb": by.verb, "reason": by.reason, "was": by.was.name.lower()}
 
 
 def writes_table(report: Report) -> Table:

@@ -80,7 +80,7 @@ def changed(**fields: Any) -> str:
 BAD = (
     ("", "not JSON"), ("[]", "field 'migstream_contract' missing"), ("7", "field 'migstream_contract' missing"),
     (json.dumps({"migstream_host_profile": 2}), "field 'migstream_contract' missing (this is a host profile)"),
-    (json.dumps({"migstream_json": 1}), "(this is a json)"),
+    (json.dumps({"migstream_json": 1}), "(this is the --json output of a command)"),
     (changed(migstream_contract=2), "field 'migstream_contract': contract version 2; this migstream reads 1"),
     (changed(migstream_contract="\x1b[2J"), "contract version \\x1b[2J"),
     (changed(arch="riscv"), "field 'arch': \"no architecture 'riscv'; there are x86_64, arm64\""),

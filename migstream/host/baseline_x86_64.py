@@ -148,7 +148,7 @@ def _msrs(draft: Draft, hosts: Mapping[str, HostProfile]) -> None:
     """Feature MSRs that all hosts offer: bits in common where bits are features, else they have to be the same."""
     offered = set.intersection(*(set(profile.feature_msrs) for profile in hosts.values()))
     for index in sorted(offered):
-        has = {name: profile.feature_msrs[index] for name, profile in hosts.items()}
+        has = {name: shown(profile, index) for name, profile in hosts.items()}
         row = lookup(ids.msr_id(index))
         if row.klass != "feature" or draft.is_free(row.name):
             continue
@@ -157,6 +157,16 @@ def _msrs(draft: Draft, hosts: Mapping[str, HostProfile]) -> None:
                                   "and no rule says which serves all")
             continue
         draft.values[row.id] = _common(draft, row.name, has).to_bytes(8, "little")
+
+
+def shown(host: HostProfile, index: int) -> int:
+    """What a vCPU with the supported CPUID shows of a feature MSR: what is offered where it takes that, else its own.
+
+    Newer kernels answer 0 as long as a vCPU has no CPUID, and some refuse what they offer.
+    """
+    offered, own = host.feature_msrs[index], int.from_bytes(host.defaults.get(ids.msr_id(index), b""), "little")
+    taken = host.msr_bits.get(index)
+    return own if taken is not None and (offered ^ own) & ~taken[0] else offered
 
 
 _BITS = (0x10A, 0x345, 0xC001_1029, 0xCF)

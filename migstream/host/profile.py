@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+from migstream import filekind
 from migstream.errors import UsageError
 from migstream.model import Arch, Scope
 from migstream.registers import vcpu_features
@@ -210,7 +211,7 @@ def from_json(text: str, name: str = "profile") -> HostProfile:
     try:
         data = json.loads(text)
         if not isinstance(data, dict) or "migstream_host_profile" not in data:
-            raise ValueError("no object with a field 'migstream_host_profile'")
+            raise ValueError(f"no object with a field 'migstream_host_profile'{filekind.of_object(data)}")
         _check_version(data.pop("migstream_host_profile"))
         read = {key: _read(key, value) for key, value in data.items()}
         if missing := [key for key in _REQUIRED if key not in read]:

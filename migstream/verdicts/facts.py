@@ -64,7 +64,7 @@ class Pair:
 
     def default(self, id: int) -> int | None:
         """The value that a fresh vCPU with the guest's features has on the host; None where nobody has recorded it."""
-        needed = FEATURE_OF.get(lookup(id).name, 0)
+        needed = vcpu_features.DEPENDENT.get(lookup(id).name, 0)
         wide = needed & self.features or id not in self.host.defaults
         value = (self.host.feature_defaults.get(id) if wide else None) or self.host.defaults.get(id) \
             or self.host.attributes.get(id)
@@ -72,20 +72,12 @@ class Pair:
 
     def bits(self, id: int) -> tuple[int, int] | None:
         """(bits of the default that the host takes flipped, those of them that read back so); None if not tried."""
-        needed = FEATURE_OF.get(lookup(id).name, 0)
+        needed = vcpu_features.DEPENDENT.get(lookup(id).name, 0)
         pair = (self.host.feature_bits.get(id) if needed & self.features else None) or self.host.register_bits.get(id)
         if pair is not None:
             return int.from_bytes(pair[0], "little"), int.from_bytes(pair[1], "little")
         index = ids.msr_index(id)
         return self.host.msr_bits.get(index) if index is not None else None
-
-
-FEATURE_OF: dict[str, int] = {
-    "ID_AA64PFR0_EL1": vcpu_features.SVE, "ID_AA64ZFR0_EL1": vcpu_features.SVE,
-    "ID_AA64DFR0_EL1": vcpu_features.PMU_V3, "ID_DFR0_EL1": vcpu_features.PMU_V3,
-    "ID_AA64ISAR1_EL1": vcpu_features.PTRAUTH, "ID_AA64ISAR2_EL1": vcpu_features.PTRAUTH,
-}
-"""Registers whose default and writable bits depend on a vCPU feature; arch/arm64/kvm/sys_regs.c, sanitized per vCPU."""
 
 
 class Case:

@@ -59,8 +59,8 @@ def judge(case: Case) -> Verdict | None:
         return Verdict(case.slot, Answer.FITS, case.slot, source=_SOURCE)
     names = [_difference(field, number, default) + (f" ({why})" if why else "") for field, why in bad]
     names += [f"bits {unnamed:#x}"] if unnamed else []
-    kernel = Kernel.UNKNOWN if all((case.row.name, field.name) in TAKEN_AND_DROPPED for field, _ in bad) and bad \
-        else Kernel.REFUSES
+    open_question = all((case.row.name, field.name) in TAKEN_AND_DROPPED for field, _ in bad) and bad
+    kernel = Kernel.UNKNOWN if open_question or not _tried(case) else Kernel.REFUSES
     return Verdict(case.slot, Answer.NOTICED, None, ", ".join(names), _SOURCE, kernel=kernel)
 
 
@@ -70,7 +70,7 @@ def _refusal(case: Case, field: Field, number: int, default: int) -> str:
     if not changed:
         return ""
     if not (_tried(case) | case.host.writable_masks.get(case.slot.id, 0)) & field.mask:
-        return "this kernel lets nobody change it"
+        return "this kernel lets nobody change it" if _has_trials(case) else _NOBODY_TRIED
     if case.pair.bits(case.slot.id) is not None and changed.bit_count() == 1:  # this very value was tried
         return "" if changed & _tried(case) else "this kernel refused just that"
     wanted, has = _signed(case, field, number), _signed(case, field, default)
@@ -87,6 +87,14 @@ def _refusal(case: Case, field: Field, number: int, default: int) -> str:
 def _signed(case: Case, field: Field, number: int) -> int:
     value, signed = (number & field.mask) >> field.low, field.signed or (case.row.name, field.name) in SIGNED
     return value - (1 << field.width) if signed and value >> field.width - 1 else value
+
+
+_NOBODY_TRIED = "nobody has tried whether this kernel lets it be changed"
+
+
+def _has_trials(case: Case) -> bool:
+    """Whether the profile was captured with the experiment, or the kernel says itself what can be written."""
+    return bool(case.host.register_bits) or case.slot.id in case.host.writable_masks
 
 
 def _tried(case: Case) -> int:

@@ -18,6 +18,7 @@ from migstream.verdicts.model import Answer, Kernel, Verdict
 from migstream.verdicts.rule import Rule
 
 _Exception = Callable[[Slot, Register, HostProfile], Verdict | None]
+_Structure = Callable[[Slot, HostProfile], Verdict | None]
 
 
 def judge(pair: Pair, slot: Slot) -> Verdict:
@@ -26,6 +27,8 @@ def judge(pair: Pair, slot: Slot) -> Verdict:
     for exception in _EXCEPTIONS:
         if (verdict := exception(slot, row, pair.host)) is not None:
             return verdict
+    if slot.id in _STRUCTURES and (verdict := _STRUCTURES[slot.id](slot, pair.host)) is not None:
+        return verdict
     case = Case(pair, slot)
     try:
         return _by_rules(case, row)
@@ -36,6 +39,8 @@ def judge(pair: Pair, slot: Slot) -> Verdict:
 
 
 def _by_rules(case: Case, row: Register) -> Verdict:
+    if (verdict := _behaves_so(case)) is not None:
+        return verdict
     for rule in rules_for(case.pair.arch, row.name):
         if rule.when(case):
             return rule.verdict(case)
@@ -44,6 +49,18 @@ def _by_rules(case: Case, row: Register) -> Verdict:
         if verdict is not None:
             return verdict
     return Verdict(case.slot, Answer.FITS, case.slot)
+
+
+def _behaves_so(case: Case) -> Verdict | None:
+    """A register that the host hasn't got, and whose value is what its kernel told a guest that it behaves as."""
+    if case.listed:
+        return None
+    told = case.pair.host_behaves_as.get(case.slot.id)
+    if told is None or not case.known.only(int.from_bytes(told, "little")):
+        return None
+    return Verdict(case.slot, Answer.HARMLESS, None,
+                   f"a kernel without the register behaves as {int.from_bytes(told, 'little'):#x}",
+                   "profile: what this kernel answered to a guest", kernel=Kernel.REFUSES)
 
 
 @cache
@@ -82,23 +99,24 @@ def _unknown(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
     return _refuse(slot, "no row in the catalogue; a newer migstream may know how to write it", "migstream's catalogue")
 
 
-def _as_sregs(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
-    if slot.id != x86_64.SREGS2.id or host.capabilities.get("SREGS2"):
+def _as_sregs(slot: Slot, host: HostProfile) -> Verdict | None:
+    if host.capabilities.get("SREGS2"):
         return None
     return Verdict(slot, Answer.WRITTEN_AS, Slot(x86_64.SREGS.id, 312), "KVM_SREGS: this kernel has no KVM_CAP_SREGS2",
                    "Linux 5.14, KVM_CAP_SREGS2", kernel=Kernel.REFUSES)
 
 
-def _longer_xsave(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
+def _longer_xsave(slot: Slot, host: HostProfile) -> Verdict | None:
     size = host.sizes.get(slot.id, 0)
-    if slot.id != x86_64.XSAVE.id or size <= slot.size or not host.capabilities.get("XSAVE"):
+    if size <= slot.size or not host.capabilities.get("XSAVE"):
         return None
     return Verdict(slot, Answer.WRITTEN_AS, Slot(slot.id, size),
                    f"{size} bytes: the host's further components start out unused", "KVM_CAP_XSAVE2",
                    kernel=Kernel.UNKNOWN)
 
 
-_EXCEPTIONS: tuple[_Exception, ...] = (_other_size, _unknown, _as_sregs, _longer_xsave)
+_EXCEPTIONS: tuple[_Exception, ...] = (_other_size, _unknown)
+_STRUCTURES: dict[int, _Structure] = {x86_64.SREGS2.id: _as_sregs, x86_64.XSAVE.id: _longer_xsave}
 
 
 # What the stream lacks and the host has.
@@ -136,6 +154,29 @@ def additions(pair: Pair) -> Iterator[Addition]:
 def replace_saved(pair: Pair, id: int, value: bytes) -> Pair:
     """The same pair, with one more register known."""
     return pair.with_value(Slot(id, len(value)), value)
+
+
+def unhidden(pair: Pair) -> Iterator[Addition]:
+    """What neither kernel has a register for, where the target is known to behave otherwise: nothing can hide it."""
+    saved = {slot.id for layout in pair.saved.layouts for slot in layout.slots}
+    promised = pair.saved.contract.behaves_as if pair.saved.contract else {}
+    for id in sorted((promised.keys() & pair.host_behaves_as.keys()) - saved - pair.host.listed):
+        value, here = promised[id], pair.host_behaves_as[id]
+        if value != here:
+            slot = Slot(id, len(value))
+            text = (f"the guest's kernel behaved as {int.from_bytes(value, 'little'):#x}, this one as "
+                    f"{int.from_bytes(here, 'little'):#x}, and neither has a register to set it")
+            yield Addition(Verdict(slot, Answer.NOTICED, None, text, "what both kernels answered to a guest",
+                                   kernel=Kernel.REFUSES), lookup(id).scope)
+
+
+def caveats(pair: Pair) -> Iterator[str]:
+    """What the host's profile can't say, a line each."""
+    if not pair.host.scopes and not pair.host.says_scope:
+        yield "scope from catalogue: this host's profile was captured without the experiment"
+    if not pair.host.register_bits and not pair.host.msr_bits:
+        yield ("which bits this kernel lets be changed nobody has tried: its profile was captured without the "
+               "experiment")
 
 
 def unexplained(pair: Pair) -> Iterator[str]:

@@ -36,6 +36,18 @@ class Kernel(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Overruled:
+    """What a policy made of a verdict: the word that did, its reason, and the answer as it was before."""
+
+    verb: str
+    reason: str
+    was: Answer
+
+    def __str__(self) -> str:
+        return f"policy, {self.verb}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The answer for one register of a saved guest on one host.
 
@@ -46,7 +58,8 @@ class Verdict:
         value: what is written on every vCPU instead of the saved value; None: the saved value.
         kernel: what a write without thinking would meet.
         pending: the answer depends on a value that comes with the pause, and is given again then.
-        tolerated: the policy's reason for going on all the same.
+        tolerated: the policy's reason for going on although the guest may notice.
+        overruled: what a policy changed; None where it changed nothing.
     """
 
     slot: Slot
@@ -58,6 +71,7 @@ class Verdict:
     kernel: Kernel = Kernel.TAKES
     pending: bool = False
     tolerated: str = ""
+    overruled: Overruled | None = None
 
     @property
     def name(self) -> str:
@@ -76,7 +90,7 @@ class Verdict:
 
     def __str__(self) -> str:
         text = f"{self.name}: {self.answer}{': ' if self.answer != Answer.HARMLESS else ' '}{self.reason}"
-        return text.rstrip(": ") + (f" (tolerated: {self.tolerated})" if self.tolerated else "")
+        return text.rstrip(": ") + (f" ({self.overruled})" if self.overruled else "")
 
 
 class Column:

@@ -28,9 +28,10 @@ from migstream.registers.catalogue import lookup
 from migstream.registers.msrs import MSRS
 from migstream.verdicts import id_fields
 from migstream.verdicts.facts import Case, NotYet, Pair
-from migstream.verdicts.model import Answer, Kernel, Verdict
+from migstream.verdicts.model import Answer, Kernel, Overruled, Verdict
 
 POLICY_VERSION = 1
+_NUMBER_BYTES = 8
 VERBS = ("tolerate", "clamp", "ignore", "require")
 _ROW_FIELDS = {"register", "reason", "guest_notices"}
 
@@ -67,13 +68,16 @@ class Policy:
     name: str = "policy"
 
     def apply(self, pair: Pair, verdict: Verdict) -> Verdict:
-        """Return the verdict as the policy wants it. Raises: PolicyError."""
+        """Return the verdict as the policy wants it, with `overruled` where that is another. Raises: PolicyError."""
+        if not self.clauses:
+            return verdict
         for verb in ("require", "ignore", "clamp", "tolerate"):
             clause = next((c for c in self.clauses if c.verb == verb and c.names(verdict.name)), None)
             if clause is not None:
                 changed = _APPLY[verb](pair, verdict, clause)
                 if changed is not verdict:
-                    return self._checked(changed, clause)
+                    return replace(self._checked(changed, clause),
+                                   overruled=Overruled(verb, clause.reason, verdict.answer))
         return verdict
 
     def _checked(self, verdict: Verdict, clause: Clause) -> Verdict:
@@ -87,8 +91,7 @@ def _require(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
     if verdict.answer == Answer.FITS:
         return verdict
     return replace(verdict, answer=Answer.REFUSED, target=None, value=None,
-                   reason=f"the policy requires it as saved ({clause.reason}); it is: "
-                          f"{verdict.answer} {verdict.reason}")
+                   reason=f"the policy requires it as saved; it is: {verdict.answer} {verdict.reason}".rstrip())
 
 
 def _ignore(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
@@ -98,17 +101,22 @@ def _ignore(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
         same = case.default is not None and case.known.only(case.default)
     except NotYet:
         same = False
-    state = case.row.klass == Klass.CLOCK
-    if verdict.answer == Answer.HARMLESS or same or state:
-        return replace(verdict, answer=Answer.HARMLESS, target=None, value=None, kernel=verdict.kernel,
-                       reason=f"the policy ignores it ({clause.reason})", pending=False)
+    if verdict.target is None and verdict.answer == Answer.HARMLESS:
+        return verdict
+    if same:
+        return replace(verdict, answer=Answer.HARMLESS, target=None, value=None, pending=False,
+                       reason="a fresh VM here has the same value")
+    stays = "the target's own clock goes on" if case.row.klass == Klass.CLOCK else "the target's own value stays"
     return replace(verdict, answer=Answer.NOTICED, target=None, value=None, tolerated=clause.reason, pending=False,
-                   reason=verdict.reason or "the target's own value stays")
+                   reason=verdict.reason or stays)
 
 
 def _clamp(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
-    """The nearest value that the target takes: of an ID register field by field, else the host's own."""
-    if not verdict.stands_in_the_way or verdict.pending:
+    """The nearest value that the target takes: of an ID register field by field, else the host's own.
+
+    Of a structure (KVM_CPUID2) nothing is nearest: it stays as judged.
+    """
+    if not verdict.stands_in_the_way or verdict.pending or verdict.slot.size > _NUMBER_BYTES:
         return verdict
     case = Case(pair, verdict.slot)
     nearest = id_fields.nearest(case) if case.fields and case.listed else case.default
@@ -136,12 +144,12 @@ def parse(text: str, name: str = "policy") -> Policy:
     """Return the policy in TOML text. Raises: UsageError naming `name`, the row and the field."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise UsageError(f"{name}: not a policy: not TOML: {printable(error)}") from error
     version = data.pop("migstream_policy", None)
     if version is None:
         raise UsageError(f"{name}: not a policy: no migstream_policy = {POLICY_VERSION}")
-    if version != POLICY_VERSION:
+    if type(version) is not int or version != POLICY_VERSION:
         raise UsageError(f"{name}: policy version {printable(version)}; this migstream reads {POLICY_VERSION}")
     if unknown := sorted(data.keys() - {*VERBS}):
         raise UsageError(f"{name}: unknown word {printable(repr(unknown[0]))}; there are {', '.join(VERBS)}")

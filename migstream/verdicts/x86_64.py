@@ -40,6 +40,9 @@ FEATURE_WORDS: dict[CpuidKey, tuple[int, ...]] = {
 """Words of CPUID that are sets of features, one bit each: leaf and subleaf, EAX to EDX as 0 to 3 (Intel SDM 2A, AMD
 APM 3; KVM's own at 0x40000001). A bit that the guest saw and this KVM does not support was a promise."""
 
+_EVMCS: CpuidKey = (0x4000_000A, 0)
+"""Hyper-V's nested features; EAX has the version of the enlightened VMCS."""
+
 RUNTIME_BITS: dict[tuple[int, int, int], int] = {
     (1, 0, 2): 1 << 27 | 1 << 31 | 1 << 24 | 1 << 21 | 1 << 3,  # OSXSAVE, hypervisor, TSC_DEADLINE, x2APIC; MONITOR
     (1, 0, 3): 1 << 9 | 1 << 28,                                # APIC follows APICBASE; HTT is topology
@@ -56,20 +59,26 @@ def entries(cpuid: bytes) -> dict[CpuidKey, tuple[int, int, int, int]]:
     return {(function, index): tuple(words) for function, index, _, *words in rows}
 
 
+@lru_cache(maxsize=8)
+def features_of(cpuids: tuple[bytes, ...]) -> dict[tuple[int, int, int], int]:
+    """Feature bits that some of these tables have, by leaf, subleaf and word. Kept: many hosts are asked."""
+    found: dict[tuple[int, int, int], int] = {}
+    for table in map(entries, cpuids):
+        for key, words in (*FEATURE_WORDS.items(), (_EVMCS, (0,))):
+            for word in words if key in table else ():
+                found[(*key, word)] = found.get((*key, word), 0) | table[key][word]
+    return found
+
+
 def _promised(case: Case) -> Iterator[str]:
     """Features that the guest's CPUID has and this KVM does not support."""
     here = entries(case.host.cpuid)
-    missing: dict[tuple[int, int, int], int] = {}
-    for cpuid in case.known.distinct:
-        guest = entries(cpuid)
-        for key, words in FEATURE_WORDS.items():
-            for word in words if key in guest else ():
-                _, forced = case.host.cpuid_forced.get(cpuid_word(*key, word), (0, 0))
-                known = here.get(key, (0, 0, 0, 0))[word] | forced | RUNTIME_BITS.get((*key, word), 0)
-                bits = guest[key][word] & ~known
-                missing[(*key, word)] = missing.get((*key, word), 0) | bits
-    for (leaf, index, word), bits in missing.items():
-        for bit in (bit for bit in range(32) if bits >> bit & 1):
+    for (leaf, index, word), had in features_of(case.known.distinct).items():
+        if (leaf, index) == _EVMCS:
+            continue
+        _, forced = case.host.cpuid_forced.get(cpuid_word(leaf, index, word), (0, 0))
+        known = here.get((leaf, index), (0, 0, 0, 0))[word] | forced | RUNTIME_BITS.get((leaf, index, word), 0)
+        for bit in (bit for bit in range(32) if had & ~known & 1 << bit):
             yield f"CPUID {leaf:#x}.{index}:{('EAX', 'EBX', 'ECX', 'EDX')[word]} bit {bit}"
 
 
@@ -104,8 +113,8 @@ def _controls(case: Case) -> str:
 
 def _evmcs(case: Case) -> bool:
     """The guest's CPUID has an enlightened VMCS version (0x4000000A.EAX), and this KVM has none."""
-    versions = [entries(cpuid).get((0x4000_000A, 0), (0, 0, 0, 0))[0] & 0xFFFF for cpuid in case.known.distinct]
-    return any(versions) and not case.host.capabilities.get("HYPERV_ENLIGHTENED_VMCS")
+    version = features_of(case.known.distinct).get((*_EVMCS, 0), 0) & 0xFFFF
+    return bool(version) and not case.host.capabilities.get("HYPERV_ENLIGHTENED_VMCS")
 
 
 def _other_rate(case: Case) -> bool:

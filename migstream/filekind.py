@@ -1,0 +1,33 @@
+"""What a file is that is not what was asked for: half a line for the error. Pure."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_MAGIC = bytes.fromhex("894d4947")
+"""How a stream begins (formats/SPEC.md, 2.1)."""
+
+_JSON = {"migstream_host_profile": "a host profile", "migstream_contract": "a contract",
+         "migstream_json": "the --json output of a command"}
+_POLICY = "migstream_policy"
+
+
+def of_object(data: Any) -> str:
+    """` (this is a contract)` for an object of ours read from JSON; "" for anything else."""
+    found = [text for key, text in _JSON.items() if isinstance(data, dict) and key in data]
+    return f" (this is {found[0]})" if found else ""
+
+
+def of_bytes(data: bytes) -> str:
+    """The same for a file's content; streams and policies are known, too."""
+    if data.startswith(_MAGIC):
+        return " (this is a stream)"
+    text = data.decode("utf-8", "replace")
+    if text.lstrip().startswith("{"):
+        try:
+            return of_object(json.loads(text))
+        except (ValueError, RecursionError):
+            return ""
+    policy = any(line.strip().startswith(_POLICY) for line in text.splitlines())
+    return " (this is a policy)" if policy else ""
