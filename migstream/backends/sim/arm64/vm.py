@@ -17,7 +17,9 @@ from migstream.backends.sim.arm64.its import CTLR, Its
 from migstream.backends.sim.arm64.runner import Runner
 from migstream.backends.sim.arm64.told import CAPABILITIES, CapabilityColumn, InitColumn, OffsetColumn
 from migstream.backends.sim.memory import Memory
+from migstream.contract import Behaviour
 from migstream.errors import BackendError, UsageError, errno_name
+from migstream.host.behaviour import of_profile
 from migstream.host.profile import FIXED
 from migstream.model import Arch, Layout, Machine, Scope
 from migstream.plan import DEVICES
@@ -238,6 +240,10 @@ class Arm64SimVm(Vm):
         if runner:
             runner.pause()
             self._exits = dict(runner.exits)
+
+    def behaviour(self) -> Behaviour:
+        """What the profile's guest was told."""
+        return of_profile(self.profile)
 
     def exits(self) -> dict[int, str]:
         """See `Vm.exits`."""
