@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from migstream.registers import vcpu_features
 from migstream.registers.bits import describe
-from migstream.verdicts import facts
+from migstream.verdicts import facts, id_fields
 from migstream.verdicts.facts import (
     BY_NAME,
     NEVER_WRITTEN,
@@ -136,6 +136,19 @@ def _ssbs_taken(case: Case) -> bool:
 _SSBS = 0xF0
 
 
+def _taken(case: Case) -> bool:
+    verdict = id_fields.judge(case)
+    return verdict is None or verdict.answer == Answer.FITS
+
+
+def _gic_hidden(case: Case) -> bool:
+    """There is an interrupt controller, and the guest's register says that there is none."""
+    contract, fields = case.pair.saved.contract, {field.name: field for field in case.fields}
+    mask = fields["GIC"].mask
+    return "gic_distributor" in case.pair.saved.machine.devices and bits_clear(mask)(case) \
+        and bool((case.default or 0) & mask) and not (contract and contract.kernel == case.host.kernel)
+
+
 def _took_no_line(case: Case) -> bool:
     """A CCSIDR that set_ccsidr refuses: lines shorter than CTR_EL0's least."""
     ctr = case.pair.default(BY_NAME["CTR_EL0"])
@@ -234,6 +247,9 @@ RULES: tuple[Rule, ...] = (
     Rule("SVE_VLS", _lengths_refused, _NOTICED,
          "vector lengths {value}, this host has {host}", "arch/arm64/kvm/guest.c set_sve_vls: all the host's lengths "
          "up to a maximum"),
+    Rule("ID_AA64PFR0_EL1 ID_PFR1_EL1", both(_taken, _gic_hidden), _NOTICED, "GIC 0, and the VM has a GICv3: some "
+         "kernels say so again with the first run", "arch/arm64/kvm/vgic/vgic-init.c kvm_vgic_finalize_idregs; measured: "
+         "6.12 keeps the 0, 7.2 does not", Kernel.TAKES),
     # interrupt controller
     Rule("GICD_IIDR", _revision_above, _NOTICED, "{value}, this kernel's interrupt controller is an older revision "
          "({host})", "Documentation/virt/kvm/devices/arm-vgic-v3.rst"),

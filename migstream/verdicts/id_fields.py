@@ -60,7 +60,7 @@ def judge(case: Case) -> Verdict | None:
     names = [_difference(field, number, default) + (f" ({why})" if why else "") for field, why in bad]
     names += [f"bits {unnamed:#x}"] if unnamed else []
     open_question = all((case.row.name, field.name) in TAKEN_AND_DROPPED for field, _ in bad) and bad
-    kernel = Kernel.UNKNOWN if open_question or not _tried(case) else Kernel.REFUSES
+    kernel = Kernel.UNKNOWN if open_question or not _has_trials(case) else Kernel.REFUSES
     return Verdict(case.slot, Answer.NOTICED, None, ", ".join(names), _SOURCE, kernel=kernel)
 
 

@@ -74,7 +74,7 @@ def run(want: lab.Wanted, boots: bool = True) -> int:
         for line in one.differences[:_SHOWN]:
             print(f"{name}: {line}")
         total.add(one)
-    for reason, number in total.unknown.most_common():
+    for reason, number in total.unknown.most_common(_SHOWN):
         print(f"not predicted, {number}: {reason}")
     print(f"{total.answers} answers, {total.restores} restores, {total.eyes} questions asked twice by guests: "
           f"{len(total.differences)} differences")

@@ -102,7 +102,7 @@ def _count(out: Outcome, verdict: Verdict, errno: int, found: str) -> None:
     out.predicted += errno != 0 and verdict.kernel == Kernel.REFUSES
     out.dropped += not errno and bool(found) and running(verdict.slot.id) is None
     if verdict.kernel == Kernel.UNKNOWN:
-        out.unknown[f"{verdict.name}: {verdict.reason or verdict.answer}"] += 1
+        out.unknown[f"{verdict.name}: {verdict.reason.partition(' (')[0] or verdict.answer}"] += 1
 
 
 def _shown(judged: Pair, slot: Slot) -> str:

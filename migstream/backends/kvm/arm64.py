@@ -323,7 +323,7 @@ class Arm64Vm(ArchVm):
 
     def __init__(self, vm: KvmVm) -> None:
         super().__init__(vm)
-        self._made_here = self._closed = False
+        self._made_here = False
         self.counter_offset: bytes | None = None
 
     @property
@@ -399,15 +399,10 @@ class Arm64Vm(ArchVm):
 
         Raises: BackendError.
         """
-        self._close_lengths()
-        return register_list(self.vm.vcpu_fds[0])
-
-    def _close_lengths(self) -> None:
-        """SVE lengths that nobody has chosen become the host's; without that, no Z register can be touched."""
-        if self._made_here and self.features & vcpu_features.SVE and not self._closed:
+        if self._made_here and self.features & vcpu_features.SVE:
             for k, fd in enumerate(self.vm.vcpu_fds):
                 self._finalize(k, fd)
-            self._closed = True
+        return register_list(self.vm.vcpu_fds[0])
 
     def _finalize(self, vcpu: int, fd: int) -> None:
         """A vCPU that is finalized already answers EPERM."""
@@ -455,8 +450,6 @@ class Arm64Vm(ArchVm):
 
         Raises: UsageError for a column of another size than its register: KVM would go past its memory.
         """
-        if layout.phase > Phase.FEATURE and layout.scope == Scope.VCPU:
-            self._close_lengths()
         for slot in layout.slots:
             if slot.size != (size := lookup(slot.id).size):
                 raise UsageError(f"{lookup(slot.id).name}: a column of {slot.size} bytes for {size}")
