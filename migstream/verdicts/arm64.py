@@ -248,8 +248,9 @@ RULES: tuple[Rule, ...] = (
          "vector lengths {value}, this host has {host}", "arch/arm64/kvm/guest.c set_sve_vls: all the host's lengths "
          "up to a maximum"),
     Rule("ID_AA64PFR0_EL1 ID_PFR1_EL1", both(_taken, _gic_hidden), _NOTICED, "GIC 0, and the VM has a GICv3: some "
-         "kernels say so again with the first run", "arch/arm64/kvm/vgic/vgic-init.c kvm_vgic_finalize_idregs; measured: "
-         "6.12 keeps the 0, 7.2 does not", Kernel.TAKES),
+         "kernels say so again with the first run",
+         "arch/arm64/kvm/vgic/vgic-init.c kvm_vgic_finalize_idregs; measured: 6.12 keeps the 0, 7.2 does not",
+         Kernel.TAKES),
     # interrupt controller
     Rule("GICD_IIDR", _revision_above, _NOTICED, "{value}, this kernel's interrupt controller is an older revision "
          "({host})", "Documentation/virt/kvm/devices/arm-vgic-v3.rst"),

@@ -76,8 +76,8 @@ def run(want: lab.Wanted, boots: bool = True) -> int:
         total.add(one)
     for reason, number in total.unknown.most_common(_SHOWN):
         print(f"not predicted, {number}: {reason}")
-    print(f"{total.answers} answers, {total.restores} restores, {total.eyes} questions asked twice by guests: "
-          f"{len(total.differences)} differences")
+    print(f"{total.answers} answers, {total.restores} restores, {total.eyes} questions asked twice by guests "
+          f"({total.told} with another answer, as check had said): {len(total.differences)} differences")
     return 1 if total.differences else 0
 
 

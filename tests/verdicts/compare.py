@@ -29,7 +29,8 @@ class Outcome:
     Attributes:
         answers: written blindly. refused: of these, by the kernel. predicted: refusals that the rules had said.
         dropped: taken, and read back different. unknown: what no rule ventures to say, by reason.
-        restores: with verdicts applied. readback: registers read back. eyes: questions that guests asked twice.
+        restores: with verdicts applied. fitting: of these, without a policy. readback: registers read back.
+        eyes: questions that guests asked twice. told: of these, with another answer, as check had said.
         differences: a line each, where the kernel did not what the rules say.
     """
 
@@ -42,12 +43,13 @@ class Outcome:
     fitting: int = 0
     readback: int = 0
     eyes: int = 0
+    told: int = 0
     differences: list[str] = field(default_factory=list)
 
     def add(self, other: Outcome) -> None:
         """Count another outcome in."""
         for name in ("answers", "refused", "predicted", "dropped", "unknown", "restores", "fitting", "readback",
-                     "eyes", "differences"):
+                     "eyes", "told", "differences"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
@@ -136,6 +138,7 @@ def _restored(out: Outcome, plan: Plan, said: Mapping[str, Any]) -> None:
         out.differences.append(f"check said {plan.refusals[:1] or 'fits'}, replay {said['does_not_fit'][:1] or 'fits'}")
     noticed = {verdict.name for verdict in plan.verdicts if verdict.answer in (Answer.NOTICED, Answer.REFUSED)
                or (verdict.answer == Answer.HARMLESS and "cache geometry" in verdict.reason)}
+    out.told += sum(bool(noticed & registers_of(name)) for name in said.get("sees", {}))
     out.differences += [f"the guest sees {_pair(both)} of {name}, and check did not say so"
                         for name, both in said.get("sees", {}).items() if not noticed & registers_of(name)]
 
@@ -161,7 +164,7 @@ def registers_of(question: str) -> set[str]:
 def table(outcomes: Iterable[tuple[str, Outcome]]) -> list[list[str]]:
     """Rows for people: a pair each, totals last."""
     head = ["pair", "answers", "refusals predicted", "refusals came", "read back other", "unknown", "restores",
-            "of them fitting", "read back", "asked by guests", "differences"]
+            "of them fitting", "read back", "asked by guests", "other, as check said", "differences"]
     total = Outcome()
     rows = [head]
     for name, one in outcomes:
@@ -172,4 +175,4 @@ def table(outcomes: Iterable[tuple[str, Outcome]]) -> list[list[str]]:
 
 def _row_of(name: str, one: Outcome) -> list[str]:
     return [name, *map(str, (one.answers, one.predicted, one.refused, one.dropped, sum(one.unknown.values()),
-                             one.restores, one.fitting, one.readback, one.eyes, len(one.differences)))]
+                             one.restores, one.fitting, one.readback, one.eyes, one.told, len(one.differences)))]
