@@ -274,3 +274,11 @@ def test_every_verdict_of_every_pair_has_a_reason_where_it_is_no_plain_fit() -> 
             assert one.answer == Answer.FITS or (one.reason and one.source), (a, b, str(one))
             assert one.answer not in (Answer.REFUSED, Answer.HARMLESS) or one.target is None
             assert lookup(one.slot.id).name == one.name and ids.size_in_id(one.slot.id) in (None, one.slot.size)
+
+
+def test_the_last_row_of_arm64_is_for_what_is_absent_and_nothing_else() -> None:
+    """The judge gives a register that no other row is about a plain fit without asking, where it is listed."""
+    from migstream.verdicts import arm64
+    from migstream.verdicts.facts import absent
+
+    assert (arm64.RULES[-1].registers, arm64.RULES[-1].when) == ("*", absent)

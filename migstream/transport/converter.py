@@ -79,7 +79,7 @@ def plan_conversion(reader: StreamReader, encoded: Iterable[EncodedBank], contra
         layouts, banks = _fitted(plan, layouts, banks, reader.machine.vcpus)
         behaviour = behaviour and _left(behaviour, layouts)
     if behaviour is not None and (minor is not None and minor < wire.KINDS["CNTR"].minor):
-        _droppable(behaviour, host)
+        _droppable(_left(behaviour, layouts), host)
         changes.append(Change("CNTR", "left out: minor 0 has no contract section; all that it said of registers is in "
                               "the banks, or this host behaves so"))
         behaviour = None

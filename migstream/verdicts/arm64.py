@@ -93,8 +93,10 @@ def _bad_mode(case: Case) -> bool:
 
 
 def _bitmap_above(case: Case) -> bool:
-    return case.default is not None and bool(case.known.differing(case.default) & ~(case.pair.bits(case.slot.id)
-                                                                                    or (0, 0))[0])
+    if case.default is None:
+        return False
+    flipped = (case.pair.bits(case.slot.id) or (0, 0))[0]
+    return bool(case.known.differing(case.default) & ~(flipped | case.default))
 
 
 _PSCI_0_1, _PSCI_0_2, _PSCI_1_0 = 0x1, 0x2, 0x1_0000

@@ -107,7 +107,7 @@ class Case:
         """Named fields of the register."""
         return BITS.get(self.row.bits, ())
 
-    @property
+    @cached_property
     def listed(self) -> bool:
         """Whether the host has the register for a vCPU like the guest's; True where the profile has no list."""
         if self.slot.id >> 56 == ids.OURS:

@@ -23,6 +23,8 @@ _Structure = Callable[[Slot, HostProfile], Verdict | None]
 
 def judge(pair: Pair, slot: Slot) -> Verdict:
     """Return the verdict for one register; `pending` where its value comes with the pause."""
+    if (fits := _plain_fit(pair.arch, slot)) is not None and Case(pair, slot).listed:
+        return fits
     row = lookup(slot.id)
     for exception in _EXCEPTIONS:
         if (verdict := exception(slot, row, pair.host)) is not None:
@@ -36,6 +38,16 @@ def judge(pair: Pair, slot: Slot) -> Verdict:
         return Verdict(slot, Answer.FITS, slot if case.listed else None,
                        "" if case.listed else "not here; whether that is harmless depends on its value", pending=True,
                        kernel=Kernel.TAKES if case.listed else Kernel.REFUSES)
+
+
+@cache
+def _plain_fit(arch: Arch, slot: Slot) -> Verdict | None:
+    """The verdict of a register that no row is about but the last, which is for absent ones; None for any other."""
+    row = lookup(slot.id)
+    if not row.known or _other_size(slot, row, None) or is_id_register(arch, row.name) or slot.id in _STRUCTURES:
+        return None
+    only_absent = arch == Arch.ARM64 and rules_for(arch, row.name) == (arm64_rules.RULES[-1],)
+    return Verdict(slot, Answer.FITS, slot) if only_absent else None
 
 
 def _by_rules(case: Case, row: Register) -> Verdict:
@@ -84,7 +96,7 @@ def _refuse(slot: Slot, reason: str, source: str, kernel: Kernel = Kernel.UNKNOW
     return Verdict(slot, Answer.REFUSED, None, reason, source, kernel=kernel)
 
 
-def _other_size(slot: Slot, row: Register, host: HostProfile) -> Verdict | None:
+def _other_size(slot: Slot, row: Register, host: HostProfile | None) -> Verdict | None:
     size = ids.size_in_id(slot.id)
     if size is None or size == slot.size:
         return None
@@ -137,7 +149,7 @@ class Addition:
 
 def additions(pair: Pair) -> Iterator[Addition]:
     """What a fresh VM would show beyond what the guest has met, set to what its kernel behaved as."""
-    saved = {slot.id for layout in pair.saved.layouts for slot in layout.slots}
+    saved = pair.saved.ids
     promised = pair.saved.contract.behaves_as if pair.saved.contract else {}
     for id in sorted((pair.host.listed & promised.keys()) - saved):
         row, value = lookup(id), promised[id]
@@ -158,7 +170,7 @@ def replace_saved(pair: Pair, id: int, value: bytes) -> Pair:
 
 def unhidden(pair: Pair) -> Iterator[Addition]:
     """What neither kernel has a register for, where the target is known to behave otherwise: nothing can hide it."""
-    saved = {slot.id for layout in pair.saved.layouts for slot in layout.slots}
+    saved = pair.saved.ids
     promised = pair.saved.contract.behaves_as if pair.saved.contract else {}
     for id in sorted((promised.keys() & pair.host_behaves_as.keys()) - saved - pair.host.listed):
         value, here = promised[id], pair.host_behaves_as[id]
@@ -184,7 +196,7 @@ def unexplained(pair: Pair) -> Iterator[str]:
 
     Not those that are off by default.
     """
-    saved = {slot.id for layout in pair.saved.layouts for slot in layout.slots}
+    saved = pair.saved.ids
     known = pair.saved.contract.behaves_as if pair.saved.contract else {}
     for id in sorted(pair.host.listed - saved - known.keys()):
         row = lookup(id)

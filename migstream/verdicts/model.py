@@ -175,6 +175,11 @@ class Saved:
     columns: Mapping[int, Column] = field(default_factory=dict)
     contract: Contract | None = None
 
+    @cached_property
+    def ids(self) -> frozenset[int]:
+        """All registers of the stream, with values or without yet."""
+        return frozenset(slot.id for layout in self.layouts for slot in layout.slots)
+
     @classmethod
     def of(cls, machine: Machine, layouts: Iterable[Layout], banks: Iterable[Bank],
            contract: Contract | None = None) -> Saved:
