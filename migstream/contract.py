@@ -47,8 +47,8 @@ class Behaviour:
         found: one of `FOUND`: how it was learnt.
         behaves_as: by id of a register that the kernel did not have: the value it behaved as, as wide as the register.
         how: by the same ids: which question had which answer, for people.
-        firmware: arm64: what the kernel answered to a guest's HVC (X0), by SMCCC function number as `firmware_key`
-            makes it of function and first argument.
+        firmware: arm64: what a scratch guest was told: X0 after HVC, by `registers.firmware_arm64.Call.key`; and by
+            register id, what it read by MRS where the kernel shows a guest another value than KVM_GET_ONE_REG gives.
         unknown: one line for each thing that could not be found out, by name.
     """
 
@@ -57,6 +57,12 @@ class Behaviour:
     how: Mapping[int, str] = field(default_factory=dict)
     firmware: Mapping[int, int] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
+
+    @property
+    def sees(self) -> dict[int, bytes]:
+        """Registers that the kernel has and shows a guest otherwise, with what the guest reads (CTR_EL0 to 6.1)."""
+        return {key: value.to_bytes(8, "little") for key, value in self.firmware.items()
+                if ids.arch_of(key) == Arch.ARM64 and key >> 56 != ids.OURS}
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,9 @@ class Contract:
 
     @property
     def registers(self) -> dict[int, bytes]:
-        """Both halves: what the guest has met, by id, ascending."""
-        return dict(sorted({**self.behaves_as, **self.values}.items()))
+        """Both halves: what the guest has met, by id, ascending; as it read a register, where that is another value."""
+        read = {id: value for id, value in self.behaviour.sees.items() if id in self.values}
+        return dict(sorted({**self.behaves_as, **self.values, **read}.items()))
 
     @classmethod
     def of(cls, arch: Arch, banks: Iterable[Bank], *, kernel: str = "", cpu: str = "", vcpu_features: int = 0,

@@ -64,6 +64,7 @@ class Plan:
         additions: feature registers that the saving kernel did not have, written after the prologue.
         notes: warnings, a line each.
         pair: the guest and the host that were judged; None where they are of two architectures.
+        late: banks that have come since the pause: what came with one may decide of what comes with another.
     """
 
     steps: tuple[Step, ...]
@@ -72,6 +73,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     pair: Pair | None = None
     policy: Policy = NO_POLICY
+    late: list[Bank] = field(default_factory=list, compare=False, repr=False)
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
@@ -97,10 +99,11 @@ class Plan:
         Raises: DoesNotFit.
         """
         step = self.steps[number]
+        self.late.append(bank)
         again = [bank.update or v.pending for v in step.verdicts]
         if self.pair is None or not any(again):
             return step
-        columns = {**self.pair.saved.columns, **Saved.of(self.pair.saved.machine, (), [bank]).columns}
+        columns = {**self.pair.saved.columns, **Saved.of(self.pair.saved.machine, (), self.late).columns}
         pair = self.pair.knowing(columns)
         verdicts = tuple(self.policy.apply(pair, judge(pair, v.slot)) if late else v
                          for late, v in zip(again, step.verdicts, strict=True))

@@ -43,6 +43,8 @@ def zeros(contract: Contract) -> int:
 
 
 def _where(contract: Contract, id: int) -> str:
+    if contract.behaviour.sees.get(id, contract.values.get(id)) != contract.values.get(id):
+        return f"as the guest reads it; KVM says {_value(contract.values[id])}"
     if id in contract.behaves_as:
         return f"behaved as ({contract.behaviour.how.get(id, 'no register')})"
     return "vCPU 0; others differ" if id in contract.varies else ""
@@ -74,7 +76,7 @@ def _cpuid(value: bytes) -> str:
 def calls(contract: Contract) -> Table:
     """arm64: what the saving kernel answers a guest of a VM with nothing set."""
     rows = [(CALL_NAMES.get(key, f"{key >> 32:#x}({key & 0xFFFF_FFFF:#x})"), words(x0))
-            for key, x0 in contract.behaviour.firmware.items()]
+            for key, x0 in contract.behaviour.firmware.items() if key not in contract.behaviour.sees]
     return Table(("firmware call of a VM with nothing set", "answer"), rows)
 
 

@@ -179,6 +179,8 @@ class View:
 
     def offer(self, id: int) -> Offer | None:
         """What the host has or behaves as; None where nobody knows."""
+        if (seen := self.behaviour.sees.get(id)) is not None:
+            return Offer(int.from_bytes(seen, "little"), 0, len(seen), "as a guest reads it")
         if id in self.host.listed:
             value = self._value(id)
             return None if value is None else Offer(int.from_bytes(value, "little"), self._writable(id), len(value))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -163,8 +164,23 @@ def ask(host: Host, asked: Sequence[Question] = ()) -> Mapping[int, int]:
     Args:
         asked: all that can be asked where nothing is given.
     """
-    every = asked or questions()
+    with _asked(host, asked or questions()) as (_, answers):
+        return answers
+
+
+def ask_twice(host: Host) -> tuple[Mapping[int, int], dict[int, bytes]]:
+    """The answers to all that can be asked, and what KVM_GET_ONE_REG has of the same registers when it was asked.
+
+    Raises: BackendError, UsageError.
+    """
+    with _asked(host, questions()) as (scratch, answers):
+        values = {question.key: scratch.read(question.key, 8) for question in _id_registers()}
+        return answers, {id: value for id, value in values.items() if isinstance(value, bytes)}
+
+
+@contextmanager
+def _asked(host: Host, every: Sequence[Question]) -> Iterator[tuple[Scratch, Mapping[int, int]]]:
     with scratch_vm(host) as scratch:
         vm = scratch.vm
         install(vm.memory, every, ADDRESS)  # type: ignore[attr-defined]  # a scratch VM has RAM
-        return look(vm, every, ADDRESS)[0]  # type: ignore[arg-type]  # and stops by itself
+        yield scratch, look(vm, every, ADDRESS)[0]  # type: ignore[arg-type]  # and stops by itself

@@ -57,9 +57,9 @@ def apply_contract(vm: Vm, contract: Contract) -> int:
               if id not in contract.varies and id not in _TOLD and ids.capability_number(id) is None}
     if (lengths := wanted.get(arm64_ids.SVE_VLS)) is not None:
         _write(vm, Layout(Scope.VCPU, Phase.FINALIZE, (Slot(arm64_ids.SVE_VLS, len(lengths)),)), [lengths])
-    wrong, there = [], set()
-    for layout in _parts(vm, wanted):
-        there |= {slot.id for slot in layout.slots}
+    wrong, there, sees = [], set(), vm.behaviour().sees
+    for layout in _parts(vm, wanted, sees):
+        there |= {slot.id for slot in layout.slots} - sees.keys()
         wrong += _pin(vm, layout, wanted, contract.free)
     wrong += _absent(vm, {id: value for id, value in wanted.items() if id not in there}, contract.free)
     if wrong:
@@ -67,10 +67,10 @@ def apply_contract(vm: Vm, contract: Contract) -> int:
     return len(wanted)
 
 
-def _parts(vm: Vm, wanted: Mapping[int, bytes]) -> Iterator[Layout]:
-    """The contract's part of each of the VM's layouts, in restore order."""
+def _parts(vm: Vm, wanted: Mapping[int, bytes], sees: Mapping[int, bytes]) -> Iterator[Layout]:
+    """The contract's part of each of the VM's layouts, in restore order; not what a guest reads otherwise anyway."""
     for layout in vm.layouts()[0]:
-        if slots := tuple(slot for slot in layout.slots if slot.id in wanted):
+        if slots := tuple(slot for slot in layout.slots if slot.id in wanted and slot.id not in sees):
             yield Layout(layout.scope, layout.phase, slots)
 
 
@@ -139,18 +139,19 @@ def _cpuid_words(want: bytes, has: bytes) -> str:
 
 
 def _absent(vm: Vm, wanted: Mapping[int, bytes], free: Mapping[int, int]) -> list[str]:
-    """Registers that this kernel hasn't got: whether it behaves as the contract says all the same."""
+    """Registers that this kernel hasn't got, or a guest doesn't meet: whether it is as the contract says all the same.
+    """
     behaviour = vm.behaviour() if wanted else None
     wrong = []
     for id, value in wanted.items():
         assert behaviour is not None
-        has = behaviour.behaves_as.get(id, bytes(8) if _reads_0(id) else None)
+        has = behaviour.sees.get(id) or behaviour.behaves_as.get(id, bytes(8) if _reads_0(id) else None)
         if has is None:
             why = "; ".join(behaviour.unknown) or "nobody knows what it behaves as"
             wrong.append(f"{lookup(id).name}: this kernel has none, and {why}")
         elif (int.from_bytes(value, "little") ^ int.from_bytes(has, "little")) & ~free.get(id, 0):
             how = behaviour.how.get(id, "")
-            wrong.append(f"{lookup(id).name}: {_words(id, value, has)}: this kernel has no such register, and behaves "
+            wrong.append(f"{lookup(id).name}: {_words(id, value, has)}: this kernel can't change it, and behaves "
                          f"so{f' ({how})' if how else ''}")
     return wrong
 

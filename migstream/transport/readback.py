@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from migstream.backends.base import Vm
 from migstream.model import Slot
-from migstream.registers.catalogue import lookup, running
+from migstream.registers.catalogue import Running, lookup, running
 from migstream.report import Difference, Report
 from migstream.transport.written import Written, columns
+from migstream.verdicts.model import Kernel
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,11 +60,19 @@ def _column(done: Written, slot: Slot, actual: Words, wanted: Words) -> list[Dif
     different = (actual != wanted).any(axis=1)
     if not different.any():
         return []
-    known = running(slot.id)
+    known = running(slot.id) or _judged(done, slot)
     unexplained = different if known is None else different & _outside(actual ^ wanted, known.spans)
     return [Difference(slot.id, _vcpus(done, rows), reason)
             for rows, reason in ((different & ~unexplained, known.reason if known else ""), (unexplained, ""))
             if rows.any()]
+
+
+def _judged(done: Written, slot: Slot) -> Running | None:
+    """What the plan said of the register: that this kernel takes the value and shows another."""
+    for verdict in done.step.verdicts:
+        if verdict.target == slot and verdict.kernel == Kernel.DROPS and verdict.value is None and verdict.reason:
+            return Running(((0, slot.size * 8),), f"as judged: {verdict.reason}")
+    return None
 
 
 def _outside(changed: Words, spans: tuple[tuple[int, int], ...]) -> NDArray[np.bool_]:

@@ -13,7 +13,7 @@ from migstream.host import profiles
 from migstream.model import Bank, Layout, OpaqueState, Phase, Scope
 from migstream.plan import Plan, Step, added_bank, make_plan, scope_notes
 from migstream.reader import StreamReader
-from migstream.registers import ids
+from migstream.registers import arm64_ids, ids
 from migstream.report import Report
 from migstream.sections import EncodedBank, Item, RamPages
 from migstream.transport import readback as check
@@ -118,6 +118,7 @@ class Restorer:
                 self._bank(self._vm, number, bank)
             self._waiting.clear()
             self._add(self._vm)
+            self._close_lengths(self._vm)
         return self._vm
 
     def _judge(self, banks: list[Bank]) -> None:
@@ -142,6 +143,12 @@ class Restorer:
                 step, bank = found
                 self._with_vcpus(vm)
                 self._write(vm, Written(step, step.source, bank, bank.values))
+
+    def _close_lengths(self, vm: Vm) -> None:
+        """Vector lengths that a policy kept from being written become the host's: asking for the list closes them."""
+        assert self._plan is not None
+        if any(v.slot.id == arm64_ids.SVE_VLS and v.target is None for v in self._plan.verdicts):
+            self._with_vcpus(vm).layouts()
 
     def _with_vcpus(self, vm: Vm) -> Vm:
         if not self._complete:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from migstream.registers import vcpu_features
 from migstream.registers.bits import describe
-from migstream.verdicts import facts
+from migstream.verdicts import facts, id_fields
 from migstream.verdicts.facts import (
+    BY_NAME,
     NEVER_WRITTEN,
     Case,
     above_default,
@@ -17,6 +18,7 @@ from migstream.verdicts.facts import (
     guest_lacks,
     loses_bits,
     no_feature,
+    refuses_bits,
     saved_with,
     value,
 )
@@ -97,6 +99,81 @@ def _bitmap_above(case: Case) -> bool:
     return bool(case.known.differing(case.default) & ~(flipped | case.default))
 
 
+_PSCI_0_1, _PSCI_0_2, _PSCI_1_0 = 0x1, 0x2, 0x1_0000
+
+
+def _no_psci(case: Case) -> bool:
+    """No version at all, or one of the other kind: 0.1 is for vCPUs without PSCI_0_2, all others for those with it."""
+    if not case.pair.features & vcpu_features.PSCI_0_2:
+        return not case.known.only(_PSCI_0_1)
+    return any(number != _PSCI_0_2 and number < _PSCI_1_0 for number in case.known.numbers)
+
+
+_LEVELS_2 = {0: 0, 1: 0, 2: 3, 3: 3, 0x12: 3}
+"""SMCCC_ARCH_WORKAROUND_2: what a write is checked as (hypercalls.c kvm_arm_set_fw_reg): 1 is UNKNOWN, 0x10 ENABLED."""
+
+
+def _level(case: Case) -> int:
+    """The level that KVM takes a written value for; above all levels where it is none."""
+    number = max(case.known.numbers)
+    return _LEVELS_2.get(number, 0x100) if case.row.name.endswith("_2") else number
+
+
+def _level_above(case: Case) -> bool:
+    return case.default is not None and _level(case) > case.default
+
+
+def _level_below(case: Case) -> bool:
+    return case.default is not None and _level(case) < case.default
+
+
+def _ssbs_taken(case: Case) -> bool:
+    """The guest has no SSBS, the host has: nobody knows whether this kernel looks at the guest's or its own."""
+    host = case.pair.default(BY_NAME["ID_AA64PFR1_EL1"]) or 0
+    contract = case.pair.saved.contract
+    return bool(host & _SSBS) and not case.field_of("ID_AA64PFR1_EL1", "SSBS") \
+        and not (contract and contract.kernel == case.host.kernel)
+
+
+_SSBS = 0xF0
+
+
+def _taken(case: Case) -> bool:
+    verdict = id_fields.judge(case)
+    return verdict is None or verdict.answer == Answer.FITS
+
+
+def _gic_hidden(case: Case) -> bool:
+    """There is an interrupt controller, and the guest's register says that there is none."""
+    contract, fields = case.pair.saved.contract, {field.name: field for field in case.fields}
+    mask = fields["GIC"].mask
+    return "gic_distributor" in case.pair.saved.machine.devices and bits_clear(mask)(case) \
+        and bool((case.default or 0) & mask) and not (contract and contract.kernel == case.host.kernel)
+
+
+def _took_no_line(case: Case) -> bool:
+    """A CCSIDR that set_ccsidr refuses: lines shorter than CTR_EL0's least."""
+    ctr = case.pair.default(BY_NAME["CTR_EL0"])
+    if constant(case) or ctr is None:
+        return False
+    shift = 0 if (case.slot.id & 1) else 16
+    least = (ctr >> shift & 0xF) - 2  # log2 of words, of bytes less 4
+    return any(number & 7 < least for number in case.known.numbers)
+
+
+def _lengths_refused(case: Case) -> bool:
+    """KVM takes all of the host's lengths up to some maximum, and no other set."""
+    host = case.default or 0
+    return any(not number or number != host & (1 << number.bit_length()) - 1 for number in case.known.numbers)
+
+
+def _beyond_counters(case: Case) -> bool:
+    """A counter that the guest's PMCR_EL0.N does not admit: its accesses are UNDEFINED, so nothing is lost."""
+    number = case.slot.id & 0x1F  # PMEVCNTR<n>_EL0 and PMEVTYPER<n>_EL0: CRm<1:0>, op2
+    here = case.field_of("PMCR_EL0", "N")
+    return here is not None and number >= here
+
+
 def _revision_above(case: Case) -> bool:
     return case.default is not None and case.known.numbers[-1] >> 12 & 0xF > case.default >> 12 & 0xF
 
@@ -143,23 +220,39 @@ RULES: tuple[Rule, ...] = (
     Rule("*_BMAP *_BMAP_2 KVM_REG_ARM_FW_FEAT_BMAP_REG*", absent, _NOTICED, _lost_calls, _HYPERCALLS),
     Rule("*_BMAP *_BMAP_2 KVM_REG_ARM_FW_FEAT_BMAP_REG*", _bitmap_above, _NOTICED,
          "hypercalls that this kernel has not: {bits}", _HYPERCALLS),
+    Rule("PSCI_VERSION", _no_psci, _REFUSED, "{value} is no PSCI version for a vCPU with these features",
+         "arch/arm64/kvm/hypercalls.c kvm_arm_set_fw_reg"),
     Rule("PSCI_VERSION", above_default, _REFUSED, "PSCI {value}, this kernel has at most {host}", _HYPERCALLS),
     Rule("SMCCC_ARCH_WORKAROUND_?", absent, _NOTICED, "this kernel does not say whether the guest needs the "
          "workaround; the guest was told {value}", _HYPERCALLS),
-    Rule("SMCCC_ARCH_WORKAROUND_?", above_default, _NOTICED,
+    Rule("SMCCC_ARCH_WORKAROUND_2", _ssbs_taken, _NOTICED, "the guest's ID_AA64PFR1_EL1 has no SSBS, this host's has: "
+         "some kernels then say NOT_REQUIRED, some NOT_AVAIL; the guest was told {value}",
+         "arch/arm64/kvm/hypercalls.c get_kernel_wa_level: cpus_have_cap or kvm_has_feat; measured on 6.12 and 7.2",
+         Kernel.UNKNOWN),
+    Rule("SMCCC_ARCH_WORKAROUND_?", _level_above, _NOTICED,
          "the guest was told level {value}, this host has {host}; a write only checks", _HYPERCALLS),
+    Rule("SMCCC_ARCH_WORKAROUND_?", _level_below, _NOTICED, "the guest was told level {value}, and hears the host's "
+         "{host} when it asks again: a write is only checked, not stored", _HYPERCALLS, Kernel.DROPS),
     Rule("SMCCC_ARCH_WORKAROUND_?", differs, _FITS,
          "level {value} is checked against the host's {host} and not stored", _HYPERCALLS, Kernel.DROPS),
     # identity and geometry
     Rule("CLIDR_EL1 CCSIDR*", _unequal_identity, _HARMLESS,
          "cache geometry {value} is not this host's {host}, which it lets nobody change; a guest's set/way maintenance "
          "is trapped", f"{_SYSREGS} set_invariant_sys_reg, demux_c15_set: a constant up to 6.2"),
+    Rule("CLIDR_EL1", refuses_bits, _HARMLESS, "cache geometry {value} has bits that this kernel takes from nobody "
+         "({host} stays); a guest's set/way maintenance is trapped", f"{_SYSREGS} set_clidr"),
+    Rule("CCSIDR*", _took_no_line, _HARMLESS, "cache geometry {value} has lines shorter than CTR_EL0's least "
+         "({host} stays); a guest's set/way maintenance is trapped", f"{_SYSREGS} set_ccsidr"),
     Rule("MIDR_EL1 REVIDR_EL1 AIDR_EL1", _unequal_identity, _NOTICED,
          "{value}, this host's CPU is {host}: errata that a guest works around go by it",
          f"{_SYSREGS} set_imp_id_reg; writable with KVM_CAP_ARM_WRITABLE_IMP_ID_REGS (6.15) only"),
-    Rule("SVE_VLS", _unequal_identity, _NOTICED,
-         "vector lengths {value}, this host has {host}", "Documentation/virt/kvm/api.rst, KVM_REG_ARM64_SVE_VLS",
-         Kernel.UNKNOWN),
+    Rule("SVE_VLS", _lengths_refused, _NOTICED,
+         "vector lengths {value}, this host has {host}", "arch/arm64/kvm/guest.c set_sve_vls: all the host's lengths "
+         "up to a maximum"),
+    Rule("ID_AA64PFR0_EL1 ID_PFR1_EL1", both(_taken, _gic_hidden), _NOTICED, "GIC 0, and the VM has a GICv3: some "
+         "kernels say so again with the first run",
+         "arch/arm64/kvm/vgic/vgic-init.c kvm_vgic_finalize_idregs; measured: 6.12 keeps the 0, 7.2 does not",
+         Kernel.TAKES),
     # interrupt controller
     Rule("GICD_IIDR", _revision_above, _NOTICED, "{value}, this kernel's interrupt controller is an older revision "
          "({host})", "Documentation/virt/kvm/devices/arm-vgic-v3.rst"),
@@ -175,6 +268,9 @@ RULES: tuple[Rule, ...] = (
     Rule("PSTATE", _bad_mode, _REFUSED, "a mode that a vCPU with these features can't be in",
          "arch/arm64/kvm/guest.c set_core_reg"),
     Rule("PM*", loses_bits, _NOTICED, _dropped, "profile: bits that read back, by trial", Kernel.DROPS),
+    Rule("PMEVCNTR* PMEVTYPER*", both(absent, _beyond_counters), _HARMLESS,
+         "the guest's PMCR_EL0.N has no such counter", "Arm ARM D24.5, PMEVCNTR<n>_EL0; pmu-emul.c: a list of 31 "
+         "whatever N is, or of those that there are"),
     # and what is left
     Rule("*", absent, _REFUSED, _listed_for, "profile: KVM_GET_REG_LIST"),
 )

@@ -40,6 +40,10 @@ class Pair:
         """The same with other values. The host is taken as it was given: its features are added once."""
         return Pair(replace(self.saved, columns=columns), self._given)
 
+    def with_value(self, slot: Slot, value: bytes) -> Pair:
+        """The same where a register has one value on all vCPUs."""
+        return self.knowing({**self.saved.columns, slot.id: Column.of(slot, value)})
+
     def column(self, id: int) -> Column:
         """The values of a register; without values where they come later. Raises: NotYet, KeyError if not saved."""
         found = self.saved.columns.get(id)
@@ -88,6 +92,10 @@ class Case:
     def known(self) -> Column:
         """The register's values. Raises: NotYet."""
         return self.pair.column(self.slot.id)
+
+    def with_value(self, number: int) -> Case:
+        """The same register with another value."""
+        return Case(self.pair.with_value(self.slot, number.to_bytes(self.slot.size, "little")), self.slot)
 
     @property
     def default(self) -> int | None:

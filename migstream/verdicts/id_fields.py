@@ -18,6 +18,25 @@ LOWEST: dict[tuple[str, str], int] = {
 }
 """Fields that the kernel takes no lower than this."""
 
+NOT_TAKEN: dict[tuple[str, str], frozenset[int]] = {
+    ("ID_DFR0_EL1", "PerfMon"): frozenset((1, 2)),   # sys_regs.c set_id_dfr0_el1: KVM has no PMUv1 and PMUv2
+}
+"""Values that the kernel refuses whatever the host has."""
+
+EXACT: dict[tuple[str, str], int] = {
+    ("CTR_EL0", "L1Ip"): 2, ("ID_AA64MMFR0_EL1", "TGRAN4_2"): 1, ("ID_AA64MMFR0_EL1", "TGRAN16_2"): 1,
+    ("ID_AA64MMFR0_EL1", "TGRAN64_2"): 1, ("ID_AA64ISAR1_EL1", "APA"): 0, ("ID_AA64ISAR1_EL1", "API"): 0,
+    ("ID_AA64ISAR2_EL1", "APA3"): 0,
+}
+"""FTR_EXACT: another value than the host's has to be the one that the kernel calls safe."""
+
+HIGHER: frozenset[tuple[str, str]] = frozenset((
+    ("ID_AA64MMFR1_EL1", "SpecSEI"), ("ID_MMFR4_EL1", "SpecSEI")))
+"""FTR_HIGHER_SAFE: to be told of an SError that never comes is safe, not to be told is not."""
+
+SIGNED: frozenset[tuple[str, str]] = frozenset((("ID_MMFR0_EL1", "InnerShr"), ("ID_MMFR0_EL1", "OuterShr")))
+"""S_ARM64_FTR_BITS whose names don't show it (cpufeature.c ftr_id_mmfr0)."""
+
 TAKEN_AND_DROPPED: frozenset[tuple[str, str]] = frozenset((
     ("ID_AA64PFR0_EL1", "MPAM"), ("ID_AA64PFR1_EL1", "MPAM_frac"), ("ID_AA64MMFR2_EL1", "NV")))
 """Fields that newer kernels take at the host CPU's own value and show as 0; whether they do, no profile says."""
@@ -35,44 +54,53 @@ def judge(case: Case) -> Verdict | None:
     number = case.known.numbers[0]
     bad = [(field, why) for field in fields if (why := _refusal(case, field, number, default))]
     unnamed = changed & ~sum(field.mask for field in case.fields)
-    if not bad and not (unnamed and not _writable(case, unnamed)):
+    unnamed &= ~_tried(case)
+    if not bad and not unnamed:
         return Verdict(case.slot, Answer.FITS, case.slot, source=_SOURCE)
     names = [_difference(field, number, default) + (f" ({why})" if why else "") for field, why in bad]
     names += [f"bits {unnamed:#x}"] if unnamed else []
     open_question = all((case.row.name, field.name) in TAKEN_AND_DROPPED for field, _ in bad) and bad
-    kernel = Kernel.UNKNOWN if open_question or not _tried(case) else Kernel.REFUSES
+    kernel = Kernel.UNKNOWN if open_question or not _has_trials(case) else Kernel.REFUSES
     return Verdict(case.slot, Answer.NOTICED, None, ", ".join(names), _SOURCE, kernel=kernel)
 
 
 def _refusal(case: Case, field: Field, number: int, default: int) -> str:
     """Why a field can't be what the guest saw; "" where it can."""
-    wanted, has = _signed(field, number), _signed(field, default)
-    if not _writable(case, field.mask):
-        return "this kernel lets nobody change it" if _tried(case) else _NOBODY_TRIED
-    if wanted > has:
-        return "the host has less"
-    lowest = LOWEST.get((case.row.name, field.name))
+    key, changed = (case.row.name, field.name), (number ^ default) & field.mask
+    if not changed:
+        return ""
+    if not (_tried(case) | case.host.writable_masks.get(case.slot.id, 0)) & field.mask:
+        return "this kernel lets nobody change it" if _has_trials(case) else _NOBODY_TRIED
+    if case.pair.bits(case.slot.id) is not None and changed.bit_count() == 1:  # this very value was tried
+        return "" if changed & _tried(case) else "this kernel refused just that"
+    wanted, has = _signed(case, field, number), _signed(case, field, default)
+    if key in EXACT:
+        return "" if wanted == EXACT[key] else f"this kernel takes {EXACT[key]} for it and nothing else"
+    if (wanted < has) if key in HIGHER else (wanted > has):
+        return "the host has more" if key in HIGHER else "the host has less"
+    if wanted in NOT_TAKEN.get(key, ()):
+        return "no kernel takes that"
+    lowest = LOWEST.get(key)
     return f"this kernel takes nothing below {lowest}" if lowest is not None and wanted < lowest else ""
 
 
-def _signed(field: Field, number: int) -> int:
-    value = (number & field.mask) >> field.low
-    return value - (1 << field.width) if field.signed and value >> field.width - 1 else value
+def _signed(case: Case, field: Field, number: int) -> int:
+    value, signed = (number & field.mask) >> field.low, field.signed or (case.row.name, field.name) in SIGNED
+    return value - (1 << field.width) if signed and value >> field.width - 1 else value
 
 
 _NOBODY_TRIED = "nobody has tried whether this kernel lets it be changed"
 
 
-def _tried(case: Case) -> bool:
+def _has_trials(case: Case) -> bool:
     """Whether the profile was captured with the experiment, or the kernel says itself what can be written."""
     return bool(case.host.register_bits) or case.slot.id in case.host.writable_masks
 
 
-def _writable(case: Case, mask: int) -> bool:
-    """By trial, or where single flips can't tell, by the kernel's own word."""
+def _tried(case: Case) -> int:
+    """Bits that the kernel took flipped, one at a time."""
     tried = case.pair.bits(case.slot.id)
-    told = case.host.writable_masks.get(case.slot.id, 0)
-    return bool(((tried[0] if tried else 0) | told) & mask)
+    return tried[0] if tried else 0
 
 
 def _difference(field: Field, number: int, default: int) -> str:

@@ -11,7 +11,7 @@ from migstream.model import Arch, Klass, Scope, Slot
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import Register, lookup
 from migstream.verdicts import arm64 as arm64_rules
-from migstream.verdicts import id_fields
+from migstream.verdicts import id_fields, seen
 from migstream.verdicts import x86_64 as x86_rules
 from migstream.verdicts.facts import Case, NotYet, Pair
 from migstream.verdicts.model import Answer, Kernel, Verdict
@@ -56,8 +56,10 @@ def _by_rules(case: Case, row: Register) -> Verdict:
     for rule in rules_for(case.pair.arch, row.name):
         if rule.when(case):
             return rule.verdict(case)
-    if is_id_register(case.pair.arch, row.name) and (verdict := id_fields.judge(case)) is not None:
-        return verdict
+    if is_id_register(case.pair.arch, row.name):
+        verdict = seen.judge(case) or id_fields.judge(case)
+        if verdict is not None:
+            return verdict
     return Verdict(case.slot, Answer.FITS, case.slot)
 
 
@@ -163,10 +165,7 @@ def additions(pair: Pair) -> Iterator[Addition]:
 
 def replace_saved(pair: Pair, id: int, value: bytes) -> Pair:
     """The same pair, with one more register known."""
-    from migstream.verdicts.model import Column
-
-    columns = {**pair.saved.columns, id: Column.of(Slot(id, len(value)), value)}
-    return pair.knowing(columns)
+    return pair.with_value(Slot(id, len(value)), value)
 
 
 def unhidden(pair: Pair) -> Iterator[Addition]:

@@ -252,11 +252,14 @@ class Arm64Host(ArchHost):
         from migstream.host.behaviour import of_profile
 
         try:
-            answers = firmware_arm64.ask(backend, firmware_calls.CALLS)
+            answers, registers = firmware_arm64.ask_twice(backend)
         except (BackendError, UsageError) as error:
             known = of_profile(backend.profile())
             return replace(known, unknown=(*known.unknown, f"no scratch guest could ask this kernel: {error}"))
-        return of_profile(replace(backend.profile(), firmware=dict(answers)), MEASURED)
+        calls = {key: x0 for key, x0 in answers.items() if key in firmware_calls.CALL_NAMES}
+        seen = {key: value for key, value in answers.items() if key not in calls}
+        return of_profile(replace(backend.profile(), firmware=calls, guest_registers=seen,
+                                  defaults=registers), MEASURED)
 
     def vm_type(self, kvm_fd: int) -> int:
         """0 is 40 address bits; a host that has fewer wants to be told its own number."""

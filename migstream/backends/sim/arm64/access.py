@@ -155,3 +155,13 @@ class Column:
     def write(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
         """See `write`."""
         return write(Access(guest, guest.resolve(self.id), rows, numbers), values)
+
+
+class FinalizingColumn(Column):
+    """KVM_REG_ARM64_SVE_VLS of a bank: written, then KVM_ARM_VCPU_FINALIZE."""
+
+    def write(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
+        """See `Column.write`."""
+        errnos = Column.write(self, guest, rows, numbers, values)
+        guest.finalized[rows] |= errnos == 0
+        return errnos

@@ -23,7 +23,9 @@ from migstream.backends.sim.arm64.told import CAPABILITIES, CapabilityColumn, In
 from migstream.backends.sim.arm64.vgic import Vgic
 from migstream.backends.sim.memory import Memory
 from migstream.backends.sim.timing import timed
+from migstream.contract import Behaviour
 from migstream.errors import BackendError, UsageError, errno_name
+from migstream.host.behaviour import of_profile
 from migstream.model import Arch, Layout, Machine, Scope
 from migstream.plan import DEVICES
 from migstream.registers import arm64 as rows
@@ -230,7 +232,7 @@ class Arm64SimVm(Vm):
         number = all_ids.capability_number(id)
         if number is not None:
             return CapabilityColumn(number, self.enable)
-        return FinalizingColumn(id) if id == ids.SVE_VLS else access.Column(id)
+        return access.FinalizingColumn(id) if id == ids.SVE_VLS else access.Column(id)
 
     def _gic_column(self, id: int, row: gic.GicRow) -> AnyColumn:
         if row.device == gic.ITS:
@@ -267,6 +269,10 @@ class Arm64SimVm(Vm):
         if runner:
             runner.pause()
             self._exits = dict(runner.exits)
+
+    def behaviour(self) -> Behaviour:
+        """What the profile's guest was told."""
+        return of_profile(self.profile)
 
     def exits(self) -> dict[int, str]:
         """See `Vm.exits`."""
@@ -482,16 +488,6 @@ class Arm64SimVm(Vm):
             return attributes.set(self.guest, vcpu, group, attribute, value), b""
         no, found = attributes.get(self.guest, vcpu, group, attribute)
         return no, found.ljust(8, b"\0") if found else b""
-
-
-class FinalizingColumn(access.Column):
-    """KVM_REG_ARM64_SVE_VLS of a bank: written, then KVM_ARM_VCPU_FINALIZE."""
-
-    def write(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
-        """See `Column.write`."""
-        errnos = access.Column.write(self, guest, rows, numbers, values)
-        guest.finalized[rows] |= errnos == 0
-        return errnos
 
 
 _PENDBASER = all_ids.attribute_id(gic.GICV3, gic.REDISTRIBUTOR, 0x78)

@@ -1,0 +1,52 @@
+"""ID registers that some kernel shows a guest otherwise than KVM_GET_ONE_REG has them: what the guest read decides.
+
+Up to 6.5 a guest reads CTR_EL0 from the CPU and KVM_GET_ONE_REG gives the kernel's own idea of it; later kernels trap
+the read and show the register, which can be written. So the register's value may be equal where the guest would notice,
+and different where it would not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from migstream.host.behaviour import unlike
+from migstream.model import Arch
+from migstream.verdicts import id_fields
+from migstream.verdicts.facts import Case
+from migstream.verdicts.model import Answer, Kernel, Verdict
+
+_SOURCE = "arch/arm64/kvm/sys_regs.c access_ctr; HCR_EL2.TID2, set for every guest since 6.6; asked by a guest's MRS"
+
+
+def judge(case: Case) -> Verdict | None:
+    """The answer where the saving kernel or the host shows a guest another value; None elsewhere. Raises: NotYet."""
+    if case.pair.arch != Arch.ARM64:
+        return None
+    contract, here = case.pair.saved.contract, unlike(case.host).get(case.slot.id)
+    read = contract.behaviour.sees.get(case.slot.id) if contract else None
+    if here is None and read is None:
+        return None
+    plain = id_fields.judge(case) or Verdict(case.slot, Answer.FITS, case.slot)
+    met = case.known.numbers[0] if read is None else int.from_bytes(read, "little")
+    return _stuck(case, met, here, plain.kernel) if here is not None else _shown(case, met, plain.kernel)
+
+
+def _stuck(case: Case, met: int, here: int, kernel: Kernel) -> Verdict:
+    """The host's guests read the CPU's own value, whatever the register has."""
+    target = case.slot if kernel == Kernel.TAKES else None
+    if met != here:
+        return Verdict(case.slot, Answer.NOTICED, target, f"the guest read {met:#x}, and reads {here:#x} here: this "
+                       "kernel does not trap it", _SOURCE, kernel=kernel)
+    if target is not None:
+        return Verdict(case.slot, Answer.FITS, target, source=_SOURCE)
+    return Verdict(case.slot, Answer.HARMLESS, None, f"a guest reads {here:#x} here, as it did, whatever the register "
+                   "has", _SOURCE, kernel=kernel)
+
+
+def _shown(case: Case, met: int, kernel: Kernel) -> Verdict:
+    """The host shows the register: it has to have what the guest read."""
+    verdict = id_fields.judge(case.with_value(met)) or Verdict(case.slot, Answer.FITS, case.slot)
+    if verdict.answer != Answer.FITS or case.known.only(met):
+        return replace(verdict, kernel=kernel)
+    return Verdict(case.slot, Answer.WRITTEN_AS, case.slot, f"{met:#x}: so the guest read it where it was saved; "
+                   "KVM_GET_ONE_REG had another value", _SOURCE, met.to_bytes(case.slot.size, "little"), kernel)

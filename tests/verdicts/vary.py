@@ -1,0 +1,168 @@
+"""Values that no rule was made from: what a VMM may have set before the first run, by a seed.
+
+Two uses. A guest is *varied*: before it runs, its own kernel is asked to take other values, and what it takes is what
+the stream has. A stream is *forged*: its feature and identity registers are given values that perhaps no kernel would
+have saved; only what a target says to each is then of interest.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from random import Random
+from typing import TYPE_CHECKING
+
+from migstream.backends.base import Vm
+from migstream.contract import PINNED
+from migstream.host.scratch import Scratch
+from migstream.model import Bank, Scope, Slot
+from migstream.registers import arm64_ids, ids, vcpu_features
+from migstream.registers.bit_tables import BITS
+from migstream.registers.bits import Field
+from migstream.registers.catalogue import Register, lookup
+
+if TYPE_CHECKING:
+    from migstream.model import Words
+
+Change = Callable[[Random, Register, int], int]
+
+PSCI_VERSIONS = (1, 2, 0x1_0000, 0x1_0001, 0x1_0002, 0x1_0003, 0x1_0004, 0x2_0000)
+_MODES = (0, 4, 5, 8, 9, 0x10, 0x13, 0xC, 0xD)
+
+
+def _psci(dice: Random, row: Register, value: int) -> int:
+    return dice.choice(PSCI_VERSIONS)
+
+
+def _level(dice: Random, row: Register, value: int) -> int:
+    return dice.choice((0, 1, 2, 3, 4, 0x12, 0x13))
+
+
+def _bitmap(dice: Random, row: Register, value: int) -> int:
+    return dice.getrandbits(3) if dice.random() < 0.8 else 1 << dice.randrange(64)
+
+
+def _lengths(dice: Random, row: Register, value: int) -> int:
+    """All lengths up to some maximum; now and then one too many or too few."""
+    below = value & (2 << dice.randrange(value.bit_length() or 1)) - 1
+    return below if dice.random() < 0.7 else below ^ 1 << dice.randrange(16)
+
+
+def _flip(dice: Random, row: Register, value: int) -> int:
+    width = 8 * (row.size or 8)
+    return value ^ 1 << dice.randrange(width) ^ (1 << dice.randrange(width) if dice.random() < 0.3 else 0)
+
+
+def _mode(dice: Random, row: Register, value: int) -> int:
+    return value & ~0x1F | dice.choice(_MODES)
+
+
+def _revision(dice: Random, row: Register, value: int) -> int:
+    return value & ~0xF000 | dice.randrange(6) << 12 if dice.random() < 0.8 else _flip(dice, row, value)
+
+
+def _fields(dice: Random, row: Register, value: int) -> int:
+    """One field or two lowered, or something else; bits without a name now and then."""
+    table = BITS.get(row.bits, ())
+    if not table or dice.random() < 0.1:
+        return _flip(dice, row, value)
+    for _ in range(1 + (dice.random() < 0.3)):
+        value = _field(dice, dice.choice(table), value)
+    return value
+
+
+def _field(dice: Random, field: Field, value: int) -> int:
+    now, kind = (value & field.mask) >> field.low, dice.random()
+    lower = dice.randrange(now) if now else 0
+    wanted = lower if kind < 0.6 else 0 if kind < 0.7 else min(now + 1, (1 << field.width) - 1) if kind < 0.8 \
+        else dice.getrandbits(field.width)
+    return value & ~field.mask | wanted << field.low
+
+
+CHANGES: tuple[tuple[str, Change], ...] = (
+    ("PSCI_VERSION", _psci), ("SMCCC_ARCH_WORKAROUND_?", _level), ("*_BMAP *_BMAP_2", _bitmap), ("SVE_VLS", _lengths),
+    ("GICD_IIDR", _revision), ("PSTATE", _mode),
+    ("MSR_IA32_UCODE_REV MPIDR_EL1 KVM_*", lambda dice, row, value: value),
+    ("CCSIDR* CLIDR_EL1 MIDR_EL1 REVIDR_EL1 AIDR_EL1 MSR_*", _flip), ("*", _fields))
+"""By register name, the first that fits. What is each vCPU's own place, or a structure, stays."""
+
+FORGED = ("PSTATE", "GICD_IIDR")
+"""Registers of other classes that there are rules about, too."""
+
+MSRS = (
+    "MSR_IA32_SPEC_CTRL", "MSR_IA32_MISC_ENABLE", "MSR_IA32_XSS", "MSR_IA32_TSX_CTRL", "MSR_MISC_FEATURES_ENABLES",
+    "MSR_K7_HWCR", "MSR_KVM_POLL_CONTROL", "MSR_KVM_MIGRATION_CONTROL", "MSR_VM_CR", "MSR_IA32_CR_PAT",
+    "MSR_IA32_DEBUGCTLMSR", "MSR_MTRR*", "MSR_IA32_MCG_*", "MSR_IA32_MC?_*", "MSR_K7_EVNTSEL*", "MSR_K7_PERFCTR*",
+    "MSR_F15H_*", "MSR_AMD64_*", "MSR_TSC_AUX", "MSR_STAR", "MSR_CSTAR", "MSR_SYSCALL_MASK", "MSR_IA32_SYSENTER_CS")
+"""x86-64: state whose change the demo guest does not feel; its values differ from host to host of a fleet."""
+
+
+def _change_of(name: str) -> Change:
+    return next(change for globs, change in CHANGES
+                if any(fnmatch.fnmatchcase(name, glob) for glob in globs.split()))
+
+
+def altered(dice: Random, id: int, value: bytes) -> bytes:
+    """Another value for a register; the same one now and then."""
+    row = lookup(id)
+    number = _change_of(row.name)(dice, row, int.from_bytes(value, "little"))
+    return (number & (1 << 8 * len(value)) - 1).to_bytes(len(value), "little")
+
+
+def eligible(id: int) -> bool:
+    """Whether a register's values are forged: a number that is pinned, or one that there are rules about."""
+    row = lookup(id)
+    return ids.capability_number(id) is None and not (row.struct and row.name != "SVE_VLS") \
+        and (row.klass in PINNED or row.name in FORGED or row.bits == "PSTATE")
+
+
+def forge(dice: Random, banks: Sequence[Bank]) -> dict[int, bytes]:
+    """New values for most of the eligible registers of a stream, by id: the same for all vCPUs."""
+    values = {slot.id: bank.raw(0, column) for bank in banks for column, slot in enumerate(bank.layout.slots)
+              if eligible(slot.id)}
+    return {id: changed for id, value in values.items()
+            if dice.random() < 0.8 and (changed := altered(dice, id, value)) != value}
+
+
+def with_values(banks: Sequence[Bank], values: Mapping[int, bytes]) -> list[Bank]:
+    """Copies of the banks in which these registers have these values on every vCPU."""
+    return [replace(bank, values=_replaced(bank, values)) for bank in banks]
+
+
+def _replaced(bank: Bank, values: Mapping[int, bytes]) -> Words:
+    import numpy as np
+
+    out = bank.values.copy()
+    for column, slot in enumerate(bank.layout.slots):
+        if (value := values.get(slot.id)) is not None:
+            start, end = bank.layout.offsets[column:column + 2]
+            out[:, start:end] = np.frombuffer(value.ljust(slot.words * 8, b"\0"), np.uint64)
+    return out
+
+
+def vary(dice: Random, vm: Vm) -> list[str]:
+    """Ask a VM that never ran to take other values, a few for each register; names of those that are now different."""
+    scratch = Scratch(vm, vm.machine.vcpus)
+    if int(vm.machine.devices.get("vcpu_features", 0)) & vcpu_features.SVE:  # before the list is asked for: it closes
+        _try(dice, scratch, Slot(arm64_ids.SVE_VLS, 64), Scope.VCPU)
+    wanted = [(slot, layout.scope) for layout in vm.layouts()[0] for slot in layout.slots if _varied(slot.id)]
+    return [lookup(slot.id).name for slot, scope in wanted if _try(dice, scratch, slot, scope)]
+
+
+def _try(dice: Random, scratch: Scratch, slot: Slot, scope: Scope) -> bool:
+    """Offer a register some values; whether it has another one now."""
+    vcpus = [None] if scope == Scope.VM else range(scratch.vcpus)
+    before = scratch.read(slot.id, slot.size, vcpus[0])
+    if isinstance(before, int):
+        return False
+    for _ in range(4):
+        value = altered(dice, slot.id, before)
+        if value != before and not any([scratch.write(slot.id, value, vcpu) for vcpu in vcpus]):
+            break
+    return scratch.read(slot.id, slot.size, vcpus[0]) != before
+
+
+def _varied(id: int) -> bool:
+    name = lookup(id).name
+    return (lookup(id).klass in PINNED and eligible(id)) or any(fnmatch.fnmatchcase(name, glob) for glob in MSRS)
