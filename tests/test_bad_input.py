@@ -167,7 +167,9 @@ def test_a_stream_of_a_feature_that_the_target_lacks_is_refused_before_a_vm_is_m
     stream = str(tmp_path / "sve.mig")
     assert main(["demo", "--backend", "sim:arm64-6.12", "--vcpu-features", "sve", "-o", stream]) == 0
     without = profiles.load("arm64-6.12")
-    poorer = SimBackend(replace(without, vcpu_features=without.vcpu_features & ~vcpu_features.SVE))
+    listed = {mask: ids for mask, ids in without.feature_registers.items() if not mask & vcpu_features.SVE}
+    features = without.vcpu_features & ~vcpu_features.SVE
+    poorer = SimBackend(replace(without, vcpu_features=features, feature_registers=listed))
     made: list[Machine] = []
     monkeypatch.setattr(poorer, "create", lambda machine, caps=None: made.append(machine))
     monkeypatch.setattr(backends, "open_backend", lambda name: poorer)
