@@ -183,8 +183,8 @@ class Arm64Stage(Stage):
             side.set(vcpu, _X_PC[number], value.to_bytes(8, "little"))
         answer = self._ask(vcpu, lambda side: side.execute(vcpu, 10))
         seen = int.from_bytes(side.get(vcpu, ids.X[program.RESULT])[1], "little")
-        for number in range(program.RESULT):
-            side.set(vcpu, ids.X[number], bytes(8))  # of SMCCC's results only X0 is compared
+        for number in range(program.RESULT + 1):
+            side.set(vcpu, ids.X[number], bytes(8))  # of the results of a call only X0 is compared, and a time is none
         return answer if "errno" in answer else {**answer, "seen": hex(question.answer(seen))}
 
     def do_enable(self, capability: int) -> Answer:
