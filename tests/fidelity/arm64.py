@@ -175,7 +175,10 @@ class Arm64Stage(Stage):
             return {"no": "program on a vCPU with a PMU"}
         for id, value in _AT_START:
             self.side.set(vcpu, id, value.to_bytes(lookup(id).size or 8, "little"))
-        return {program.QUESTIONS[key].name: self._seen(self.side, vcpu, program.QUESTIONS[key]) for key in asked}
+        seen = {program.QUESTIONS[key].name: self._seen(self.side, vcpu, program.QUESTIONS[key]) for key in asked}
+        for number in range(program.RESULT + 1):
+            self.side.set(vcpu, ids.X[number], bytes(8))  # of a call's results only X0 is compared, and no time
+        return seen
 
     def _seen(self, side: Side, vcpu: int, question: firmware_arm64.Question) -> Answer:
         side.run(vcpu)  # completes the exit before
@@ -183,8 +186,6 @@ class Arm64Stage(Stage):
             side.set(vcpu, _X_PC[number], value.to_bytes(8, "little"))
         answer = self._ask(vcpu, lambda side: side.execute(vcpu, 10))
         seen = int.from_bytes(side.get(vcpu, ids.X[program.RESULT])[1], "little")
-        for number in range(program.RESULT + 1):
-            side.set(vcpu, ids.X[number], bytes(8))  # of the results of a call only X0 is compared, and a time is none
         return answer if "errno" in answer else {**answer, "seen": hex(question.answer(seen))}
 
     def do_enable(self, capability: int) -> Answer:
@@ -322,7 +323,7 @@ class Author:
         if kind < 0.19:
             return call("run", vcpu=vcpu)
         if kind < 0.23:
-            return call("execute", vcpu=vcpu, asked=self.random.sample(sorted(program.QUESTIONS), 4))
+            return call("execute", vcpu=vcpu, asked=self.random.sample(sorted(program.QUESTIONS), 2))
         if kind < (0.42 if self.gic else 0.27):
             return devices.any_call(self.random, vcpu, self.gic)
         if self.random.random() < 0.12:

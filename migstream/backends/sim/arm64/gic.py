@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim.arm64.guest import Access, Guest
-from migstream.backends.sim.arm64.rules import invalid, since
+from migstream.backends.sim.arm64.rules import invalid, refused, since
 from migstream.registers import gic, ids, vcpu_features
 from migstream.registers.catalogue import lookup
 
@@ -40,7 +40,7 @@ class GicRule:
             give as they are (EINVAL). why: kernel function. keep: what of (VM, vCPUs, values before, values written)
             is stored, where that is no matter of bits. show: what of (VM, vCPUs, values) is read. refuse: where a
             value is refused besides; left: what is stored of one that is refused.
-            shared: one for all vCPUs.
+            shared: one for all vCPUs. errno: of what is refused.
     """
 
     start: int
@@ -52,6 +52,7 @@ class GicRule:
     refuse: Callable[[Guest, Column, Column], Mask] | None = None
     left: Callable[[Column, Column], Column] | None = None
     shared: bool = False
+    errno: int = errno.EINVAL
 
 
 def _bits(values: Column, low: int, count: int) -> Column:
@@ -180,6 +181,8 @@ def rule(guest: Guest, id: int) -> GicRule:
         found = replace(found, stored=0)
     if row.name == "GICR_PROPBASER" and "its" not in guest.machine.devices:
         start = None  # vgic_its_create() sets it, and profiles are captured with an ITS
+    if row.name == "GICD_TYPER2" and since(guest.profile, 6, 17) and guest.vgic and guest.vgic.initialized:
+        found = replace(found, errno=errno.EBUSY)  # it could be chosen until then; measured: 7.2
     if row.name == "GICD_LINE_LEVEL":
         found = replace(found, show=_spi_levels(id))
     return found if not start else replace(found, start=int.from_bytes(start, "little"))
@@ -204,7 +207,9 @@ class GicColumn:
 
     def write(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
         """KVM_SET_DEVICE_ATTR; bits that a write only sets were cleared before, so the value is the register's."""
-        rows, values = (slice(0, 1), values[-1:]) if self.rule.shared else (rows, values)
+        if self.rule.shared and len(values) > 1:
+            return np.repeat(self.write(guest, slice(0, 1), numbers[:1], values[-1:]), len(values))
+        rows = slice(0, 1) if self.rule.shared else rows
         old, new = self._stored(guest, rows), values[:, 0]
         wrong = (new ^ np.uint64(self.rule.start)) & np.uint64(self.rule.same & 0xFFFF_FFFF if self._half else
                                                                self.rule.same & _ALL) != 0
@@ -214,7 +219,7 @@ class GicColumn:
         kept = self.rule.keep(guest, rows, old, new) if self.rule.keep else old & ~stored | new & stored
         left = self.rule.left(old, new) if self.rule.left else old
         guest.column(self.id)[rows, 0] = np.where(wrong, left, kept) ^ np.uint64(self.rule.start)
-        return invalid(wrong)
+        return refused(wrong, self.rule.errno)
 
     @property
     def _half(self) -> bool:

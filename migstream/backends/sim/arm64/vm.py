@@ -20,6 +20,7 @@ from migstream.backends.sim.arm64.runner import Runner
 from migstream.backends.sim.arm64.told import CAPABILITIES, CapabilityColumn, InitColumn, OffsetColumn
 from migstream.backends.sim.arm64.vgic import Vgic
 from migstream.backends.sim.memory import Memory
+from migstream.backends.sim.msr_rule import version
 from migstream.errors import BackendError, UsageError, errno_name
 from migstream.host.profile import FIXED
 from migstream.model import Arch, Layout, Machine, Scope
@@ -102,7 +103,7 @@ class Arm64SimVm(Vm):
         if flags or not self.profile.capabilities.get(name):
             return errno.EINVAL
         if offered and offered.before_vcpus and self.guest.vcpus:
-            return errno.EBUSY
+            return errno.EINVAL
         self.guest.told[capability] = args
         return 0
 
@@ -425,7 +426,7 @@ class Arm64SimVm(Vm):
             return errno.EEXIST
         if self.guest.ran.any():
             return errno.EBUSY
-        self.guest.vgic = Vgic(self.guest.vcpus)
+        self.guest.vgic = Vgic(self.guest.vcpus, release=version(self.profile))
         return 0
 
     @_alive
