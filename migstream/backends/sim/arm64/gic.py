@@ -72,7 +72,7 @@ def _table_base(name: str) -> Callable[[Guest, slice, Column, Column], Column]:
         outer = np.where(outer <= 1, outer, 0).astype(np.uint64)
         fields = np.uint64(3 << 10 | 7 << 7 | 7 << 56)
         out = new & ~fields | share << np.uint64(10) | inner << np.uint64(7) | outer << np.uint64(56)
-        return out & ~np.uint64(_RESERVED[name] & _ALL)
+        return np.asarray(out & ~np.uint64(_RESERVED[name] & _ALL), np.uint64)
 
     return keep
 
@@ -80,7 +80,8 @@ def _table_base(name: str) -> Callable[[Guest, slice, Column, Column], Column]:
 def _revision(guest: Guest, old: Column, new: Column) -> Mask:
     """5.10 knows its own alone; since 5.18 (and before it in 6.1's line) revisions 2 and 3 can be told apart."""
     revision = _bits(new, 12, 4)
-    return new != old if not since(guest.profile, 5, 18) else ~np.isin(revision, np.array((2, 3), np.uint64))
+    told_apart = np.isin(revision, np.array((2, 3), np.uint64))
+    return np.asarray(~told_apart if since(guest.profile, 5, 18) else new != old)
 
 
 def _icc_ctlr_refused(guest: Guest, old: Column, new: Column) -> Mask:

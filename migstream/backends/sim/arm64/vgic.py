@@ -24,8 +24,9 @@ class Vgic:
     """The interrupt controller of a VM.
 
     Attributes:
-        vcpus: how many the VM has. address_bits: of guest-physical addresses. release: of the kernel. irqs: with the 32 private ones, 0 where
-            not told. bases: addresses by attribute. initialized: its registers are there. ready: a vCPU has run.
+        vcpus: how many the VM has. address_bits: of guest-physical addresses. release: of the kernel. irqs: with the 32
+            private ones, 0 where not told. distributor, redistributors: addresses. initialized: its registers are
+            there. ready: a vCPU has run.
     """
 
     vcpus: int
