@@ -392,7 +392,7 @@ class Arm64SimVm(Vm):
         if not no:
             entering.complete(self.guest, vcpu)
         if not no and self.profile.behaviour.get("entering_is_running"):
-            entering.through_cpu(self.guest, vcpu)
+            entering.through_cpu(self.guest, np.array([vcpu]))
         return no, b""
 
     @_alive
@@ -404,7 +404,6 @@ class Arm64SimVm(Vm):
         stopped = Runner(self.guest, self.memory, (vcpu,)).until_exit(instructions)
         if stopped == "KVM_EXIT_MMIO":
             self.guest.exited.add(vcpu)
-        entering.through_cpu(self.guest, vcpu)
         return 0, stopped.encode()
 
     def set_counter_offset(self, offset: int, reserved: int) -> int:
