@@ -51,7 +51,7 @@ NO_SERROR = {"value": (0x100).to_bytes(64, "little").hex()}
 AN_SERROR = {"value": (0x101 | 1 << 88).to_bytes(64, "little").hex()}
 PFR0 = 0x1101_0010_2111_0222
 
-ROWS = (
+ROWS: tuple[Recorded, ...] = (
     Recorded(NEW, (*vm(), RUN, get(ids.ID_PFR1)), word(0x11001), "a run without a vGIC takes GIC from ID_PFR1_EL1"),
     Recorded(NEW, (*vm(), RUN, put(ids.ID_AA64PFR0, PFR0)), {"set": {"errno": 16}}, "and it can't be put back"),
     Recorded(OLD, (*vm(), RUN, get(ids.ID_AA64PFR0)), word(PFR0), "before 6.12 GIC stays"),

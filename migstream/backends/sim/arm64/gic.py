@@ -87,7 +87,7 @@ def _revision(guest: Guest, old: Column, new: Column) -> Mask:
 def _icc_ctlr_refused(guest: Guest, old: Column, new: Column) -> Mask:
     """Priority and interrupt id bits no more than there are; SEIS and A3V the host's."""
     more = (_bits(new, 8, 3) > _bits(old, 8, 3)) | (_bits(new, 11, 3) > _bits(old, 11, 3))
-    return more | (_bits(new ^ old, 14, 2) != 0)
+    return np.asarray(more | (_bits(new ^ old, 14, 2) != 0))
 
 
 def _icc_ctlr_left(old: Column, new: Column) -> Column:
