@@ -30,7 +30,7 @@ EXCLUDED = (
     Excluded("guest programs run on vCPUs without a PMU, at EL1 with the MMU off and exceptions masked",
              "cycles are time; a guest that takes exceptions is no matter of the register interface"),
     Excluded("of a call's results X0 is compared; X1 to X3 are cleared after it", "a profile has X0 alone"),
-    Excluded("KVM_ARM_VCPU_PMU_V3_SET_PMU is told a PMU that there is not", "numbers of those that there are: a boot's"),
+    Excluded("KVM_ARM_VCPU_PMU_V3_SET_PMU is told a PMU that there is not", "the others' numbers are a boot's"),
     Excluded("KVM_PTP's answer to a guest is compared as answered or not", "it is a time"),
 )
 
