@@ -13,12 +13,13 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from migstream.backends.kvm import KvmBackend
 from migstream.errors import BackendUnavailable, MigstreamError, UsageError
 from migstream.host import profiles
 from migstream.host.profile import HostProfile
-from tests.fidelity import driver, guest
+from tests.fidelity import answers, driver, guest
 from tests.fidelity.vocabularies import VOCABULARIES, vocabulary
 from tests.lab import boot, kernels, tier
 from tests.lab.errors import LabError
@@ -73,10 +74,18 @@ def _here(real: KvmBackend) -> tuple[str, HostProfile]:
     return f"host ({here.kernel})", capture(real, "tests.fidelity")
 
 
-def in_lab(name: str, seed: int, sequences: int, calls: int, time_limit_s: float = boot.TIME_LIMIT_S) -> Outcome:
-    """Compare with a lab kernel: one boot for all sequences, one more where some diverge. Raises: LabError."""
+def in_lab(name: str, seed: int, sequences: int, calls: int, time_limit_s: float = boot.TIME_LIMIT_S,
+           kept: Path | None = None) -> Outcome:
+    """Compare with a lab kernel: one boot for all sequences, one more where some diverge.
+
+    `kept`: a file of answers of before, or where to keep those of now. Raises: LabError, UsageError.
+    """
     profile, kernel = profiles.load(name), _lab_kernel(name)
-    packed = _in_guest(kernel, ("record", name, seed, calls, _ANSWERS, 0, sequences), time_limit_s)
+
+    def record() -> bytes:
+        return _in_guest(kernel, ("record", name, seed, calls, _ANSWERS, 0, sequences), time_limit_s)
+
+    packed = answers.kept(kept, answers.digest(profile, seed, calls, sequences), record) if kept else record()
     found = guest.compare(profile, seed, calls, range(sequences), packed)
     out = _outcome(name, profile, seed, sequences, calls, found)
     if out.divergences:
@@ -124,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.kernel == HOST:
             out = on_host(seed, options.sequences, options.calls)
         else:
-            out = in_lab(options.kernel, seed, options.sequences, options.calls, options.time_limit)
+            out = in_lab(options.kernel, seed, options.sequences, options.calls, options.time_limit, options.answers)
     except MigstreamError as error:
         print(f"fidelity: {error}", file=sys.stderr)
         return error.exit_status
@@ -163,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, metavar="S", help="a new one each time, which is printed")
     parser.add_argument("--calls", type=int, default=30, metavar="N", help="calls of each sequence (30)")
     parser.add_argument("--time-limit", type=float, default=boot.TIME_LIMIT_S, metavar="S", help="of a lab run (600)")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="of a lab kernel: compare with those that FILE "
+                        "holds; where there is no FILE, keep the kernel's answers there")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--excluded", action="store_true", help="what is not compared, and why")
     return parser

@@ -7,7 +7,8 @@ import pytest
 from migstream.backends.kvm import KvmBackend
 from migstream.backends.sim import SimBackend
 from migstream.backends.sim.arm64 import ids
-from migstream.registers import vcpu_features
+from migstream.registers import gic, vcpu_features
+from migstream.registers import ids as all_ids
 from tests.fidelity.calls import Call, call
 from tests.fidelity.test_recorded import Recorded, ask, here
 
@@ -50,7 +51,7 @@ NO_SERROR = {"value": (0x100).to_bytes(64, "little").hex()}
 AN_SERROR = {"value": (0x101 | 1 << 88).to_bytes(64, "little").hex()}
 PFR0 = 0x1101_0010_2111_0222
 
-ROWS = (
+ROWS: tuple[Recorded, ...] = (
     Recorded(NEW, (*vm(), RUN, get(ids.ID_PFR1)), word(0x11001), "a run without a vGIC takes GIC from ID_PFR1_EL1"),
     Recorded(NEW, (*vm(), RUN, put(ids.ID_AA64PFR0, PFR0)), {"set": {"errno": 16}}, "and it can't be put back"),
     Recorded(OLD, (*vm(), RUN, get(ids.ID_AA64PFR0)), word(PFR0), "before 6.12 GIC stays"),
@@ -97,6 +98,82 @@ ROWS = (
     Recorded((V61, *NEW), (*vm(), put(ids.BITMAPS[0], 0), sees(0x8400_0050 << 32)),
              {"TRNG_VERSION": saw((1 << 64) - 1)}, "a guest does not get what a bitmap hides"),
 )
+
+
+GICD, GICR, ICC = gic.DISTRIBUTOR, gic.REDISTRIBUTOR, gic.CPU_INTERFACE
+
+
+def chip(group: int, offset: int) -> int:
+    return all_ids.attribute_id(gic.GICV3, group, offset)
+
+
+def making(group: int, attribute: int, value: int = 0) -> Call:
+    return call("gic", verb="set", group=group, attribute=attribute, value=value)
+
+
+DISTRIBUTOR, REDISTRIBUTORS = making(gic.ADDRESSES, 2, 0x800_0000), making(gic.ADDRESSES, 3, 0x80A_0000)
+GIC = (call("gic_create"), DISTRIBUTOR, REDISTRIBUTORS, making(gic.IRQ_COUNT, 0, 96), making(gic.CONTROL, gic.INIT))
+
+
+def gic_get(id: int, vcpu: int = 0) -> Call:
+    return call("gic_get", vcpu=vcpu, id=id)
+
+
+def gic_set(id: int, value: int, vcpu: int = 0) -> Call:
+    return call("gic_set", vcpu=vcpu, id=id, value=value)
+
+
+def shows(value: int, size: int = 4) -> dict[str, str]:
+    return {"value": value.to_bytes(size, "little").hex()}
+
+
+def line(attribute: int, value: int = 0, vcpu: int = 0, group: int = 0) -> Call:
+    return call("line", verb="set", vcpu=vcpu, group=group, attribute=attribute, value=value)
+
+
+ICC_CTLR, PROPBASER, PENDBASER = gic.ICC_CTLR, chip(GICR, 0x70), chip(GICR, 0x78)
+IMP_ID = 239
+IRQ, MAKE = 0, 1
+
+DEVICE_ROWS = (
+    Recorded(ALL, (*vm(), *GIC, gic_get(chip(GICD, 0x10))), shows(0xFFFF_FFFF), "GICD_STATUSR reads as ones"),
+    Recorded(ALL, (*vm(), *GIC, gic_get(chip(GICR, 0x10))), shows(0), "GICR_STATUSR does not"),
+    Recorded(ALL, (*vm(), *GIC, gic_set(chip(GICR, 0x1_0C04), 0xFFFF_FFFF)), {"get": shows(0)}, "PPIs stay level"),
+    Recorded(ALL, (*vm(), *GIC, gic_set(chip(gic.LINE_LEVEL, 0), 0x55)), {"get": shows(0)}, "SGIs have no line"),
+    Recorded(ALL, (*vm(), *GIC, gic_set(chip(gic.LINE_LEVEL, 32), 0x55)), {"get": shows(0)}, "edges show no line"),
+    Recorded(ALL, (*vm(2), *GIC, gic_get(PROPBASER, 1)), shows(0, 8), "GICR_PROPBASER is 0 without an ITS"),
+    Recorded(ALL, (*vm(2), *GIC, gic_set(PROPBASER, 0xF8, 1), gic_get(PROPBASER)), shows(0x198, 8),
+             "and it is one for all vCPUs"),
+    Recorded(ALL, (*vm(), *GIC, gic_set(PENDBASER, 0xFFFF_FFFF)), {"get": shows(0xFFFF_0F80, 8)},
+             "GICR_PENDBASER's attributes are what KVM can do"),
+    Recorded(ALL, (*vm(), *GIC, gic_set(ICC_CTLR, 0)), {"set": {"errno": 22}, "get": shows(0x8000, 8)},
+             "ICC_CTLR_EL1: refused for A3V, and has fewer bits all the same"),
+    Recorded(NEW, (*vm(), *GIC, gic_set(chip(GICR, 0), 1)), {"get": shows(6)}, "no LPIs without an ITS"),
+    Recorded((V72,), (*vm(), *GIC, gic_set(chip(GICD, 0xC), 9)), {"set": {"errno": 16}}, "7.2: GICD_TYPER2 is final"),
+    Recorded((V510, V61, V612), (*vm(), *GIC, gic_set(chip(GICD, 0xC), 9)), {"set": {"errno": 22}},
+             "before, it was only its own"),
+    Recorded((V61, *NEW), (*vm(), call("gic_create"), RUN, get(ids.PC)), {"errno": 5},
+             "a run without the vGIC's addresses is the VM's end"),
+    Recorded((V510,), (*vm(), call("gic_create"), RUN, get(ids.PC)), {"value": bytes(8).hex()}, "5.10: it is not"),
+    Recorded((V510,), (*vm(), call("gic_create"), DISTRIBUTOR, making(gic.IRQ_COUNT, 0, 96),
+                       making(gic.CONTROL, gic.INIT), RUN, gic_get(chip(GICD, 0x10))), {"errno": 16},
+             "5.10: but the vGIC's"),
+    Recorded((V510,), (*vm(), *GIC, REDISTRIBUTORS), {"errno": 22}, "5.10: a second region for redistributors"),
+    Recorded((V61, *NEW), (*vm(), *GIC, REDISTRIBUTORS), {"errno": 17}, "since 5.13 it exists already"),
+    Recorded((V510,), (*vm(), call("offset", offset=0, reserved=0)), {"errno": 22}, "5.10: no counter offset"),
+    Recorded((V72,), (*vm(), call("enable", capability=IMP_ID)), {"errno": 22}, "too late once there is a vCPU"),
+    Recorded((V72,), (*vm(caps=(IMP_ID,)), put(ids.REVIDR, 7)), {"set": {"errno": 0}}, "in time"),
+    Recorded((V72,), (*vm(caps=(IMP_ID,)), RUN, put(ids.MIDR, 1 << 63)), {"set": {"errno": 16}}, "after a run"),
+    Recorded(NEW, (*vm(), RUN, put(ids.ID_AA64DFR0, 0x1030_5F09)), {"set": {"errno": 0}},
+             "an implementation-defined PMU is none also after a run"),
+    Recorded(NEW, (call("create", vcpus=2), call("init", vcpu=0, features=PMU), line(MAKE, vcpu=1)), {"errno": 0},
+             "features are the VM's"),
+    Recorded(OLD, (call("create", vcpus=2), call("init", vcpu=0, features=PMU), line(MAKE, vcpu=1)), {"errno": 19},
+             "features were a vCPU's"),
+    Recorded(ALL, (*vm(1, PMU), *GIC, line(IRQ, 23), line(MAKE), call("init", vcpu=0, features=PMU), RUN),
+             {"errno": 0}, "a PMU's interrupt stays with a second init"),
+)
+ROWS += DEVICE_ROWS
 
 CASES = [pytest.param(name, row, id=f"{name}-{row.why}") for row in ROWS for name in row.kernels]
 

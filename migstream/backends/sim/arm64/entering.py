@@ -17,6 +17,8 @@ from migstream.backends.sim.arm64.rules_cpu import reached
 from migstream.registers import gic, vcpu_features
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from migstream.backends.sim.arm64.guest import Guest
 
 CPU_KEEPS: dict[int, int] = {
@@ -58,7 +60,8 @@ def enter(guest: Guest, vcpu: int) -> int:
 
 def _first(guest: Guest, vcpu: int) -> int:
     if guest.vgic and (no := guest.vgic.map_resources()):
-        guest.dead = since(guest.profile, 6, 5)  # kvm_vm_dead(); before, the vGIC was destroyed
+        guest.dead = since(guest.profile, 5, 16)  # kvm_vm_dead(), measured: 6.1 and later
+        guest.vgic.destroy()  # what kvm_vgic_map_resources() did before, measured: 5.10
         return no
     if not guest.vgic and not guest.entered and since(guest.profile, 6, 12):
         _hide_gic(guest)
@@ -101,15 +104,14 @@ def complete(guest: Guest, vcpu: int) -> None:
         guest.column(ids.PC)[vcpu] += np.uint64(4)
 
 
-def through_cpu(guest: Guest, vcpu: int) -> None:
-    """What a run does to registers that the CPU has not all bits of."""
+def through_cpu(guest: Guest, vcpus: NDArray[np.intp]) -> None:
+    """What a run does to registers that the CPU has not all bits of; vCPUs with the same features."""
+    listed = guest.listed(int(guest.features[vcpus[0]]))
     for id, bits in CPU_KEEPS.items():
-        if id == ids.CSSELR and since(guest.profile, *_CACHES_EMULATED):
-            continue
-        if id in guest.listed(int(guest.features[vcpu])):
-            guest.column(id)[vcpu] &= mask(bits)
+        if id in listed and not (id == ids.CSSELR and since(guest.profile, *_CACHES_EMULATED)):
+            guest.column(id)[vcpus] &= mask(bits)
     for id in (ids.TIMER_CTL, ids.PTIMER_CTL):
-        _save_status(Access(guest, id, slice(vcpu, vcpu + 1), np.arange(vcpu, vcpu + 1)))
+        _save_status(Access(guest, id, vcpus, vcpus))
 
 
 _ENABLE, _ISTATUS = np.uint64(1), np.uint64(4)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim.arm64.guest import Access, Guest
-from migstream.backends.sim.arm64.rules import invalid, since
+from migstream.backends.sim.arm64.rules import invalid, refused, since
 from migstream.registers import gic, ids, vcpu_features
 from migstream.registers.catalogue import lookup
 
@@ -39,7 +39,8 @@ class GicRule:
         start: value of a new VM. stored: bits that a write changes; the rest stays. same: bits that a write must
             give as they are (EINVAL). why: kernel function. keep: what of (VM, vCPUs, values before, values written)
             is stored, where that is no matter of bits. show: what of (VM, vCPUs, values) is read. refuse: where a
-            value is refused besides.
+            value is refused besides; left: what is stored of one that is refused.
+            shared: one for all vCPUs. errno: of what is refused.
     """
 
     start: int
@@ -49,6 +50,9 @@ class GicRule:
     keep: Callable[[Guest, slice, Column, Column], Column] | None = None
     show: Callable[[Guest, slice, Column], Column] | None = None
     refuse: Callable[[Guest, Column, Column], Mask] | None = None
+    left: Callable[[Column, Column], Column] | None = None
+    shared: bool = False
+    errno: int = errno.EINVAL
 
 
 def _bits(values: Column, low: int, count: int) -> Column:
@@ -68,7 +72,7 @@ def _table_base(name: str) -> Callable[[Guest, slice, Column, Column], Column]:
         outer = np.where(outer <= 1, outer, 0).astype(np.uint64)
         fields = np.uint64(3 << 10 | 7 << 7 | 7 << 56)
         out = new & ~fields | share << np.uint64(10) | inner << np.uint64(7) | outer << np.uint64(56)
-        return out & ~np.uint64(_RESERVED[name] & _ALL)
+        return np.asarray(out & ~np.uint64(_RESERVED[name] & _ALL), np.uint64)
 
     return keep
 
@@ -76,13 +80,22 @@ def _table_base(name: str) -> Callable[[Guest, slice, Column, Column], Column]:
 def _revision(guest: Guest, old: Column, new: Column) -> Mask:
     """5.10 knows its own alone; since 5.18 (and before it in 6.1's line) revisions 2 and 3 can be told apart."""
     revision = _bits(new, 12, 4)
-    return new != old if not since(guest.profile, 5, 18) else ~np.isin(revision, np.array((2, 3), np.uint64))
+    told_apart = np.isin(revision, np.array((2, 3), np.uint64))
+    return np.asarray(~told_apart if since(guest.profile, 5, 18) else new != old)
 
 
 def _icc_ctlr_refused(guest: Guest, old: Column, new: Column) -> Mask:
     """Priority and interrupt id bits no more than there are; SEIS and A3V the host's."""
     more = (_bits(new, 8, 3) > _bits(old, 8, 3)) | (_bits(new, 11, 3) > _bits(old, 11, 3))
-    return more | (_bits(new ^ old, 14, 2) != 0)
+    return np.asarray(more | (_bits(new ^ old, 14, 2) != 0))
+
+
+def _icc_ctlr_left(old: Column, new: Column) -> Column:
+    """The numbers of bits are stored one after the other, before SEIS and A3V are looked at."""
+    priority, number = np.uint64(7 << 8), np.uint64(7 << 11)
+    fewer = new & priority <= old & priority
+    out = np.where(fewer, old & ~priority | new & priority, old)
+    return np.where(fewer & (new & number <= old & number), out & ~number | new & number, out)
 
 
 def _bpr1_shown(guest: Guest, rows: slice, values: Column) -> Column:
@@ -131,7 +144,7 @@ RULES: dict[str, GicRule] = {
     "GICD_TYPER2": GicRule(0, 0, "vgic_mmio_uaccess_write_v3_misc: only its own value", same=_ALL),
     "GICD_CTLR": GicRule(0x50, 1 << 1, "vgic_mmio_write_v3_misc: group 1 enable; affinity routing and DS are fixed"),
     "GICD_STATUSR": GicRule(_HALF, 0, "vgic_v3_dist_registers: reads as ones, writes are ignored"),
-    "GICR_STATUSR": GicRule(_HALF, 0, "vgic_v3_rd_registers: the same"),
+    "GICR_STATUSR": GicRule(0, 0, "vgic_v3_rd_registers: reads as zero"),
     "GICR_WAKER": GicRule(0, 0, "not kept"),
     "GICD_IGROUPR": GicRule(0xFFFF_FFFF, 0xFFFF_FFFF, "kvm_vgic_dist_init: group 1"),
     "GICR_IGROUPR0": GicRule(0xFFFF_FFFF, 0xFFFF_FFFF, "kvm_vgic_vcpu_init: group 1"),
@@ -143,11 +156,12 @@ RULES: dict[str, GicRule] = {
     "GICR_ISENABLER0": GicRule(0xFFFF, 0xFFFF_FFFF, "kvm_vgic_vcpu_init: SGIs are enabled"),
     "GICR_CTLR": GicRule(6, 1, "vgic_mmio_write_v3r_ctlr: LPIs on, where there is an ITS; IR and CES since 5.19"),
     "GICR_PENDBASER": GicRule(0, _ALL, "vgic_mmio_write_pendbase: PTZ reads 0", keep=_table_base("GICR_PENDBASER")),
-    "GICR_PROPBASER": GicRule(0, _ALL, "vgic_mmio_write_propbase", keep=_table_base("GICR_PROPBASER")),
+    "GICR_PROPBASER": GicRule(0, _ALL, "vgic_mmio_write_propbase: struct vgic_dist has one",
+                              keep=_table_base("GICR_PROPBASER"), shared=True),
     "GICR_LINE_LEVEL": GicRule(0, 0xFFFF_0000, "vgic_write_irq_line_level_info: SGIs have no line"),
     "ICC_SRE_EL1": GicRule(7, 0, "set_gic_sre: SRE has to be set, the rest is not looked at", same=1),
     "ICC_CTLR_EL1": GicRule(0x8C00, 0x3F03, "set_gic_ctlr: EOImode, CBPR, fewer priority and id bits",
-                            refuse=_icc_ctlr_refused),
+                            refuse=_icc_ctlr_refused, left=_icc_ctlr_left),
     "ICC_IGRPEN0_EL1": GicRule(0, 1, "set_gic_grpen0"), "ICC_IGRPEN1_EL1": GicRule(0, 1, "set_gic_grpen1"),
     "ICC_PMR_EL1": GicRule(0, 0xFF, "set_gic_pmr"), "ICC_BPR0_EL1": GicRule(0, 7, "set_gic_bpr0"),
     "ICC_BPR1_EL1": GicRule(0, 7, "set_gic_bpr1", keep=_bpr1_kept, show=_bpr1_shown),
@@ -166,6 +180,10 @@ def rule(guest: Guest, id: int) -> GicRule:
     start = known.get(id) or known.get(first)
     if row.name == "GICR_CTLR" and "its" not in guest.machine.devices:
         found = replace(found, stored=0)
+    if row.name == "GICR_PROPBASER" and "its" not in guest.machine.devices:
+        start = None  # vgic_its_create() sets it, and profiles are captured with an ITS
+    if row.name == "GICD_TYPER2" and since(guest.profile, 6, 17) and guest.vgic and guest.vgic.initialized:
+        found = replace(found, errno=errno.EBUSY)  # it could be chosen until then; measured: 7.2
     if row.name == "GICD_LINE_LEVEL":
         found = replace(found, show=_spi_levels(id))
     return found if not start else replace(found, start=int.from_bytes(start, "little"))
@@ -180,6 +198,7 @@ class GicColumn:
 
     def read(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
         """KVM_GET_DEVICE_ATTR."""
+        rows = slice(0, 1) if self.rule.shared else rows
         shown = self._stored(guest, rows)
         values[:, 0] = self.rule.show(guest, rows, shown) if self.rule.show else shown
         return np.zeros(len(values), np.int64)
@@ -189,6 +208,9 @@ class GicColumn:
 
     def write(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
         """KVM_SET_DEVICE_ATTR; bits that a write only sets were cleared before, so the value is the register's."""
+        if self.rule.shared and len(values) > 1:
+            return np.repeat(self.write(guest, slice(0, 1), numbers[:1], values[-1:]), len(values))
+        rows = slice(0, 1) if self.rule.shared else rows
         old, new = self._stored(guest, rows), values[:, 0]
         wrong = (new ^ np.uint64(self.rule.start)) & np.uint64(self.rule.same & 0xFFFF_FFFF if self._half else
                                                                self.rule.same & _ALL) != 0
@@ -196,8 +218,9 @@ class GicColumn:
             wrong |= self.rule.refuse(guest, old, new)
         stored = np.uint64(self.rule.stored & _ALL)
         kept = self.rule.keep(guest, rows, old, new) if self.rule.keep else old & ~stored | new & stored
-        guest.column(self.id)[rows, 0] = np.where(wrong, old, kept) ^ np.uint64(self.rule.start)
-        return invalid(wrong)
+        left = self.rule.left(old, new) if self.rule.left else old
+        guest.column(self.id)[rows, 0] = np.where(wrong, left, kept) ^ np.uint64(self.rule.start)
+        return refused(wrong, self.rule.errno)
 
     @property
     def _half(self) -> bool:

@@ -167,9 +167,13 @@ def _looked_at_first(*wanted: int, release: tuple[int, int] = (6, 7)) -> About:
 
 
 def _implementation(at: Access, values: Words) -> Errnos:
-    """Only the host's value, unless KVM_CAP_ARM_WRITABLE_IMP_ID_REGS was enabled."""
-    may = at.guest.profile.writable_masks.get(at.id, 0) if _WRITABLE_IMP_ID_REGS in at.guest.told else 0
-    return invalid((values[:, 0] ^ at.initials()) & mask(~may) != 0)
+    """Only the value that it has, unless KVM_CAP_ARM_WRITABLE_IMP_ID_REGS was enabled and no vCPU has run."""
+    other = values[:, 0] != at.word()
+    if _WRITABLE_IMP_ID_REGS not in at.guest.told:
+        return invalid(other)
+    if at.guest.entered:
+        return refused(other, errno.EBUSY)
+    return invalid(other & (values[:, 0] & mask(~at.guest.profile.writable_masks.get(at.id, 0)) != 0))
 
 
 _WRITABLE_IMP_ID_REGS = 239

@@ -9,6 +9,7 @@ import numpy as np
 
 from migstream.backends.sim.arm64 import ids
 from migstream.backends.sim.arm64.cpu import Cpu, Step, Translation
+from migstream.backends.sim.arm64.entering import through_cpu
 from migstream.backends.sim.arm64.eyes import Eyes
 from migstream.backends.sim.mmu import Exit
 from migstream.errors import UsageError
@@ -106,4 +107,6 @@ class Runner:
             self._guest.column(id)[chosen, 0] = [self._cpus[k].x[number] for k in chosen.tolist()]
         for id, name in ((ids.PC, "pc"), (ids.SP_EL1, "sp"), (ids.PSTATE, "pstate")):
             self._guest.column(id)[chosen, 0] = [getattr(self._cpus[k], name) for k in chosen.tolist()]
+        if len(chosen):
+            through_cpu(self._guest, chosen)
         self._cpus = {}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """A capability that KVM_ENABLE_CAP takes on an arm64 VM; `before_vcpus`: EBUSY once there is one."""
+    """A capability that KVM_ENABLE_CAP takes on an arm64 VM; `before_vcpus`: EINVAL once there is one."""
 
     capability: str
     before_vcpus: bool
@@ -71,7 +71,7 @@ class OffsetColumn:
     def write(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
         """KVM_ARM_SET_COUNTER_OFFSET: both counters become the host's less this; later writes of them are ignored."""
         if not guest.profile.capabilities.get("COUNTER_OFFSET"):
-            return np.full(len(values), errno.ENOTTY, np.int64)
+            return np.full(len(values), errno.EINVAL, np.int64)  # kvm_arch_vm_ioctl() knows no better
         if values[-1, 1]:
             return np.full(len(values), errno.EINVAL, np.int64)
         guest.counter_offset = int(values[-1, 0]), 0

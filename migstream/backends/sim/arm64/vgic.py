@@ -24,13 +24,14 @@ class Vgic:
     """The interrupt controller of a VM.
 
     Attributes:
-        vcpus: how many the VM has. address_bits: of guest-physical addresses. irqs: with the 32 private ones, 0 where
-            not told. bases: addresses by attribute. initialized: its registers are there. ready: a vCPU has run.
+        vcpus: how many the VM has. address_bits: of guest-physical addresses. release: of the kernel. irqs: with the 32
+            private ones, 0 where not told. distributor, redistributors: addresses. initialized: its registers are
+            there. ready: a vCPU has run.
     """
 
     vcpus: int
     address_bits: int = 40
-    align_late: bool = False
+    release: tuple[int, int] = (99, 0)
     irqs: int = 0
     distributor: int = UNDEFINED
     redistributors: int = UNDEFINED
@@ -47,6 +48,10 @@ class Vgic:
             return errno.EBUSY
         self.ready = True
         return 0
+
+    def destroy(self) -> None:
+        """__kvm_vgic_destroy(): it stays the VM's, with nothing set."""
+        self.irqs, self.initialized, self.redistributors = 0, False, UNDEFINED
 
     def get(self, group: int, attribute: int) -> tuple[int, int]:
         """(errno, value) of an attribute that makes it."""
@@ -86,15 +91,16 @@ class Vgic:
         return 0
 
     def _range(self, address: int, size: int) -> int:
-        """vgic_check_iorange()."""
-        if address % _FRAME:
-            return errno.EINVAL
-        return errno.E2BIG if (address + size) >> self.address_bits else 0
+        """vgic_check_iorange() since 5.16, vgic_check_ioaddr() before, with the size first and looking at no end."""
+        last = address + size if self.release >= (5, 16) else address
+        big, crooked = bool(last >> self.address_bits), bool(address % _FRAME)
+        if self.release < (5, 16) and big:
+            return errno.E2BIG
+        return errno.EINVAL if crooked else errno.E2BIG if big else 0
 
     def _distributor(self, value: int) -> int:
-        if self.distributor != UNDEFINED:
-            return errno.EEXIST
-        no = self._range(value, _FRAME)
+        wrong, twice = self._range(value, _FRAME), errno.EEXIST if self.distributor != UNDEFINED else 0
+        no = twice or wrong if self.release >= (5, 16) else wrong or twice
         if not no:
             self.distributor = value
         return no
@@ -102,7 +108,7 @@ class Vgic:
     def _redistributors(self, value: int) -> int:
         """vgic_v3_set_redist_base(): one region for all vCPUs, not over the distributor."""
         if self.redistributors != UNDEFINED:
-            return errno.EEXIST
+            return errno.EEXIST if self.release >= (5, 13) else errno.EINVAL
         if no := self._range(value, 0):
             return no
         end = value + self.vcpus * _REDISTRIBUTOR_SIZE

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from migstream.backends.base import GuestMemory, Refusal, Vm
-from migstream.backends.sim.arm64 import access, attributes, entering, ids, rules, rules_cpu, rules_firmware, rules_id
+from migstream.backends.sim.arm64 import access, entering, ids, rules, rules_cpu, rules_firmware, rules_id
 from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64.board import make_devices
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access, Guest
+from migstream.backends.sim.arm64.ioctls import DeviceIoctls, alive
 from migstream.backends.sim.arm64.its import CTLR, Its
 from migstream.backends.sim.arm64.proposals import ASYMMETRIC_CAP, PROPOSED_RULES, SCOPE_CAP
 from migstream.backends.sim.arm64.rules import since
@@ -62,19 +62,7 @@ class AnyColumn(Protocol):
         """Store `values`; an errno a row."""
 
 
-Single = TypeVar("Single", bound=Callable[..., tuple[int, bytes]])
-
-
-def _alive(ioctl: Single) -> Single:
-    """EIO from a VM that the kernel gave up: kvm_vm_dead()."""
-    @wraps(ioctl)
-    def checked(vm: Arm64SimVm, *args: Any, **kwargs: Any) -> tuple[int, bytes]:
-        return (errno.EIO, b"") if vm.guest.dead else ioctl(vm, *args, **kwargs)
-
-    return cast(Single, checked)
-
-
-class Arm64SimVm(Vm):
+class Arm64SimVm(DeviceIoctls, Vm):
     """A VM on a simulated arm64 kernel. Made by `SimBackend.create`."""
 
     def __init__(self, profile: HostProfile, machine: Machine, host: HostClock,
@@ -109,7 +97,7 @@ class Arm64SimVm(Vm):
         if flags or not self.profile.capabilities.get(name):
             return errno.EINVAL
         if offered and offered.before_vcpus and self.guest.vcpus:
-            return errno.EBUSY
+            return errno.EINVAL
         if capability == SCOPE_CAP:  # a matter between the kernel and who asks: nothing of it travels
             if any(args):
                 return errno.EINVAL
@@ -328,7 +316,7 @@ class Arm64SimVm(Vm):
         unknown = [mask for mask, no in self.profile.features_refused.items() if no == errno.ENOENT]
         return (min(unknown) if unknown else _VALID_FEATURES + 1) - 1
 
-    @_alive
+    @alive
     def init(self, vcpu: int, features: int, target: int | None = None) -> tuple[int, bytes]:
         """KVM_ARM_VCPU_INIT; the target is what this host prefers unless told."""
         if target not in (None, self.target):
@@ -358,7 +346,7 @@ class Arm64SimVm(Vm):
         """Whether all vCPUs must have the same features: kernels that keep ID registers once a VM."""
         return bool(self.profile.writable_masks) and ASYMMETRIC_CAP not in self.guest.told
 
-    @_alive
+    @alive
     def finalize(self, vcpu: int, what: int) -> tuple[int, bytes]:
         """KVM_ARM_VCPU_FINALIZE."""
         features = int(self.guest.features[vcpu])
@@ -371,7 +359,7 @@ class Arm64SimVm(Vm):
         self.guest.finalized[vcpu] = True
         return 0, b""
 
-    @_alive
+    @alive
     def listed(self, vcpu: int, room: int) -> tuple[int, bytes]:
         """KVM_GET_REG_LIST into an array with room for so many; the ids, ascending, or the count with E2BIG."""
         if no := entering.unfinished(self.guest, vcpu):
@@ -381,7 +369,7 @@ class Arm64SimVm(Vm):
             return errno.E2BIG, struct.pack("<Q", len(found))
         return 0, struct.pack(f"<{len(found)}Q", *found)
 
-    @_alive
+    @alive
     def get(self, vcpu: int, id: int) -> tuple[int, bytes]:
         """KVM_GET_ONE_REG; KVM_GET_MP_STATE and KVM_GET_VCPU_EVENTS by our ids."""
         size = lookup(id).size or 1 << (id >> 52 & 0xF)
@@ -389,7 +377,7 @@ class Arm64SimVm(Vm):
         no = int(access.read(self._at(vcpu, id), values)[0])
         return no, b"" if no else values.tobytes()[:size]
 
-    @_alive
+    @alive
     def set(self, vcpu: int, id: int, value: bytes) -> tuple[int, bytes]:
         """KVM_SET_ONE_REG; KVM_SET_MP_STATE and KVM_SET_VCPU_EVENTS by our ids."""
         padded = value.ljust(-(-len(value) // 8) * 8, b"\0")
@@ -398,96 +386,15 @@ class Arm64SimVm(Vm):
     def _at(self, vcpu: int, id: int) -> Access:
         return Access(self.guest, self.guest.resolve(id), slice(vcpu, vcpu + 1), np.arange(vcpu, vcpu + 1))
 
-    @_alive
+    @alive
     def run(self, vcpu: int) -> tuple[int, bytes]:
         """KVM_RUN that leaves before the first instruction; its EINTR counts as good."""
         no = entering.enter(self.guest, vcpu)
         if not no:
             entering.complete(self.guest, vcpu)
         if not no and self.profile.behaviour.get("entering_is_running"):
-            entering.through_cpu(self.guest, vcpu)
+            entering.through_cpu(self.guest, np.array([vcpu]))
         return no, b""
-
-    @_alive
-    def execute(self, vcpu: int, instructions: int) -> tuple[int, bytes]:
-        """KVM_RUN until something stops it: the exit's name; UsageError where nothing did."""
-        if no := entering.enter(self.guest, vcpu):
-            return no, b""
-        entering.complete(self.guest, vcpu)
-        stopped = Runner(self.guest, self.memory, (vcpu,)).until_exit(instructions)
-        if stopped == "KVM_EXIT_MMIO":
-            self.guest.exited.add(vcpu)
-        entering.through_cpu(self.guest, vcpu)
-        return 0, stopped.encode()
-
-    def set_counter_offset(self, offset: int, reserved: int) -> int:
-        """KVM_ARM_SET_COUNTER_OFFSET."""
-        if self.guest.dead:
-            return errno.EIO
-        values = np.array([[offset, reserved]], np.uint64)
-        return int(OffsetColumn().write(self.guest, slice(0, 1), np.arange(1), values)[0])
-
-    def load(self, address: int, code: bytes) -> None:
-        """Put a program into guest RAM."""
-        self.memory.view(address, len(code))[:] = code
-
-    def create_gic(self) -> int:
-        """KVM_CREATE_DEVICE of a vGICv3: once, before any vCPU has run."""
-        if self.guest.dead:
-            return errno.EIO
-        if self.guest.vgic:
-            return errno.EEXIST
-        if self.guest.ran.any():
-            return errno.EBUSY
-        self.guest.vgic = Vgic(self.guest.vcpus)
-        return 0
-
-    @_alive
-    def gic_attribute(self, verb: str, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]:
-        """KVM_HAS, GET and SET_DEVICE_ATTR of what makes the vGIC."""
-        if self.guest.vgic is None:
-            return errno.EBADF, b""
-        if verb == "has":
-            known = all_ids.attribute_id(gic.GICV3, group, attribute) in self.profile.attributes
-            return 0 if known else errno.ENXIO, b""
-        if verb == "set":
-            return self.guest.vgic.set(group, attribute, value), b""
-        no, found = self.guest.vgic.get(group, attribute)
-        return no, b"" if no else struct.pack("<Q", found)
-
-    @_alive
-    def gic_register(self, verb: str, vcpu: int, id: int, value: int = 0) -> tuple[int, bytes]:
-        """KVM_GET and SET_DEVICE_ATTR of a register, by the affinity that this vCPU is made with."""
-        row, vgic = gic.access(id), self.guest.vgic
-        assert row is not None
-        if vgic is None:
-            return errno.EBADF, b""
-        at = 0 if row.scope == Scope.VM else self._with_affinity(vcpu)
-        if at is None:
-            return errno.EINVAL, b""
-        if not vgic.initialized and not (since(self.profile, 6, 17) and row.name in chip.BEFORE_INIT):
-            return errno.EBUSY, b""
-        rows, values = slice(at, at + 1), np.full((1, 1), value, np.uint64)
-        column = chip.GicColumn(id, chip.rule(self.guest, id))
-        no = int((column.write if verb == "set" else column.read)(self.guest, rows, np.arange(at, at + 1), values)[0])
-        return no, b"" if no or verb == "set" else values.tobytes()[:row.size]
-
-    def _with_affinity(self, wanted: int) -> int | None:
-        """kvm_mpidr_to_vcpu(): the first with this affinity; one that was not initialized has 0."""
-        numbers = self.guest.column(ids.MPIDR)[:, 0] & np.uint64(0xFF_00FF_FFFF)
-        numbers = np.where(self.guest.features == NO_FEATURES, 0, numbers)
-        found = np.flatnonzero(numbers == wanted)
-        return int(found[0]) if len(found) else None
-
-    @_alive
-    def line(self, verb: str, vcpu: int, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]:
-        """KVM_HAS, GET and SET_DEVICE_ATTR of a vCPU."""
-        if verb == "has":
-            return attributes.has(self.guest, vcpu, group, attribute), b""
-        if verb == "set":
-            return attributes.set(self.guest, vcpu, group, attribute, value), b""
-        no, found = attributes.get(self.guest, vcpu, group, attribute)
-        return no, found.ljust(8, b"\0") if found else b""
 
 
 _PENDBASER = all_ids.attribute_id(gic.GICV3, gic.REDISTRIBUTOR, 0x78)
