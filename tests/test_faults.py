@@ -138,7 +138,9 @@ def test_a_fault_is_read_as_it_is_written(text: str, fault: Fault) -> None:
 
 @pytest.mark.parametrize(("text", "status", "said"), [
     ("create=ENOMEM", 69, "create: ENOMEM"), ("write:MSR_LSTAR@1=EINVAL", 11, "MSR_LSTAR: write (a fault): EINVAL"),
-    ("write:MSR_LSTAR@1=lie", 11, "MSR_LSTAR (1 vCPUs from 1): read back different, for no known reason; the VM was"), ("read:MSR_LSTAR@1=lie", 0, "right when it was read again"),
+   
+    ("write:MSR_LSTAR@1=lie", 11, "MSR_LSTAR (1 vCPUs from 1): read back different, for no known reason; the VM was"),
+    ("read:MSR_LSTAR@1=lie", 0, "right when it was read again"),
     ("write:KVM_CLOCK=EPERM", 11, "KVM_CLOCK"), ("write=slow", 0, ""), ("write:NO_SUCH=EIO", 64, "NO_SUCH"),
     ("start=EINTR", 69, "start: EINTR"), ("start#2=EIO", 64, "did not happen")])
 @pytest.mark.sim
