@@ -183,7 +183,7 @@ def _demo(options: argparse.Namespace) -> int:
         print_json("demo", result.document())
     else:
         result.print()
-    return 10 if result.lossy else 0
+    return 0
 
 
 def _open_contract(path: str) -> Contract:

@@ -143,7 +143,8 @@ class BackendError(MigstreamError):
 
 
 class RestoreFailed(MigstreamError):
-    """The target refused part of a restore after the plan had let it pass. The VM was closed and can't run.
+    """The target refused part of a restore after the plan had let it pass, or a value read back different for no known
+    reason and no policy accepts that. The VM was closed and can't run.
 
     Attributes:
         report: the `Report` of what was done until then.

@@ -19,15 +19,19 @@ class Difference:
     Attributes:
         register: id. vcpus: indices that differ, empty for a VM register.
         reason: why that is to be expected, "" where it is not: then something was lost.
+        tolerated: the policy's reason for handing the VM over all the same; "" where it has none: then there is no VM.
     """
 
     register: int
     vcpus: tuple[int, ...]
     reason: str
+    tolerated: str = ""
 
     def __str__(self) -> str:
         where = "VM" if not self.vcpus else f"{len(self.vcpus)} vCPUs from {self.vcpus[0]}"
-        return f"{lookup(self.register).name} ({where}): {self.reason or 'read back different, for no known reason'}"
+        what = self.reason or "read back different, for no known reason"
+        accepted = f" (tolerated: {self.tolerated})" if self.tolerated else ""
+        return f"{lookup(self.register).name} ({where}): {what}{accepted}"
 
 
 @dataclass
@@ -77,5 +81,5 @@ class Report:
 
     @property
     def lossy(self) -> bool:
-        """True where something read back different for no known reason."""
+        """True where something read back different for no known reason; a VM that was handed over was tolerated so."""
         return any(not difference.reason for difference in self.differs)

@@ -308,7 +308,8 @@ def report_json(report: Report) -> dict[str, Any]:
         "refused": [{"register": lookup(no.register).name, "vcpu": no.vcpu, "operation": no.operation,
                      "errno": no.errno, "why_harmless": why} for no, why in report.refused],
         "readback": {"compared": report.readback, "differs": [
-            {"register": lookup(d.register).name, "vcpus": list(d.vcpus), "reason": d.reason} for d in report.differs]},
+            {"register": lookup(d.register).name, "vcpus": list(d.vcpus), "reason": d.reason, "tolerated": d.tolerated}
+            for d in report.differs]},
         "notes": list(report.notes),
     }
 

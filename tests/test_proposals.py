@@ -21,7 +21,7 @@ from migstream.backends.sim.variants_x86_64 import EVMCS_CAP
 from migstream.cli import main
 from migstream.demo import guest_arm64 as guest
 from migstream.model import Scope
-from migstream.registers import ids
+from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.transport import open_output, save
 from tests.contract import access
@@ -191,11 +191,16 @@ X86 = "x86_64-7.2"
 GENERATIONS = ("5.17", "6.1", "allow-list")
 
 
-def evmcs(generation: str, path: Path, when: str) -> str:
-    """vCPUs with one VMX control taken away by the VMM, eVMCS enabled before or after that was written."""
+def evmcs(generation: str, path: Path, when: str, perf_global: bool = True) -> str:
+    """vCPUs with one VMX control taken away by the VMM, eVMCS enabled before or after that was written.
+
+    `perf_global`: the VMM says in CPUID that the enlightened VMCS has PERF_GLOBAL_CTRL.
+    """
     backend, on = SimBackend(f"{X86}+evmcs={generation}"), {EVMCS_CAP: (0x0101,)}
-    pin = ids.msr_id(0x48D)
-    with access.create(backend, VCPUS, enabled_caps=on if when == "before" else {}) as vm:
+    pin, table = ids.msr_id(0x48D), backend.profile().cpuid
+    table = access.with_leaf(table, access.PERF_GLOBAL_LEAF) if perf_global else table
+    with access.create(backend, VCPUS, cpuid=False, enabled_caps=on if when == "before" else {}) as vm:
+        assert access.write(vm, x86_64.CPUID2.id, [table] * VCPUS) == []
         (value, *_) = access.read(vm, pin)
         less = int.from_bytes(value, "little") & ~(1 << 35)
         assert access.write(vm, pin, [access.u64(less)] * VCPUS) == []
@@ -236,12 +241,20 @@ def test_the_filtered_msrs_decide_and_no_version_does(
         assert status == 0, err
         return
     assert status == 11
-    assert "MSR_IA32_VMX_" in err
+    assert ("MSR_IA32_VMX_" if target else "KVM_CPUID2: refused: its guest uses the enlightened VMCS") in err
+
+
+@pytest.mark.parametrize(("source", "target"), [("5.17", "6.1"), ("6.1", "5.17")])
+def test_a_guest_that_was_promised_no_perf_global_control_goes_either_way(
+        tmp_path: Path, capsys: Capture, source: str, target: str) -> None:
+    """Then both kernels show the same controls, and that is all that counts."""
+    replayed(capsys, evmcs(source, tmp_path / "evmcs.mig", "before", perf_global=False), f"{X86}+evmcs={target}")
 
 
 def test_a_stream_of_one_filter_is_no_stream_of_a_plain_kernel(tmp_path: Path, capsys: Capture) -> None:
     file = evmcs("6.1", tmp_path / "evmcs.mig", "before")
     judged = called(capsys, "check", file, "--host", X86, status=11)["hosts"][X86]
     refused = {one["register"] for one in judged["verdicts"] if one["answer"] == "refused"}
+    refused.remove("KVM_CPUID2")
     assert len(refused) == 17 and all(name.startswith("MSR_IA32_VMX_") for name in refused)
     assert "MSR_IA32_VMX_VMFUNC" not in refused, "0 for a guest of eVMCS, which is what nobody misses"

@@ -19,7 +19,7 @@ from migstream.host import profiles
 from migstream.model import Arch
 from migstream.registers import ids, x86_64
 from migstream.transport import restore, save
-from tests.contract.access import create, msr, read, u64, write, write_errno
+from tests.contract.access import PERF_GLOBAL_LEAF, create, msr, read, u64, with_leaf, write, write_errno
 
 pytestmark = pytest.mark.sim
 
@@ -110,9 +110,12 @@ def test_host_list_shows_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
 ON: dict[int, tuple[int, ...]] = {EVMCS_CAP: (0x0101,)}
 
 
-def vmx(backend: SimBackend, enabled: bool) -> dict[int, int]:
-    """What the VMX MSRs of a vCPU read."""
-    with create(backend, 1, enabled_caps=ON if enabled else {}) as vm:
+def vmx(backend: SimBackend, enabled: bool, perf_global: bool = True) -> dict[int, int]:
+    """What the VMX MSRs of a vCPU read; the VMM tells its guest that eVMCS has PERF_GLOBAL_CTRL, or not."""
+    with create(backend, 1, cpuid=False, enabled_caps=ON if enabled else {}) as vm:
+        table = backend.profile().cpuid
+        table = with_leaf(table, PERF_GLOBAL_LEAF) if perf_global else table
+        assert write(vm, x86_64.CPUID2.id, [table]) == []
         return {index: int.from_bytes(read(vm, msr(index))[0], "little") for index in VMX}
 
 
@@ -133,6 +136,17 @@ def test_the_three_generations_offer_a_guest_three_different_sets() -> None:
     assert perf_global == [0, 0x1000, 0x1000]
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_perf_global_control_is_there_where_cpuid_says_so(generation: str) -> None:
+    """Since 6.1 by CPUID 0x4000000A.EBX bit 0; nothing else depends on it."""
+    backend = SimBackend(f"{KERNEL}+evmcs={generation}")
+    said, unsaid = vmx(backend, True), vmx(backend, True, perf_global=False)
+    changed = {index: said[index] ^ unsaid[index] for index in VMX if said[index] != unsaid[index]}
+    assert changed == ({} if generation == "5.17" else {
+        0x483: 0x1000 << 32, 0x48F: 0x1000 << 32, 0x484: 0x2000 << 32, 0x490: 0x2000 << 32})
+    assert vmx(backend, False, perf_global=False) == VMX
+
+
 @pytest.mark.parametrize("first", ["capability", "msrs"])
 def test_evmcs_may_be_enabled_before_or_after_the_msrs_are_written(first: str) -> None:
     """The stored value is whole either way; the filter is on what is shown."""
@@ -147,7 +161,8 @@ def test_evmcs_may_be_enabled_before_or_after_the_msrs_are_written(first: str) -
 
 def saved(kernel: str) -> bytes:
     backend, out = SimBackend(kernel), io.BytesIO()
-    with create(backend, 2, enabled_caps=ON) as vm:
+    with create(backend, 2, cpuid=False, enabled_caps=ON) as vm:
+        assert write(vm, x86_64.CPUID2.id, [with_leaf(backend.profile().cpuid, PERF_GLOBAL_LEAF)] * 2) == []
         save(vm, out, host=backend.summary(), pause=vm.pause)
     return out.getvalue()
 

@@ -41,11 +41,6 @@ class DemoResult:
         """Bytes of guest RAM."""
         return sum(region.size for region in self.machine.memory)
 
-    @property
-    def lossy(self) -> bool:
-        """True where something read back different for no known reason."""
-        return any(not difference["reason"] for difference in self.replayed["readback"]["differs"])
-
     def document(self) -> dict[str, Any]:
         """The result for machines."""
         return {"backend": self.backend, "fallback": self.fallback, "file": self.output,

@@ -79,17 +79,18 @@ class Restorer:
     def finish(self) -> tuple[Vm, Report]:
         """Settle refusals, read back when asked, and hand over the VM: complete, paused, the caller's to close.
 
-        Raises: RestoreFailed, DoesNotFit.
+        Raises: RestoreFailed, for what the target refused and for what read back different; DoesNotFit.
         """
         vm = self._with_vcpus(self._ready())
         with self.report.phase("clock (vcpu)"):
             restore_offsets(vm, self._written, self.report)
         self._settle(vm)
+        self.report.bytes = self.reader.frames.offset
+        self.report.notes += [f"skipped unknown section {s.kind!r} version {s.version}" for s in self.reader.skipped]
         if self._readback:
             with self.report.phase("readback"):
                 check.compare(vm, self._written, self.report)
-        self.report.bytes = self.reader.frames.offset
-        self.report.notes += [f"skipped unknown section {s.kind!r} version {s.version}" for s in self.reader.skipped]
+            check.settle(self.report, self._policy)
         self._vm = None
         return vm, self.report
 
@@ -262,7 +263,10 @@ def restore(source: Source, backend: Backend, *, readback: bool = False, policy:
 
     Args:
         source: read in order to the end of the stream. backend: where the VM is made.
-        readback: read every register back and compare. policy: what the operator tolerates (`verdicts.policy`).
+        readback: read every register back and compare. What differs for no known reason was lost: the VM is closed and
+            RestoreFailed has the report, unless the policy tolerates the register and says that a guest may notice;
+            then the VM is handed over and `report.lossy` is true. Without it nobody looks.
+        policy: what the operator tolerates (`verdicts.policy`).
         threads: that write registers; 0 leaves it to the backend. More than one needs the compiled batch.
         vm_scope_per_vcpu: write VM-scoped registers once for each vCPU, as a VMM that knows no scope does: the same
             values again and again. For measuring, or for a kernel whose scope turned out to be the vCPU's.

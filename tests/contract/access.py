@@ -116,3 +116,12 @@ def patched(value: bytes, words: dict[int, int]) -> bytes:
     for word, new in words.items():
         struct.pack_into("<Q", out, 8 * word, new % 2**64)
     return bytes(out)
+
+
+PERF_GLOBAL_LEAF = struct.pack("<3I", 0x4000_000A, 0, 0) + struct.pack("<4I", 0x0101, 1, 0, 0) + bytes(12)
+"""An entry of struct kvm_cpuid2: HYPERV_CPUID_NESTED_FEATURES, eVMCS version 1, with PERF_GLOBAL_CTRL."""
+
+
+def with_leaf(table: bytes, entry: bytes) -> bytes:
+    """A CPUID table with one more entry."""
+    return struct.pack("<I", struct.unpack_from("<I", table)[0] + 1) + table[4:] + entry

@@ -14,7 +14,7 @@ from migstream.backends.sim import cpuid, rules_hyperv
 from migstream.backends.sim.msr_rule import MsrRule, in_ram, version
 from migstream.backends.sim.rules import U64, bits, mask
 from migstream.backends.sim.rules_devices import LAPIC
-from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS
+from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS, PERF_GLOBAL, PERF_GLOBAL_CPUID
 from migstream.registers import ids, x86_64
 
 if TYPE_CHECKING:
@@ -272,7 +272,12 @@ def _filtered(rows: Rows, index: int, values: Column) -> Column:
     generation = rows.guest.profile.behaviour.get("evmcs_filter", 0)
     if not generation or not (*rows.guest.told.get(EVMCS_CAP, ()), 0)[0]:
         return values
-    return values & np.uint64(FILTERS[generation].get(index, U64))
+    kept = values & np.uint64(FILTERS[generation].get(index, U64))
+    if index not in PERF_GLOBAL:
+        return kept
+    leaf, subleaf, register, bit = PERF_GLOBAL_CPUID
+    allowed = bits(cpuid.word(rows.get(cpuid.ID), leaf, subleaf, register), 1 << bit)
+    return np.where(allowed, kept, kept & np.uint64(PERF_GLOBAL[index]))
 
 
 def unreadable(rows: Rows, index: int) -> bool:

@@ -49,9 +49,12 @@ def _removed(high: int) -> int:
     return _U64 ^ high << 32
 
 
-_PERF = 0x1000, 0x2000
-"""LOAD_IA32_PERF_GLOBAL_CTRL among the VM-exit and VM-entry controls: allowed since 6.1 where the VMM sets CPUID
-0x4000000A.EBX bit 0."""
+PERF_GLOBAL = {0x483: _removed(0x1000), 0x48F: _removed(0x1000), 0x484: _removed(0x2000), 0x490: _removed(0x2000)}
+"""LOAD_IA32_PERF_GLOBAL_CTRL among the VM-exit and VM-entry controls, as a filter: since 6.1 it stays where the VMM
+sets `PERF_GLOBAL_CPUID`, and for no guest before."""
+
+PERF_GLOBAL_CPUID = (0x4000_000A, 0, 1, 0)
+"""HYPERV_CPUID_NESTED_FEATURES: leaf, subleaf, EBX, bit; HV_X64_NESTED_EVMCS1_PERF_GLOBAL_CTRL."""
 
 FILTERS: dict[int, dict[int, int]] = {
     1: {0x481: _removed(0xC0), 0x48D: _removed(0xC0), 0x48B: _removed(0x0202_6701), 0x483: _removed(0x0040_1000),
@@ -63,7 +66,8 @@ FILTERS: dict[int, dict[int, int]] = {
         0x490: _kept(0x0007_F3FF), 0x491: 0},
 }
 """By generation: MSR to the bits that stay. 1: arch/x86/kvm/vmx/evmcs.h of 5.17. 2: 6.1, which allows the two
-PERF_GLOBAL_CTRL controls. 3: the allow-list of vmx/hyperv_evmcs.h. The CPUID bit counts as set."""
+PERF_GLOBAL_CTRL controls. 3: the allow-list of vmx/hyperv_evmcs.h. In 2 and 3 `PERF_GLOBAL` goes, too, without its
+bit in CPUID."""
 
 
 def _evmcs(profile: HostProfile, argument: str) -> HostProfile:

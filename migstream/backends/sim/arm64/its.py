@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,9 @@ _ADDRESS = (1 << 48) - (1 << 12)
 _READ_ONLY = 7 << 56 | 0x1F << 48
 _BASERS = {BASER0: 1 << 56 | 7 << 48, BASER0 + 8: 4 << 56 | 7 << 48}
 """Type (devices, collections) and size of an entry, which can't be changed; the other six are not there."""
+
+_OFFSET = (1 << 20) - (1 << 5)
+"""Bits of GITS_CWRITER and GITS_CREADR that say where in the queue: commands have 32 bytes."""
 
 _MAPD, _MAPC, _MAPTI, _MAPI, _INT, _CLEAR = 0x08, 0x09, 0x0A, 0x0B, 0x03, 0x04
 _FIRST_LPI = 8192
@@ -58,6 +62,10 @@ class Its:
         """Store a register and do what follows from it; False where the value is refused."""
         if offset == IIDR:
             return value == _IIDR
+        if offset in (CWRITER, CREADR):
+            value &= _OFFSET
+            if value >= self._queue_size:
+                return offset == CWRITER  # vgic_mmio_write_its_cwriter() ignores it, ..._uaccess_write_its_creadr() not
         if offset == CTLR:
             self._registers[CTLR] = value & _ENABLED
         elif offset in _BASERS:
@@ -72,11 +80,16 @@ class Its:
 
     def _obey(self) -> None:
         """The commands between the two pointers."""
-        base, size = self._registers[CBASER] & _ADDRESS, ((self._registers[CBASER] & 0xFF) + 1) * 4096
+        base = self._registers[CBASER] & _ADDRESS
         while self._registers[CREADR] != self._registers[CWRITER]:
             at = self._registers[CREADR]
-            self._command(struct.unpack("<4Q", self._memory().view(base + at, 32)))
-            self._registers[CREADR] = (at + 32) % size
+            with suppress(UsageError):  # vgic_its_process_commands() passes over what can't be read
+                self._command(struct.unpack("<4Q", self._memory().view(base + at, 32)))
+            self._registers[CREADR] = (at + 32) % self._queue_size
+
+    @property
+    def _queue_size(self) -> int:
+        return ((self._registers[CBASER] & 0xFF) + 1) * 4096
 
     def _command(self, words: tuple[int, ...]) -> None:
         what, device, event = words[0] & 0xFF, words[0] >> 32, words[1] & 0xFFFF_FFFF

@@ -20,7 +20,6 @@ from migstream.backends.sim.arm64.proposals import ASYMMETRIC_CAP, PROPOSED_RULE
 from migstream.backends.sim.arm64.rules import since
 from migstream.backends.sim.arm64.runner import Runner
 from migstream.backends.sim.arm64.told import CAPABILITIES, CapabilityColumn, InitColumn, OffsetColumn
-from migstream.backends.sim.arm64.vgic import Vgic
 from migstream.backends.sim.memory import Memory
 from migstream.backends.sim.timing import timed
 from migstream.contract import Behaviour
