@@ -96,6 +96,7 @@ EXCLUDED = (
     Excluded("in KVM_PIT2, the mode of channel 0 is 5 in what is written",
              "the modes below would start a timer, which interrupts at a time of the kernel's choice"),
     Excluded("KVM_LAPIC bytes 0x380 to 0x39f are 0 in what is written", "the APIC timer would run"),
+    Excluded("IA32_TSC_DEADLINE is 0, or has bit 62, in what is written", "the APIC timer would fire"),
     Excluded("KVM_VCPU_EVENTS byte 27 (a latched INIT) is 0 in what is written",
              "it resets the vCPU at a time of the kernel's choice"),
     Excluded("bytes 24 to 27 of what is written to an interrupt chip are 0",
@@ -330,7 +331,11 @@ def _mend(id: int, value: bytearray) -> None:
             value[first:last] = bytes(byte & kept for byte in value[first:last])
     if id == x86_64.PIT2.id:
         value[13] = 5
+    if id == _TSC_DEADLINE and any(value):
+        value[7] |= 0x40
 
+
+_TSC_DEADLINE = ids.msr_id(0x6E0)
 
 _NEVER = ((x86_64.VCPU_EVENTS.id, 27, 28, 0), (x86_64.LAPIC.id, 0x380, 0x3A0, 0), (x86_64.TSC_KHZ.id, 3, 4, 0x7F),
           (ids.msr_id(0x174), 4, 8, 0), *((ids.msr_id(index), 6, 8, 0) for index in (0x175, 0x176, 0xC000_0102)),

@@ -164,8 +164,12 @@ def _bad_vector(rows: Rows, values: Words) -> Mask:
     return mask(raised & ((event[:, 1] > 31) | (event[:, 1] == 2)))
 
 
+_INIT_AND_SMM = (6, 18)
+"""Since when a state that waits for INIT or SIPI and SMM don't refuse each other: 6.12 does, 6.18 does not."""
+
+
 def _init_in_smm(rows: Rows, values: Words) -> Mask:
-    if version(rows.guest.profile) >= (7, 0):
+    if version(rows.guest.profile) >= _INIT_AND_SMM:
         return np.zeros(len(values), np.bool_)
     in_smm = mask((_bytes(values)[:, 24:26] != 0).any(axis=1)) & bits(_flags(values), _SMM)
     return in_smm & mask(np.isin(rows.get(MP_STATE)[:, 0], _WAITING))
@@ -188,7 +192,7 @@ def _init_blocked(rows: Rows) -> Mask:
 
 
 def _blocked_state(rows: Rows, values: Words) -> Mask:
-    if version(rows.guest.profile) >= (7, 0):
+    if version(rows.guest.profile) >= _INIT_AND_SMM:
         return np.zeros(len(values), np.bool_)
     pending = bits(rows.get(EVENTS)[:, 3], 0xFF << 8)
     return mask(np.isin(values[:, 0] & np.uint64(0xFFFF_FFFF), _WAITING)) & (_init_blocked(rows) | pending)
@@ -221,7 +225,7 @@ REFUSALS = (
     Refuse("an exception with vector 2 or above 31", (EVENTS,), errno.EINVAL, _bad_vector,
            "kvm_vcpu_ioctl_x86_set_vcpu_events"),
     Refuse("system management mode on a vCPU that waits for its SIPI", (EVENTS,), errno.EINVAL, _init_in_smm,
-           "kvm_vcpu_ioctl_x86_set_vcpu_events: INITs are latched while in SMM; measured: no more in 7.2"),
+           "kvm_vcpu_ioctl_x86_set_vcpu_events: INITs are latched while in SMM; measured: no more since 6.18"),
     Refuse("system management mode where the kernel has none", (EVENTS,), errno.EINVAL, _no_smm,
            "kvm_vcpu_ioctl_x86_set_vcpu_events; `smm` of the profile; what stands before it is stored", stored=True),
     Refuse("a triple fault that is not enabled", (EVENTS,), errno.EINVAL, _untold_triple_fault,
@@ -229,7 +233,7 @@ REFUSALS = (
     Refuse("a state that x86 has not, or any but RUNNABLE without an interrupt chip", (MP_STATE,), errno.EINVAL,
            _mp_state, "kvm_arch_vcpu_ioctl_set_mpstate"),
     Refuse("INIT or SIPI where they are blocked, or an SMI is pending", (MP_STATE,), errno.EINVAL, _blocked_state,
-           "kvm_arch_vcpu_ioctl_set_mpstate; measured: no more in 7.2"),
+           "kvm_arch_vcpu_ioctl_set_mpstate; measured: no more since 6.18"),
 )
 
 

@@ -73,7 +73,7 @@ def _xsave_header(rows: Rows, values: Words) -> Mask:
 def _mxcsr(rows: Rows, values: Words) -> Mask:
     default = np.frombuffer(rows.guest.profile.defaults[XSAVE], np.uint64)
     mask = int(default[_MXCSR]) >> 32 or 0xFFBF
-    return bits(values[:, _BV], _SSE_AVX) & bits(values[:, _MXCSR], 0xFFFF_FFFF & ~mask)
+    return bits(values[:, _BV], _FP_SSE | _SSE_AVX) & bits(values[:, _MXCSR], 0xFFFF_FFFF & ~mask)
 
 
 def _components(rows: Rows) -> list[tuple[int, list[slice]]]:
@@ -103,7 +103,7 @@ def _select(rows: Rows, values: Words, used: NDArray[np.uint64]) -> Words:
         here = bits(used, 1 << number)[:, np.newaxis]
         for words in places:
             out[:, words] = np.where(here, values[:, words], initial[words])
-    out[:, _MXCSR] = np.where(bits(values[:, _BV], _SSE_AVX), values[:, _MXCSR], initial[_MXCSR])
+    out[:, _MXCSR] = np.where(bits(used, _SSE_AVX), values[:, _MXCSR], initial[_MXCSR])
     out[:, _BV] = used
     return out
 
@@ -121,8 +121,8 @@ REFUSALS = (
            "fpu_copy_uabi_to_guest_fpstate"),
     Refuse("XSAVE header: compacted, or reserved bytes in use", (XSAVE,), errno.EINVAL, _xsave_header,
            "validate_user_xstate_header"),
-    Refuse("MXCSR: reserved bits, where XSTATE_BV has SSE or AVX", (XSAVE,), errno.EINVAL, _mxcsr,
-           "copy_uabi_to_xstate; measured: not looked at where XSTATE_BV has neither"),
+    Refuse("MXCSR: reserved bits, where XSTATE_BV has x87, SSE or AVX", (XSAVE,), errno.EINVAL, _mxcsr,
+           "copy_uabi_to_xstate; measured: not looked at where XSTATE_BV has none of them"),
 )
 
 KEEPS = (
