@@ -118,7 +118,7 @@ def test_a_policy_counts_in_a_matrix(tmp_path: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize(("a", "b"), [("arm64-6.1", "arm64-7.2"), ("arm64-6.12", "arm64-7.2"),
+@pytest.mark.parametrize(("a", "b"), [("arm64-6.12", "arm64-7.2"),
                                       ("x86_64-6.1", "x86_64-6.12"), ("x86_64-6.1", "x86_64-7.2"),
                                       ("x86_64-6.12", "x86_64-7.2")])
 def test_the_way_back_is_that_of_a_guest_that_really_went(a: str, b: str) -> None:
@@ -138,6 +138,14 @@ def test_the_way_back_is_that_of_a_guest_that_really_went(a: str, b: str) -> Non
         save(vm, again, host=there.summary(), pause=lambda: None)
     real = plan_for(replace(_read(again), contract=fresh(host).contract), home)
     assert _in_the_way(back) == _in_the_way(real)
+
+
+def test_a_guest_can_get_somewhere_and_not_back() -> None:
+    """Since 6.4 the physical counter is a register; the kernel before can not set it to what the guest saw."""
+    home, host = profiles.load("arm64-6.1"), profiles.load("arm64-7.2")
+    plan = plan_for(fresh(home), host)
+    assert plan.refusals == [] and plan.pair is not None
+    assert "PTIMER_CNT" in _in_the_way(plan_for(moved(plan.pair, plan.verdicts), home))
 
 
 def _in_the_way(plan: Plan) -> list[str]:
