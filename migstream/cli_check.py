@@ -23,6 +23,7 @@ _FULL = 3
 """Hosts that are shown with all that stands in the way; more of them are a line each."""
 
 _ROWS = 40
+"""Hosts, and ways back, that one screen shows."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -117,16 +118,13 @@ def _print_hosts(plans: Mapping[str, Plan], back: Mapping[str, Plan | None], giv
     from migstream import show, show_check
 
     rows: list[tuple[str, str]] = [("note" if k == 0 else "", line) for k, line in enumerate(given.notes)]
+    ways: dict[str, Plan | None] = {**plans, **{f"{name} and back": plan for name, plan in back.items()}}
     if len(plans) > _FULL and not everything:
-        table = show_check.hosts_table({name: plan for name, plan in plans.items()})
+        table = show_check.hosts_table(ways)
         show.print_table(show.Table(table.columns, table.rows[:_ROWS]), 0)
-        rows += [("", show_check.rest(len(plans), _ROWS))] if len(plans) > _ROWS else []
+        rows += [("", show_check.rest(len(ways), _ROWS))] if len(ways) > _ROWS else []
     else:
-        rows += [row for name, plan in plans.items() for row in show_check.host_pairs(name, plan, everything)]
-    for name, plan in back.items():
-        title = f"{name} and back"
-        rows += [(title, "does not fit: the guest does not get there")] if plan is None else \
-            show_check.host_pairs(title, plan, everything)
+        rows += [row for name, plan in ways.items() for row in show_check.host_pairs(name, plan, everything)]
     show.print_pairs(rows)
 
 

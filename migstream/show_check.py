@@ -9,11 +9,12 @@ from typing import Any
 from migstream.errors import DoesNotFit
 from migstream.fleet import Fleet, Vmm
 from migstream.plan import Plan
-from migstream.show import Table, count, policy_json
+from migstream.show import Table, policy_json
 from migstream.verdicts.model import Answer, Verdict
 
 FITS, WITH_LOSS, NOT = 0, 10, DoesNotFit.exit_status
 WORDS = {FITS: "fits", WITH_LOSS: "fits with loss", NOT: "does not fit"}
+NO_WAY = "the guest does not get there"
 SCREEN = 20
 """Lines of reasons that one screen shows."""
 
@@ -66,8 +67,10 @@ def worst(plan: Plan) -> str:
     return lines[0] if lines else ""
 
 
-def host_pairs(name: str, plan: Plan, everything: bool) -> list[tuple[str, str]]:
-    """One host's answer in lines: what stands in the way, what the policy changed, notes."""
+def host_pairs(name: str, plan: Plan | None, everything: bool) -> list[tuple[str, str]]:
+    """One host's answer in lines: what stands in the way, what the policy changed, notes. None: no way there."""
+    if plan is None:
+        return [(name, f"{WORDS[NOT]}: {NO_WAY}")]
     lines = _lines(plan, everything)
     if not everything and len(lines) > SCREEN:
         lines = [*lines[:SCREEN], f"… and {len(lines) - SCREEN} more; --all shows every one"]
@@ -82,16 +85,18 @@ def _lines(plan: Plan, everything: bool) -> list[str]:
     return [str(v) for v in sorted(told, key=lambda v: -order.index(v.answer))]
 
 
-def hosts_table(plans: Mapping[str, Plan]) -> Table:
-    """Several hosts, the worst first: answer, counts, and the worst reason of each."""
-    ordered = sorted(plans.items(), key=lambda pair: -status(pair[1]))
-    return Table(("host", "answer", ">refused", ">noticed", ">harmless", ">written as", ">fits", "worst"), [
-        (name, WORDS[status(plan)], *(_counted(plan)), worst(plan)) for name, plan in ordered])
+def hosts_table(plans: Mapping[str, Plan | None]) -> Table:
+    """Several hosts, the worst first: answer, counts, and the worst reason of each; None for no way there."""
+    ordered = sorted(plans.items(), key=lambda pair: -NOT if pair[1] is None else -status(pair[1]))
+    return Table(("host", "answer", ">refused", ">noticed", ">harmless", ">written as", ">fits", "worst"),
+                 [(name, *_host_row(plan)) for name, plan in ordered])
 
 
-def _counted(plan: Plan) -> list[str]:
+def _host_row(plan: Plan | None) -> tuple[str, ...]:
+    if plan is None:
+        return (WORDS[NOT], *[""] * len(Answer), NO_WAY)
     found = counts(plan)
-    return [str(found.get(answer.name.lower(), "")) for answer in reversed(Answer)]
+    return (WORDS[status(plan)], *(str(found.get(answer.name.lower(), "")) for answer in reversed(Answer)), worst(plan))
 
 
 # Tables from one host or place to another.
@@ -217,6 +222,6 @@ def fleet_document(fleet: Fleet) -> dict[str, Any]:
     }
 
 
-def rest(plans: int, shown: int) -> str:
+def rest(ways: int, shown: int) -> str:
     """What a cut table leaves out."""
-    return f"… and {count(plans - shown, 'host')} more; --all shows every one"
+    return f"… and {ways - shown} more; --all shows every one"

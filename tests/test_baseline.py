@@ -99,6 +99,12 @@ def test_a_field_that_can_not_be_lowered_is_refused_by_name_or_left_free() -> No
         baseline(hosts, free=["ID_NONE"])
 
 
+def test_a_host_without_the_experiment_is_no_host_that_refuses() -> None:
+    untried = replace(arm64(), register_bits={})
+    (refusal,) = baseline({"old": arm64(isar0=0x0011_1110), "new": untried}).refusals
+    assert "new was captured without the experiment, so nobody knows if it can change" in refusal
+
+
 def test_a_constant_that_differs_has_no_value_for_both() -> None:
     found = baseline({"a": arm64(), "b": arm64(midr=0x410F_D0F1)})
     assert [line.split(":")[0].split(".")[0] for line in found.refusals] == ["MIDR_EL1"]

@@ -438,3 +438,18 @@ def test_the_results_that_are_kept_can_be_read_and_say_their_machine() -> None:
     assert {"per-vCPU", "scoped", "prologue", "prologue+threads", "C best, 2 threads", "QEMU"} <= run["curves"].keys()
     assert all((kept / name).exists() for name in ("blackout.png", "blackout.svg", "phases.png", "lock.png"))
     assert json.loads((kept / "lock.json").read_text())["measured"]
+
+
+# Check
+
+
+@pytest.mark.sim
+def test_check_measures_every_part_for_both_architectures(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import check
+
+    result = check.measure(1, tell, vcpus=2, hosts=5)
+    parts = ("read the stream", "read the profiles", "judge", "migstream check, from nothing")
+    assert set(result["median_ns"]) == {f"{arch}: {part}" for arch in ("arm64", "x86_64") for part in parts}
+    assert all(ns > 0 for ns in result["median_ns"].values()) and (result["vcpus"], result["hosts"]) == (2, 5)
+    check.print_result(result)
+    assert "against 5 profile files" in capsys.readouterr().out

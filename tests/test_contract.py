@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from migstream import cli
 from migstream.backends import open_backend
@@ -107,6 +108,23 @@ def test_a_file_that_is_wrong_is_one_clear_line(text: str, message: str) -> None
     line = str(caught.value)
     assert line.startswith("c.json: ") and "\n" not in line and "\x1b" not in line
     assert message.replace('"', "") in line.replace('"', "")
+
+
+_json = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+                         st.sampled_from([hex(PSCI), hex(STD), "0x1", "x", "-0x1", "1_0"]), inner, max_size=3),
+                     max_leaves=6)
+
+
+@given(st.dictionaries(st.sampled_from([*to_plain(CONTRACT), "more"]), _json, max_size=3))
+def test_any_fields_are_a_contract_or_our_error(fields: dict[str, Any]) -> None:
+    """And what is taken comes back the same."""
+    try:
+        found = from_json(json.dumps({**to_plain(CONTRACT), **fields}), "c.json")
+    except UsageError as error:
+        assert str(error).startswith("c.json: ") and "\n" not in str(error)
+        return
+    assert from_json(to_json(found)) == found
 
 
 # In a stream.

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from migstream import show_check
 from migstream.backends import open_backend
 from migstream.cli import main
+from migstream.contract import PINNED
 from migstream.demo import run as demo
 from migstream.errors import UsageError
 from migstream.fleet import Fleet, Vmm, four_way, matrix
 from migstream.host import profiles
 from migstream.host.profile import HostProfile
 from migstream.model import Arch
-from migstream.plan import plan_for
+from migstream.plan import Plan, plan_for
 from migstream.registers import arm64_ids, vcpu_features
+from migstream.registers.catalogue import lookup
 from migstream.survey import survey
-from migstream.verdicts.guest import fresh
+from migstream.transport import restore, save
+from migstream.verdicts.guest import fresh, moved
 from migstream.verdicts.model import Saved
 
 Capture = pytest.CaptureFixture[str]
@@ -47,11 +53,7 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
         backend = open_backend(f"sim:{name}")
         with path.open("wb") as file:
             demo.run_and_save(backend, demo.machine(backend.arch, 1, 4 << 20), file)
-        with path.open("rb") as source:
-            seen = survey(source)
-        assert seen.reader.machine is not None
-        out[name] = Saved.of(seen.reader.machine, seen.reader.layouts, [bank.decode() for bank in seen.banks],
-                             seen.contract())
+        out[name] = _read(io.BytesIO(path.read_bytes()))
     return out
 
 
@@ -69,12 +71,7 @@ def test_a_fresh_guest_of_a_profile_meets_what_a_saved_one_meets(arch: Arch, str
         assert _pinned(plan) == _pinned(saved), (a, b)
 
 
-def _pinned(plan: object) -> list[str]:
-    from migstream.contract import PINNED
-    from migstream.plan import Plan
-    from migstream.registers.catalogue import lookup
-
-    assert isinstance(plan, Plan)
+def _pinned(plan: Plan) -> list[str]:
     return sorted(v.name for v in plan.verdicts if v.stands_in_the_way and lookup(v.slot.id).klass in PINNED
                   and not v.name.startswith("GIC"))
 
@@ -118,6 +115,48 @@ def test_a_policy_counts_in_a_matrix(tmp_path: Path, capsys: Capture) -> None:
                       "guest_notices = true\n")
     assert main(["check", "--matrix", "arm64-6.12", "arm64-7.2", "--policy", str(policy)]) == 10
     assert "(policy, clamp: asked at boot only)" in capsys.readouterr().out
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize(("a", "b"), [("arm64-6.12", "arm64-7.2"),
+                                      ("x86_64-6.1", "x86_64-6.12"), ("x86_64-6.1", "x86_64-7.2"),
+                                      ("x86_64-6.12", "x86_64-7.2")])
+def test_the_way_back_is_that_of_a_guest_that_really_went(a: str, b: str) -> None:
+    """Restored on one simulated kernel and saved there again, it meets at home what `moved` says that it meets."""
+    first, host, home = open_backend(f"sim:{a}"), profiles.load(b), profiles.load(a)
+    stream = io.BytesIO()
+    demo.run_and_save(first, demo.machine(first.arch, 1, 4 << 20), stream)
+    saved = _read(stream)
+    plan = plan_for(saved, host)
+    assert plan.refusals == [] and plan.pair is not None
+    back = plan_for(moved(plan.pair, plan.verdicts), home)
+    stream.seek(0)
+    there = open_backend(f"sim:{b}")
+    vm, _ = restore(stream, there)
+    again = io.BytesIO()
+    with vm:
+        save(vm, again, host=there.summary(), pause=lambda: None)
+    real = plan_for(replace(_read(again), contract=fresh(host).contract), home)
+    assert _in_the_way(back) == _in_the_way(real)
+
+
+def test_a_guest_can_get_somewhere_and_not_back() -> None:
+    """Since 6.4 the physical counter is a register; the kernel before can not set it to what the guest saw."""
+    home, host = profiles.load("arm64-6.1"), profiles.load("arm64-7.2")
+    plan = plan_for(fresh(home), host)
+    assert plan.refusals == [] and plan.pair is not None
+    assert "PTIMER_CNT" in _in_the_way(plan_for(moved(plan.pair, plan.verdicts), home))
+
+
+def _in_the_way(plan: Plan) -> list[str]:
+    return sorted(v.name for v in plan.verdicts if v.stands_in_the_way and not v.name.startswith("GIC"))
+
+
+def _read(stream: io.BytesIO) -> Saved:
+    stream.seek(0)
+    seen = survey(stream)
+    assert seen.reader.machine is not None
+    return Saved.of(seen.reader.machine, seen.reader.layouts, [bank.decode() for bank in seen.banks], seen.contract())
 
 
 # Old and new kernels and VMMs.
@@ -215,6 +254,29 @@ def test_what_nobody_asked_is_not_safe() -> None:
     fleet = four_way(OLD, NEW_KERNEL, (BLIND, FULL), vcpu_features.DEFAULT)
     assert any("nobody asked the saving kernel" in reason for reason in fleet.routes[ON, NN])
     assert any("STD_BMAP" in line for line in fleet.kept)
+
+
+_rows = st.none() | st.frozensets(st.sampled_from([X0, PSCI, STD]))
+_vmms = st.builds(Vmm, st.just("v"), _rows, st.booleans(), st.booleans())
+
+
+@given(_vmms, _vmms, _rows)
+def test_a_vmm_that_knows_more_makes_no_move_worse(old: Vmm, new: Vmm, rows: frozenset[int] | None) -> None:
+    """More rows, or contracts on both sides: what was safe at once stays safe; and a fence is safe within."""
+    before = four_way(OLD_KERNEL, NEW_KERNEL, (old, new), vcpu_features.DEFAULT)
+    more = None if rows is None or old.rows is None else old.rows | rows
+    for wiser in (replace(old, rows=more), replace(old, rows=None)):
+        after = four_way(OLD_KERNEL, NEW_KERNEL, (wiser, new), vcpu_features.DEFAULT)
+        assert _safe(before) <= _safe(after)
+    told = four_way(OLD_KERNEL, NEW_KERNEL, (replace(old, contracts=True), replace(new, contracts=True)), 4)
+    assert _safe(before) <= _safe(told)
+    for group in before.fences:
+        assert not any(before.routes[route] for route in before.routes if set(route) <= set(group))
+        assert NN in group and len(group) > 1
+
+
+def _safe(fleet: Fleet) -> set[tuple[int, int]]:
+    return {route for route, reasons in show_check.direct(fleet).items() if not reasons}
 
 
 def test_two_architectures_are_no_fleet() -> None:

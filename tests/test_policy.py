@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from migstream.registers import arm64_ids, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.verdicts.guest import fresh
 from migstream.verdicts.model import Answer, Column, Saved
-from migstream.verdicts.policy import NO_POLICY, VERBS, Policy, PolicyError, known_names, parse
+from migstream.verdicts.policy import NO_POLICY, STRICTEST_FIRST, VERBS, Policy, PolicyError, known_names, parse
 
 PSCI, STD, MMFR1 = arm64_ids.firmware(0), arm64_ids.bitmap(0), arm64_ids.sysreg(3, 0, 0, 7, 1)
 X0 = arm64_ids.core(0)
@@ -174,6 +175,24 @@ def test_any_policy_on_any_pair(a: str, b: str, verb: str, register: str, notice
 
 
 # Files.
+
+FORMATS = Path(__file__).parent.parent / "formats"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_readme_s_policy_is_one() -> None:
+    text = README.read_text().split("```toml\n")[1].split("```")[0]
+    assert [clause.verb for clause in parse(text).clauses] == list(VERBS)
+
+
+def test_the_specification_has_every_word_and_field() -> None:
+    text = (FORMATS / "SPEC.md").read_text().split("### 8.2")[1].split("## 9.")[0]
+    words = [f"| `{word}` |" for word in (*VERBS, "register", "reason", "guest_notices")]
+    answers = [f"| `{answer.name.lower()}` | `{answer}` |" for answer in Answer]
+    assert [row for row in (*words, *answers) if row not in text] == []
+    order = [text.index(f"| `{verb}` |") for verb in STRICTEST_FIRST]
+    assert order == sorted(order) and {*STRICTEST_FIRST} == {*VERBS}
+
 
 HEAD = "migstream_policy = 1\n"
 BAD = (

@@ -157,12 +157,23 @@ def _common_features(draft: Draft, hosts: Hosts, wanted: int | None) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What one host can show in a register: its own value, and bits that it lets be changed before the first run."""
+    """What one host can show in a register: its own value, and bits that it lets be changed before the first run.
+
+    Attributes:
+        how: which question had which answer, where the host has no such register.
+        tried: whether anybody tried what it lets be changed, or the kernel says so.
+    """
 
     value: int
     writable: int
     size: int
     how: str = ""
+    tried: bool = True
+
+    @property
+    def stuck(self) -> str:
+        """What to say of bits that are not `writable`."""
+        return "can't change" if self.tried else "was captured without the experiment, so nobody knows if it can change"
 
 
 class View:
@@ -183,7 +194,10 @@ class View:
             return Offer(int.from_bytes(seen, "little"), 0, len(seen), "as a guest reads it")
         if id in self.host.listed:
             value = self._value(id)
-            return None if value is None else Offer(int.from_bytes(value, "little"), self._writable(id), len(value))
+            if value is None:
+                return None
+            tried = bool(self.host.register_bits) or id in self.host.writable_masks
+            return Offer(int.from_bytes(value, "little"), self._writable(id), len(value), tried=tried)
         if id in self.behaviour.behaves_as:
             value = self.behaviour.behaves_as[id]
             return Offer(int.from_bytes(value, "little"), 0, len(value), self.behaviour.how.get(id, ""))
@@ -257,8 +271,9 @@ def _field(draft: Draft, row: Register, f: Field, offers: _Offers) -> int | None
         draft.left_out.append(f"{row.name}.{f.name}: not pinned, as asked")
         return min(has.values())
     target = _RULES.get((row.name, f.name), _lowest)(f, has)
-    why = [f"{name} can't change {_shown(f, offers[name].value)}{f' ({offers[name].how})' if offers[name].how else ''}"
-           for name in has if has[name] != target and f.mask & ~offers[name].writable]
+    why = [f"{name} {offers[name].stuck} {_shown(f, offers[name].value)}"
+           f"{f' ({offers[name].how})' if offers[name].how else ''}" for name in has
+           if has[name] != target and f.mask & ~offers[name].writable]
     if not why:
         return target
     low = next(name for name in has if has[name] == target) if target in has.values() else ""
@@ -319,7 +334,7 @@ def _level(draft: Draft, row: Register, offers: _Offers) -> int | None:
 
 def _whole(draft: Draft, row: Register, offers: _Offers, target: int) -> int | None:
     """The register as one number."""
-    stuck = [f"{name} can't change {_words(row, offer.value, target)[0]}{f' ({offer.how})' if offer.how else ''}"
+    stuck = [f"{name} {offer.stuck} {_words(row, offer.value, target)[0]}{f' ({offer.how})' if offer.how else ''}"
              for name, offer in offers.items() if (offer.value ^ target) & ~offer.writable]
     if not stuck:
         return target

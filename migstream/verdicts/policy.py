@@ -33,6 +33,7 @@ from migstream.verdicts.model import Answer, Kernel, Overruled, Verdict
 POLICY_VERSION = 1
 _NUMBER_BYTES = 8
 VERBS = ("tolerate", "clamp", "ignore", "require")
+STRICTEST_FIRST = ("require", "ignore", "clamp", "tolerate")
 _ROW_FIELDS = {"register", "reason", "guest_notices"}
 
 
@@ -71,7 +72,7 @@ class Policy:
         """Return the verdict as the policy wants it, with `overruled` where that is another. Raises: PolicyError."""
         if not self.clauses:
             return verdict
-        for verb in ("require", "ignore", "clamp", "tolerate"):
+        for verb in STRICTEST_FIRST:
             clause = next((c for c in self.clauses if c.verb == verb and c.names(verdict.name)), None)
             if clause is not None:
                 changed = _APPLY[verb](pair, verdict, clause)
