@@ -182,5 +182,5 @@ def ask_twice(host: Host) -> tuple[Mapping[int, int], dict[int, bytes]]:
 def _asked(host: Host, every: Sequence[Question]) -> Iterator[tuple[Scratch, Mapping[int, int]]]:
     with scratch_vm(host) as scratch:
         vm = scratch.vm
-        install(vm.memory, every, ADDRESS)  # type: ignore[attr-defined]
-        yield scratch, look(vm, every, ADDRESS)[0]  # type: ignore[arg-type]
+        install(vm.memory, every, ADDRESS)  # type: ignore[attr-defined]  # a scratch VM has RAM
+        yield scratch, look(vm, every, ADDRESS)[0]  # type: ignore[arg-type]  # and stops by itself

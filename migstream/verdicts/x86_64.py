@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 
 from migstream.host.profile import cpuid_word
+from migstream.model import Slot
 from migstream.registers import ids
+from migstream.registers.bit_tables import BITS
+from migstream.registers.bits import describe
 from migstream.verdicts.facts import Case, absent, both, loses_bits, refuses_bits, value
 from migstream.verdicts.model import Answer, Kernel
 from migstream.verdicts.rule import Rule
@@ -91,6 +95,31 @@ def _cpuid_text(case: Case) -> str:
     return f"{', '.join(found[:6])}{f' and {len(found) - 6} more' if len(found) > 6 else ''}: not supported here"
 
 
+_XSTATE_BV = slice(512, 520)
+"""Of KVM_XSAVE: the components that are not in their initial state (struct xstate_header; Intel SDM 1, 13.4.2)."""
+
+
+def components(cpuid: bytes) -> int:
+    """XSAVE components that a table of CPUID has, a bit each: leaf 0xD, EAX and EDX of subleaf 0."""
+    low, _, _, high = entries(cpuid).get((0xD, 0), (0, 0, 0, 0))
+    return high << 32 | low
+
+
+def _not_here(case: Case) -> int:
+    """Components in use that the host has not; 0 where its profile does not say what it has."""
+    here = components(case.host.cpuid)
+    used = [int.from_bytes(value[_XSTATE_BV], "little") for value in case.known.distinct]
+    return reduce(or_, used, 0) & ~(here | _ALWAYS) if here else 0
+
+
+_ALWAYS = 0b11
+"""x87 and SSE: every CPU with FXSAVE."""
+
+
+def _component_names(case: Case) -> str:
+    return ", ".join(describe(BITS["XCR0"], _not_here(case))) or f"{_not_here(case):#x}"
+
+
 def _wider(case: Case) -> bool:
     size = case.host.sizes.get(case.slot.id, 0)
     return 0 < size < case.slot.size
@@ -139,13 +168,21 @@ def _efer_refused(case: Case) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule("KVM_VCPU_TSC_OFFSET", lambda case: True, _HARMLESS,
          "it is relative to one host's TSC; MSR_IA32_TSC restores the guest's, and offsets that differ are moved",
-         "Documentation/virt/kvm/devices/vcpu.rst", Kernel.UNKNOWN),
+         "Documentation/virt/kvm/devices/vcpu.rst; profile: tsc_offset_kept",
+         lambda case: Kernel.TAKES if case.host.behaviour.get("tsc_offset_kept") else Kernel.UNKNOWN),
     Rule("KVM_CPUID2", _evmcs, _REFUSED, "its guest uses the enlightened VMCS, which this KVM hasn't",
          "KVM_CAP_HYPERV_ENLIGHTENED_VMCS; CPUID 0x4000000A.EAX", Kernel.TAKES),
     Rule("KVM_CPUID2", _missing_features, _NOTICED, _cpuid_text,
          "KVM_GET_SUPPORTED_CPUID; KVM_SET_CPUID2 takes more and then an instruction of it ends in #UD", Kernel.TAKES),
     Rule("KVM_TSC_KHZ", _other_rate, _NOTICED, "{value} kHz, this host's TSC runs at {host} and can't be scaled",
          "arch/x86/kvm/x86.c set_tsc_khz; KVM_CAP_TSC_CONTROL", Kernel.UNKNOWN),
+    Rule("KVM_XSAVE", lambda case: bool(_not_here(case)), _REFUSED,
+         lambda case: f"components in use that this host has not: {_component_names(case)}",
+         "arch/x86/kernel/fpu/xstate.c validate_user_xstate_header; CPUID 0xD.0", Kernel.REFUSES),
+    Rule("KVM_XSAVE", both(_wider, lambda case: bool(components(case.host.cpuid))), _AS,
+         lambda case: f"{case.host.sizes[case.slot.id]} of {case.slot.size} bytes: what is not here is not in use",
+         "KVM_CAP_XSAVE2: KVM_SET_XSAVE reads as many bytes as the host has", Kernel.TAKES,
+         target=lambda case: Slot(case.slot.id, case.host.sizes[case.slot.id])),
     Rule("KVM_XSAVE", _wider, _REFUSED, lambda case: f"{case.slot.size} bytes of XSAVE components, this host has "
          f"{case.host.sizes[case.slot.id]}", "KVM_CAP_XSAVE2", Kernel.UNKNOWN),
     Rule(_VMX_CONTROLS, _controls_missing, _NOTICED, _controls,
