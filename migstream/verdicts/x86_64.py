@@ -8,11 +8,12 @@ from functools import lru_cache, reduce
 from operator import or_
 
 from migstream.host.profile import cpuid_word
-from migstream.model import Slot
+from migstream.model import Arch, Slot
 from migstream.registers import ids
 from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import describe
-from migstream.verdicts.facts import Case, absent, both, loses_bits, refuses_bits, value
+from migstream.registers.x86_64 import CPUID2
+from migstream.verdicts.facts import Case, absent, both, constant, loses_bits, refuses_bits, value
 from migstream.verdicts.model import Answer, Kernel
 from migstream.verdicts.rule import Rule
 
@@ -32,6 +33,10 @@ _TSC_ADJUSTABLE = 250
 
 _VMX_CONTROLS = ("MSR_IA32_VMX_PINBASED_CTLS MSR_IA32_VMX_PROCBASED_CTLS MSR_IA32_VMX_EXIT_CTLS "
                  "MSR_IA32_VMX_ENTRY_CTLS MSR_IA32_VMX_PROCBASED_CTLS2 MSR_IA32_VMX_TRUE_*")
+
+_EVMCS_FILTERED = f"{_VMX_CONTROLS} MSR_IA32_VMX_VMFUNC"
+_EVMCS_SOURCE = ("arch/x86/kvm/vmx/hyperv.c nested_evmcs_filter_control_msr; the review of "
+                 "KVM_CAP_HYPERV_ENLIGHTENED_VMCS2 (2022): expose the filtered MSRs, go by values and not by a version")
 
 CpuidKey = tuple[int, int]
 
@@ -146,6 +151,45 @@ def _evmcs(case: Case) -> bool:
     return bool(version) and not case.host.capabilities.get("HYPERV_ENLIGHTENED_VMCS")
 
 
+EVMCS_CAP = 163
+"""KVM_CAP_HYPERV_ENLIGHTENED_VMCS."""
+
+
+def _uses_evmcs(case: Case) -> bool:
+    """Its CPUID has a version of the enlightened VMCS, or its VMM has enabled it."""
+    if ids.capability_id(Arch.X86_64, EVMCS_CAP) in case.pair.saved.columns:
+        return True
+    cpuid = case.pair.saved.columns.get(CPUID2.id)
+    return cpuid is not None and bool(features_of(cpuid.distinct).get((*_EVMCS, 0), 0) & 0xFFFF)
+
+
+def _left_by_evmcs(case: Case) -> int | None:
+    """The MSR as a guest with an enlightened VMCS reads it on the host; None where nobody has recorded that."""
+    return case.host.behaviour.get(f"evmcs_msr_{ids.msr_index(case.slot.id) or 0:x}")
+
+
+def _evmcs_loses(case: Case) -> int:
+    """Controls that the guest was offered and does not find here: the allowed ones, or what VMFUNC has."""
+    here, width = _left_by_evmcs(case), 0 if case.row.name.endswith("_VMFUNC") else 32
+    return 0 if here is None else reduce(or_, case.known.numbers) >> width & ~(here >> width)
+
+
+def _evmcs_less(case: Case) -> bool:
+    return _uses_evmcs(case) and bool(_evmcs_loses(case))
+
+
+def _evmcs_made_here(case: Case) -> bool:
+    here = _left_by_evmcs(case)
+    return _uses_evmcs(case) and here is not None and constant(case) and bool(case.known.differing(here))
+
+
+def _evmcs_unknown(case: Case) -> bool:
+    """Nobody has recorded the filter here, and the guest is another kernel's."""
+    contract = case.pair.saved.contract
+    elsewhere = contract is None or contract.kernel != case.host.kernel
+    return elsewhere and _uses_evmcs(case) and _left_by_evmcs(case) is None
+
+
 def _other_rate(case: Case) -> bool:
     """Another TSC frequency than the host's, by more than KVM lets pass, without a TSC that can be scaled."""
     host = case.default
@@ -185,6 +229,13 @@ RULES: tuple[Rule, ...] = (
          target=lambda case: Slot(case.slot.id, case.host.sizes[case.slot.id])),
     Rule("KVM_XSAVE", _wider, _REFUSED, lambda case: f"{case.slot.size} bytes of XSAVE components, this host has "
          f"{case.host.sizes[case.slot.id]}", "KVM_CAP_XSAVE2", Kernel.UNKNOWN),
+    Rule(_EVMCS_FILTERED, _evmcs_less, _NOTICED, lambda case: f"controls {_evmcs_loses(case):#x} that a nested "
+         "hypervisor with an enlightened VMCS was offered are filtered here", _EVMCS_SOURCE,
+         lambda case: Kernel.REFUSES if constant(case) else Kernel.DROPS),
+    Rule(_EVMCS_FILTERED, _evmcs_made_here, _NOTICED, lambda case: f"KVM makes it itself, and shows a guest with an "
+         f"enlightened VMCS {_left_by_evmcs(case):#x} here; it was {case.known.numbers[0]:#x}", _EVMCS_SOURCE),
+    Rule(_EVMCS_FILTERED, _evmcs_unknown, _NOTICED, "its guest uses the enlightened VMCS; nobody has recorded which "
+         "of these controls this KVM leaves it: version 1 has had three sets", _EVMCS_SOURCE, Kernel.UNKNOWN),
     Rule(_VMX_CONTROLS, _controls_missing, _NOTICED, _controls,
          "Intel SDM 3D, A.3: the high half may be 1, the low half must be; filtered sets differ under eVMCS"),
     # not listed: KVM gives the number no state, and most answer 0 to a read
