@@ -249,6 +249,7 @@ def _convert(step: Step, values: Words) -> Words:
             continue
         if verdict.target.id != verdict.slot.id:
             words = _SHARED_WORDS[verdict.slot.id, verdict.target.id]
+        words = min(words, verdict.target.words)
         out[:, target:target + words] = values[:, source:source + words]
     return out
 

@@ -14,7 +14,7 @@ import migstream
 from migstream.backends.sim import SimBackend
 from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS, GENERATIONS, VMX
 from migstream.cli import main
-from migstream.errors import BackendUnavailable, MigstreamError, RestoreFailed, UsageError
+from migstream.errors import BackendUnavailable, DoesNotFit, MigstreamError, UsageError
 from migstream.host import profiles
 from migstream.model import Arch
 from migstream.registers import ids, x86_64
@@ -178,10 +178,10 @@ def test_filtered_vmx_msrs_are_saved_inspected_by_name_and_replayed(
 
 
 def test_a_generation_that_filters_more_is_refused_by_the_names_of_what_the_guest_would_miss() -> None:
-    """From 6.1's filter to 5.17's: an exit control that 5.17 takes away; the MSR is made by KVM and can't be
-    written, so the target that shows less can't be told otherwise."""
-    with pytest.raises(RestoreFailed, match="MSR_IA32_VMX_EXIT_CTLS") as caught:
+    """From 6.1's filter to 5.17's: exit and entry controls that 5.17 takes away; before anything is made."""
+    with pytest.raises(DoesNotFit) as caught:
         restore(io.BytesIO(saved(f"{KERNEL}+evmcs=6.1")), SimBackend(f"{KERNEL}+evmcs=5.17"))
-    report: Any = caught.value.report
-    refused = {refusal.register for refusal, harmless in report.refused if not harmless}
-    assert refused == {msr(0x483)}
+    assert {line.split(":")[0] for line in caught.value.reasons} == {
+        "MSR_IA32_VMX_EXIT_CTLS", "MSR_IA32_VMX_TRUE_EXIT_CTLS", "MSR_IA32_VMX_ENTRY_CTLS",
+        "MSR_IA32_VMX_TRUE_ENTRY_CTLS"}
+    assert "controls 0x1000 that a nested hypervisor with an enlightened VMCS was offered" in str(caught.value)

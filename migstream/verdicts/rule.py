@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from migstream.model import Slot
 from migstream.registers.bits import describe
 from migstream.verdicts.facts import Case, Condition
 from migstream.verdicts.model import Answer, Kernel, Verdict
@@ -23,6 +24,7 @@ class Rule:
         source: where that can be read.
         kernel: what a write of the saved value would meet, or what tells it of a case.
         write: for WRITTEN_AS: the value; None where the saved one is not written.
+        target: for WRITTEN_AS: another column, as long as the host has the register.
     """
 
     registers: str
@@ -32,6 +34,7 @@ class Rule:
     source: str
     kernel: Kernel | Callable[[Case], Kernel] = Kernel.REFUSES
     write: Callable[[Case], int] | None = None
+    target: Callable[[Case], Slot] | None = None
 
     def names(self, register: str) -> bool:
         """Whether the row is about a register of this name."""
@@ -42,6 +45,8 @@ class Rule:
         kernel = self.kernel if isinstance(self.kernel, Kernel) else self.kernel(case)
         value = None if self.write is None else self.write(case).to_bytes(case.slot.size, "little")
         written = value is not None or (self.answer == Answer.NOTICED and kernel in (Kernel.TAKES, Kernel.DROPS))
+        if self.target is not None:
+            return Verdict(case.slot, self.answer, self.target(case), self._text(case), self.source, kernel=kernel)
         return Verdict(case.slot, self.answer, case.slot if written else None, self._text(case), self.source, value,
                        kernel)
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 
 from migstream.host.profile import cpuid_word
+from migstream.model import Arch, Slot
 from migstream.registers import ids
-from migstream.verdicts.facts import Case, absent, both, loses_bits, refuses_bits, value
+from migstream.registers.bit_tables import BITS
+from migstream.registers.bits import describe
+from migstream.registers.x86_64 import CPUID2
+from migstream.verdicts.facts import Case, absent, both, constant, loses_bits, refuses_bits, value
 from migstream.verdicts.model import Answer, Kernel
 from migstream.verdicts.rule import Rule
 
@@ -28,6 +33,10 @@ _TSC_ADJUSTABLE = 250
 
 _VMX_CONTROLS = ("MSR_IA32_VMX_PINBASED_CTLS MSR_IA32_VMX_PROCBASED_CTLS MSR_IA32_VMX_EXIT_CTLS "
                  "MSR_IA32_VMX_ENTRY_CTLS MSR_IA32_VMX_PROCBASED_CTLS2 MSR_IA32_VMX_TRUE_*")
+
+_EVMCS_FILTERED = f"{_VMX_CONTROLS} MSR_IA32_VMX_VMFUNC"
+_EVMCS_SOURCE = ("arch/x86/kvm/vmx/hyperv.c nested_evmcs_filter_control_msr; the review of "
+                 "KVM_CAP_HYPERV_ENLIGHTENED_VMCS2 (2022): expose the filtered MSRs, go by values and not by a version")
 
 CpuidKey = tuple[int, int]
 
@@ -91,6 +100,31 @@ def _cpuid_text(case: Case) -> str:
     return f"{', '.join(found[:6])}{f' and {len(found) - 6} more' if len(found) > 6 else ''}: not supported here"
 
 
+_XSTATE_BV = slice(512, 520)
+"""Of KVM_XSAVE: the components that are not in their initial state (struct xstate_header; Intel SDM 1, 13.4.2)."""
+
+
+def components(cpuid: bytes) -> int:
+    """XSAVE components that a table of CPUID has, a bit each: leaf 0xD, EAX and EDX of subleaf 0."""
+    low, _, _, high = entries(cpuid).get((0xD, 0), (0, 0, 0, 0))
+    return high << 32 | low
+
+
+def _not_here(case: Case) -> int:
+    """Components in use that the host has not; 0 where its profile does not say what it has."""
+    here = components(case.host.cpuid)
+    used = [int.from_bytes(value[_XSTATE_BV], "little") for value in case.known.distinct]
+    return reduce(or_, used, 0) & ~(here | _ALWAYS) if here else 0
+
+
+_ALWAYS = 0b11
+"""x87 and SSE: every CPU with FXSAVE."""
+
+
+def _component_names(case: Case) -> str:
+    return ", ".join(describe(BITS["XCR0"], _not_here(case))) or f"{_not_here(case):#x}"
+
+
 def _wider(case: Case) -> bool:
     size = case.host.sizes.get(case.slot.id, 0)
     return 0 < size < case.slot.size
@@ -117,6 +151,45 @@ def _evmcs(case: Case) -> bool:
     return bool(version) and not case.host.capabilities.get("HYPERV_ENLIGHTENED_VMCS")
 
 
+EVMCS_CAP = 163
+"""KVM_CAP_HYPERV_ENLIGHTENED_VMCS."""
+
+
+def _uses_evmcs(case: Case) -> bool:
+    """Its CPUID has a version of the enlightened VMCS, or its VMM has enabled it."""
+    if ids.capability_id(Arch.X86_64, EVMCS_CAP) in case.pair.saved.columns:
+        return True
+    cpuid = case.pair.saved.columns.get(CPUID2.id)
+    return cpuid is not None and bool(features_of(cpuid.distinct).get((*_EVMCS, 0), 0) & 0xFFFF)
+
+
+def _left_by_evmcs(case: Case) -> int | None:
+    """The MSR as a guest with an enlightened VMCS reads it on the host; None where nobody has recorded that."""
+    return case.host.behaviour.get(f"evmcs_msr_{ids.msr_index(case.slot.id) or 0:x}")
+
+
+def _evmcs_loses(case: Case) -> int:
+    """Controls that the guest was offered and does not find here: the allowed ones, or what VMFUNC has."""
+    here, width = _left_by_evmcs(case), 0 if case.row.name.endswith("_VMFUNC") else 32
+    return 0 if here is None else reduce(or_, case.known.numbers) >> width & ~(here >> width)
+
+
+def _evmcs_less(case: Case) -> bool:
+    return _uses_evmcs(case) and bool(_evmcs_loses(case))
+
+
+def _evmcs_made_here(case: Case) -> bool:
+    here = _left_by_evmcs(case)
+    return _uses_evmcs(case) and here is not None and constant(case) and bool(case.known.differing(here))
+
+
+def _evmcs_unknown(case: Case) -> bool:
+    """Nobody has recorded the filter here, and the guest is another kernel's."""
+    contract = case.pair.saved.contract
+    elsewhere = contract is None or contract.kernel != case.host.kernel
+    return elsewhere and _uses_evmcs(case) and _left_by_evmcs(case) is None
+
+
 def _other_rate(case: Case) -> bool:
     """Another TSC frequency than the host's, by more than KVM lets pass, without a TSC that can be scaled."""
     host = case.default
@@ -139,15 +212,30 @@ def _efer_refused(case: Case) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule("KVM_VCPU_TSC_OFFSET", lambda case: True, _HARMLESS,
          "it is relative to one host's TSC; MSR_IA32_TSC restores the guest's, and offsets that differ are moved",
-         "Documentation/virt/kvm/devices/vcpu.rst", Kernel.UNKNOWN),
+         "Documentation/virt/kvm/devices/vcpu.rst; profile: tsc_offset_kept",
+         lambda case: Kernel.TAKES if case.host.behaviour.get("tsc_offset_kept") else Kernel.UNKNOWN),
     Rule("KVM_CPUID2", _evmcs, _REFUSED, "its guest uses the enlightened VMCS, which this KVM hasn't",
          "KVM_CAP_HYPERV_ENLIGHTENED_VMCS; CPUID 0x4000000A.EAX", Kernel.TAKES),
     Rule("KVM_CPUID2", _missing_features, _NOTICED, _cpuid_text,
          "KVM_GET_SUPPORTED_CPUID; KVM_SET_CPUID2 takes more and then an instruction of it ends in #UD", Kernel.TAKES),
     Rule("KVM_TSC_KHZ", _other_rate, _NOTICED, "{value} kHz, this host's TSC runs at {host} and can't be scaled",
          "arch/x86/kvm/x86.c set_tsc_khz; KVM_CAP_TSC_CONTROL", Kernel.UNKNOWN),
+    Rule("KVM_XSAVE", lambda case: bool(_not_here(case)), _REFUSED,
+         lambda case: f"components in use that this host has not: {_component_names(case)}",
+         "arch/x86/kernel/fpu/xstate.c validate_user_xstate_header; CPUID 0xD.0", Kernel.REFUSES),
+    Rule("KVM_XSAVE", both(_wider, lambda case: bool(components(case.host.cpuid))), _AS,
+         lambda case: f"{case.host.sizes[case.slot.id]} of {case.slot.size} bytes: what is not here is not in use",
+         "KVM_CAP_XSAVE2: KVM_SET_XSAVE reads as many bytes as the host has", Kernel.TAKES,
+         target=lambda case: Slot(case.slot.id, case.host.sizes[case.slot.id])),
     Rule("KVM_XSAVE", _wider, _REFUSED, lambda case: f"{case.slot.size} bytes of XSAVE components, this host has "
          f"{case.host.sizes[case.slot.id]}", "KVM_CAP_XSAVE2", Kernel.UNKNOWN),
+    Rule(_EVMCS_FILTERED, _evmcs_less, _NOTICED, lambda case: f"controls {_evmcs_loses(case):#x} that a nested "
+         "hypervisor with an enlightened VMCS was offered are filtered here", _EVMCS_SOURCE,
+         lambda case: Kernel.REFUSES if constant(case) else Kernel.DROPS),
+    Rule(_EVMCS_FILTERED, _evmcs_made_here, _NOTICED, lambda case: f"KVM makes it itself, and shows a guest with an "
+         f"enlightened VMCS {_left_by_evmcs(case):#x} here; it was {case.known.numbers[0]:#x}", _EVMCS_SOURCE),
+    Rule(_EVMCS_FILTERED, _evmcs_unknown, _NOTICED, "its guest uses the enlightened VMCS; nobody has recorded which "
+         "of these controls this KVM leaves it: version 1 has had three sets", _EVMCS_SOURCE, Kernel.UNKNOWN),
     Rule(_VMX_CONTROLS, _controls_missing, _NOTICED, _controls,
          "Intel SDM 3D, A.3: the high half may be 1, the low half must be; filtered sets differ under eVMCS"),
     # not listed: KVM gives the number no state, and most answer 0 to a read

@@ -84,7 +84,9 @@ def _evmcs(profile: HostProfile, argument: str) -> HostProfile:
                 msr_bits={**profile.msr_bits, **bits},
                 scopes={**profile.scopes, **dict.fromkeys(map(ids.msr_id, offered), "vcpu"),
                         **dict.fromkeys(fixed, "fixed")}),
-        evmcs_filter=GENERATIONS[argument.removeprefix("=")])
+        evmcs_filter=GENERATIONS[argument.removeprefix("=")],
+        **{f"evmcs_msr_{index:x}": value & FILTERS[GENERATIONS[argument.removeprefix("=")]].get(index, _U64)
+           for index, value in VMX.items()})
 
 
 _BY_NAME = {row.name: row.index for row in MSRS}
