@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from migstream.errors import DoesNotFit
@@ -18,7 +19,7 @@ from migstream.registers import vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.verdicts.facts import Pair
 from migstream.verdicts.judge import Addition, additions, judge, unexplained
-from migstream.verdicts.model import Answer, Saved, Verdict
+from migstream.verdicts.model import Answer, LateColumns, Saved, Verdict
 from migstream.verdicts.policy import NO_POLICY, Policy
 
 if TYPE_CHECKING:
@@ -48,11 +49,19 @@ class Step:
     target: Layout | None
     verdicts: tuple[Verdict, ...]
 
+    @cached_property
+    def pending(self) -> tuple[int, ...]:
+        """Columns whose verdict depends on a value that comes with the pause."""
+        return tuple(column for column, v in enumerate(self.verdicts) if v.pending)
+
+    @cached_property
+    def as_saved(self) -> bool:
+        """True where the decoded matrix goes to the kernel as it is."""
+        return self.target == self.source and all(v.value is None for v in self.verdicts)
+
     def fit(self, values: Words) -> Words:
         """Return the matrix for `target`: `values` itself where the layouts are equal."""
-        if self.target == self.source and all(v.value is None for v in self.verdicts):
-            return values
-        return _convert(self, values)
+        return values if self.as_saved else _convert(self, values)
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,11 @@ class Plan:
     notes: tuple[str, ...] = ()
     pair: Pair | None = None
     policy: Policy = NO_POLICY
+
+    @cached_property
+    def late(self) -> dict[int, Step]:
+        """The steps of the layouts whose values come with the pause, by number."""
+        return {number: step for number, step in enumerate(self.steps) if not step.source.phase.prologue}
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -96,13 +110,13 @@ class Plan:
         Raises: DoesNotFit.
         """
         step = self.steps[number]
-        again = [bank.update or v.pending for v in step.verdicts]
-        if self.pair is None or not any(again):
+        if self.pair is None or not (late := range(len(step.verdicts)) if bank.update else step.pending):
             return step
-        columns = {**self.pair.saved.columns, **Saved.of(self.pair.saved.machine, (), [bank]).columns}
-        pair = self.pair.knowing(columns)
-        verdicts = tuple(self.policy.apply(pair, judge(pair, v.slot)) if late else v
-                         for late, v in zip(again, step.verdicts, strict=True))
+        pair = self.pair.knowing(LateColumns(bank, self.pair.saved.columns))
+        new = {column: self.policy.apply(pair, judge(pair, step.verdicts[column].slot)) for column in late}
+        if all(v.plain and step.verdicts[column].target == v.target for column, v in new.items()) and not bank.update:
+            return step
+        verdicts = tuple(new.get(column, v) for column, v in enumerate(step.verdicts))
         now = Plan((_step(step.source, verdicts),)).require().steps[0]
         if bank.update and now.target != step.target:
             changed = next(v for old, v in zip(step.verdicts, verdicts, strict=True) if old.target != v.target)

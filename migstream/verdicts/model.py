@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -68,6 +68,11 @@ class Verdict:
     def stands_in_the_way(self) -> bool:
         """True where a restore can't go on."""
         return self.answer in (Answer.NOTICED, Answer.REFUSED) and not self.tolerated
+
+    @property
+    def plain(self) -> bool:
+        """True where there is nothing to say: the saved value is written."""
+        return self.answer is Answer.FITS and not self.reason and self.value is None
 
     @property
     def loses(self) -> bool:
@@ -137,6 +142,29 @@ class Column:
     def only(self, value: int) -> bool:
         """True where all vCPUs have this value."""
         return self.known and not self.differing(value)
+
+
+class LateColumns(Mapping[int, Column]):
+    """The columns of a bank that came with the pause, each made when it is asked for; then those known before."""
+
+    def __init__(self, bank: Bank, known: Mapping[int, Column]) -> None:
+        self._bank, self._known, self._made = bank, known, dict[int, Column]()
+
+    def __getitem__(self, id: int) -> Column:
+        place = self._bank.layout.index.get(id)
+        if place is None:
+            return self._known[id]
+        if id not in self._made:
+            at = self._bank.layout.offsets
+            slot = self._bank.layout.slots[place]
+            self._made[id] = Column(slot, [self._bank.values[:, at[place]:at[place + 1]]])
+        return self._made[id]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter({**self._known, **self._bank.layout.index})
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _rows(part: Words) -> set[bytes]:

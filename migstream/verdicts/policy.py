@@ -68,7 +68,7 @@ class Policy:
 
     def apply(self, pair: Pair, verdict: Verdict) -> Verdict:
         """Return the verdict as the policy wants it. Raises: PolicyError."""
-        for verb in ("require", "ignore", "clamp", "tolerate"):
+        for verb in ("require", "ignore", "clamp", "tolerate") if self.clauses else ():
             clause = next((c for c in self.clauses if c.verb == verb and c.names(verdict.name)), None)
             if clause is not None:
                 changed = _APPLY[verb](pair, verdict, clause)
