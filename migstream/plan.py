@@ -18,9 +18,10 @@ from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
 from migstream.registers import vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.verdicts.facts import Pair
-from migstream.verdicts.judge import Addition, additions, judge, unexplained
+from migstream.verdicts.judge import Addition, additions, judge, judge_late, open_rules, unexplained
 from migstream.verdicts.model import Answer, LateColumns, Saved, Verdict
 from migstream.verdicts.policy import NO_POLICY, Policy
+from migstream.verdicts.rule import Rule
 
 if TYPE_CHECKING:
     from migstream.contract import Contract
@@ -112,8 +113,8 @@ class Plan:
         step = self.steps[number]
         if self.pair is None or not (late := range(len(step.verdicts)) if bank.update else step.pending):
             return step
-        pair = self.pair.knowing(LateColumns(bank, self.pair.saved.columns))
-        new = {column: self.policy.apply(pair, judge(pair, step.verdicts[column].slot)) for column in late}
+        pair = self.pair.knowing(LateColumns(bank, self.pair.saved.columns, late))
+        new = {column: self._late(pair, step.verdicts[column]) for column in late}
         if all(v.plain and step.verdicts[column].target == v.target for column, v in new.items()) and not bank.update:
             return step
         verdicts = tuple(new.get(column, v) for column, v in enumerate(step.verdicts))
@@ -122,6 +123,19 @@ class Plan:
             changed = next(v for old, v in zip(step.verdicts, verdicts, strict=True) if old.target != v.target)
             raise DoesNotFit([f"{changed}; it was another value in the prologue"])
         return now
+
+
+    def _late(self, pair: Pair, verdict: Verdict) -> Verdict:
+        slot = verdict.slot
+        rules = self._open.get(slot.id)
+        now = judge(pair, slot) if rules is None else judge_late(pair, slot, rules)
+        return self.policy.apply(pair, now)
+
+    @cached_property
+    def _open(self) -> dict[int, tuple[Rule, ...]]:
+        """What is still to be asked of pending registers, by id."""
+        assert self.pair is not None
+        return {v.slot.id: open_rules(self.pair, v.slot) for step in self.steps for v in step.verdicts if v.pending}
 
 
 def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile, *, banks: Sequence[Bank] = (),

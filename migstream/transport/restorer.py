@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from migstream import limits, ram, sections
 from migstream.backends.base import Backend, Refusal, Vm, check_threads
 from migstream.contract import Contract
-from migstream.errors import DoesNotFit, RestoreFailed, StreamError, UsageError
+from migstream.errors import DoesNotFit, PolicyError, RestoreFailed, StreamError, UsageError
 from migstream.frames import Section
 from migstream.host import profiles
 from migstream.model import Bank, Layout, OpaqueState, Phase, Scope
@@ -95,12 +95,12 @@ class Restorer:
         return True
 
     def _rehearse(self, plan: Plan) -> None:
-        """Decode and judge a bank of zeros of each late layout: code, contexts and caches are there for the real one."""
+        """Decode and judge a bank of zeros of each late layout, so that what the real one takes is made by then."""
         for number, step in plan.late.items():
             values = self._room.get(number)
             if values is None:
                 continue
-            with suppress(DoesNotFit, StreamError):
+            with suppress(DoesNotFit, PolicyError, StreamError):
                 section = sections.encode_bank(Bank(step.source, 0, values), number)
                 bank = sections.decode_bank(section, step.source).decode(values)
                 now = plan.at_the_pause(number, bank)

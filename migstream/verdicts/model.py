@@ -111,6 +111,9 @@ class Column:
     @cached_property
     def distinct(self) -> tuple[bytes, ...]:
         """Every value once, ascending as bytes; empty where not known."""
+        some, every = self.reduced
+        if self.known and some == every:
+            return (some.to_bytes(self.slot.words * 8, "little")[:self.slot.size],)
         rows = {row for part in self._parts or () for row in _rows(part)}
         return tuple(sorted(row[:self.slot.size] for row in rows))
 
@@ -120,7 +123,7 @@ class Column:
         return tuple(int.from_bytes(value, "little") for value in self.distinct)
 
     @cached_property
-    def _reduced(self) -> tuple[int, int]:
+    def reduced(self) -> tuple[int, int]:
         """(bits that are 1 on some vCPU, bits that are 1 on all)."""
         import numpy as np
 
@@ -135,7 +138,7 @@ class Column:
 
     def differing(self, value: int) -> int:
         """Bits in which some vCPU's value differs from `value`."""
-        some, every = self._reduced
+        some, every = self.reduced
         full = (1 << 8 * self.slot.size) - 1
         return (some & ~value | ~every & value) & full
 
@@ -147,8 +150,21 @@ class Column:
 class LateColumns(Mapping[int, Column]):
     """The columns of a bank that came with the pause, each made when it is asked for; then those known before."""
 
-    def __init__(self, bank: Bank, known: Mapping[int, Column]) -> None:
+    def __init__(self, bank: Bank, known: Mapping[int, Column], asked: Sequence[int] = ()) -> None:
+        """`asked` are the columns that will be looked at: those of one word are looked at together."""
         self._bank, self._known, self._made = bank, known, dict[int, Column]()
+        if short := [column for column in asked if bank.layout.slots[column].words == 1]:
+            self._look(short)
+
+    def _look(self, short: list[int]) -> None:
+        import numpy as np
+
+        slots, at = self._bank.layout.slots, self._bank.layout.offsets
+        values = self._bank.values[:, [at[column] for column in short]]
+        some, every = np.bitwise_or.reduce(values, 0).tolist(), np.bitwise_and.reduce(values, 0).tolist()
+        for place, column in enumerate(short):
+            made = self._made[slots[column].id] = Column(slots[column], [values[:, place:place + 1]])
+            made.__dict__["reduced"] = some[place], every[place]
 
     def __getitem__(self, id: int) -> Column:
         place = self._bank.layout.index.get(id)

@@ -70,7 +70,7 @@ class Entry:
     msrs: tuple[int, ...] = ()
     page: int = 0
     page_size: int = 0
-    flags: Flag = Flag(0)
+    flags: int = 0
 
 
 class Table:

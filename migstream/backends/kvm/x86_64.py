@@ -57,9 +57,9 @@ class Shared(Struct):
         """As `Struct.entry`, with what else the batch has to know."""
         entry = super().entry(writing)
         if entry is None or writing:
-            return entry and replace(entry, flags=Flag.SETTLED if self.settled else Flag(0))
+            return entry and replace(entry, flags=Flag.SETTLED if self.settled else 0)
         page, size = _IN_PAGE.get(self.id, (0, 0))
-        return replace(entry, page=page, page_size=size, flags=Flag.GATE if self.id == rows.LAPIC.id else Flag(0))
+        return replace(entry, page=page, page_size=size, flags=Flag.GATE if self.id == rows.LAPIC.id else 0)
 
 
 class Counted(Struct):
@@ -260,9 +260,9 @@ _IN_PAGE = {
 """struct kvm_sync_regs: where each begins in the run page, and how much of it is there."""
 
 _SETTLED = frozenset((rows.XCRS.id, rows.DEBUGREGS.id, rows.VCPU_EVENTS.id))
-"""Registers that no other register's write changes to another value than a fresh vCPU's: DR0 to DR7 and XCR0 are written
-by nothing else (kvm_vcpu_ioctl_x86_set_debugregs, _set_xcrs), and KVM_SET_REGS and KVM_SET_SREGS only take pending events
-away, save for an interrupt that KVM_SREGS itself carries: then the saved events have it, too, and are written."""
+"""Registers that no other register's write changes to another value than a fresh vCPU's. DR0 to DR7 and XCR0 are
+written by nothing else (kvm_vcpu_ioctl_x86_set_debugregs, _set_xcrs). KVM_SET_REGS and KVM_SET_SREGS only take pending
+events away, save for an interrupt that KVM_SREGS itself carries: then the saved events have it, too, and are written."""
 
 _SYNC_REGS, _SYNC_SREGS = 1, 2
 
