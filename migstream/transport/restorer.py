@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from migstream import limits, ram, sections
 from migstream.backends.base import Backend, Refusal, Vm, check_threads
 from migstream.contract import Contract
-from migstream.errors import DoesNotFit, PolicyError, RestoreFailed, StreamError, UsageError
+from migstream.errors import DoesNotFit, MigstreamError, RestoreFailed, UsageError
 from migstream.frames import Section
 from migstream.host import profiles
 from migstream.model import Bank, Layout, OpaqueState, Phase, Scope
@@ -100,7 +100,7 @@ class Restorer:
             values = self._room.get(number)
             if values is None:
                 continue
-            with suppress(DoesNotFit, PolicyError, StreamError):
+            with suppress(MigstreamError):
                 section = sections.encode_bank(Bank(step.source, 0, values), number)
                 bank = sections.decode_bank(section, step.source).decode(values)
                 now = plan.at_the_pause(number, bank)

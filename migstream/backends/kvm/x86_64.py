@@ -262,7 +262,7 @@ _IN_PAGE = {
 _SETTLED = frozenset((rows.XCRS.id, rows.DEBUGREGS.id, rows.VCPU_EVENTS.id))
 """Registers that no other register's write changes to another value than a fresh vCPU's. DR0 to DR7 and XCR0 are
 written by nothing else (kvm_vcpu_ioctl_x86_set_debugregs, _set_xcrs). KVM_SET_REGS and KVM_SET_SREGS only take pending
-events away, save for an interrupt that KVM_SREGS itself carries: then the saved events have it, too, and are written."""
+events away, but for an interrupt that KVM_SREGS itself carries: the saved events have it then, and are written."""
 
 _SYNC_REGS, _SYNC_SREGS = 1, 2
 
