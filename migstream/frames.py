@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from crc32c import crc32c
 
@@ -36,8 +36,7 @@ class Preamble:
     arch: Arch
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """A section as stored.
 
     Attributes:
@@ -279,10 +278,8 @@ def _check_header(header: Any, offset: int, name: str) -> None:
 
 
 def _section(header: Any, stored: bytes, offset: int, number: int) -> Section:
-    return Section(kind=header.kind.decode("ascii"), stored=stored, raw_length=header.raw_length, codec=header.codec,
-                   filter=header.filter, flags=header.flags, version=header.version, scope=header.scope,
-                   layout=header.layout, first_vcpu=header.first_vcpu, vcpu_count=header.vcpu_count,
-                   offset=offset, number=number)
+    return Section(header.kind.decode("ascii"), stored, header.raw_length, header.codec, header.filter, header.flags,
+                   header.version, header.scope, header.layout, header.first_vcpu, header.vcpu_count, offset, number)
 
 
 class FrameWriter:

@@ -7,7 +7,7 @@ is judged again then (`Plan.at_the_pause`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -18,9 +18,20 @@ from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
 from migstream.registers import vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.verdicts.facts import Pair
-from migstream.verdicts.judge import Addition, additions, caveats, judge, replace_saved, unexplained, unhidden
-from migstream.verdicts.model import Answer, Saved, Verdict
+from migstream.verdicts.judge import (
+    Addition,
+    additions,
+    caveats,
+    judge,
+    judge_late,
+    open_rules,
+    replace_saved,
+    unexplained,
+    unhidden,
+)
+from migstream.verdicts.model import Answer, Column, LateColumns, Saved, Verdict
 from migstream.verdicts.policy import NO_POLICY, Policy
+from migstream.verdicts.rule import Rule
 
 if TYPE_CHECKING:
     from migstream.contract import Contract
@@ -49,11 +60,19 @@ class Step:
     target: Layout | None
     verdicts: tuple[Verdict, ...]
 
+    @cached_property
+    def pending(self) -> tuple[int, ...]:
+        """Columns whose verdict depends on a value that comes with the pause."""
+        return tuple(column for column, v in enumerate(self.verdicts) if v.pending)
+
+    @cached_property
+    def as_saved(self) -> bool:
+        """True where the decoded matrix goes to the kernel as it is."""
+        return self.target == self.source and all(v.value is None for v in self.verdicts)
+
     def fit(self, values: Words) -> Words:
         """Return the matrix for `target`: `values` itself where the layouts are equal."""
-        if self.target == self.source and all(v.value is None for v in self.verdicts):
-            return values
-        return _convert(self, values)
+        return values if self.as_saved else _convert(self, values)
 
 
 @dataclass(frozen=True)
@@ -64,7 +83,7 @@ class Plan:
         additions: feature registers that the saving kernel did not have, written after the prologue.
         notes: warnings, a line each.
         pair: the guest and the host that were judged; None where they are of two architectures.
-        late: banks that have come since the pause: what came with one may decide of what comes with another.
+        came: banks since the pause, by layout: what came with one may decide of what comes with another.
     """
 
     steps: tuple[Step, ...]
@@ -73,7 +92,12 @@ class Plan:
     notes: tuple[str, ...] = ()
     pair: Pair | None = None
     policy: Policy = NO_POLICY
-    late: list[Bank] = field(default_factory=list, compare=False, repr=False)
+    came: dict[int, list[Bank]] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def late(self) -> dict[int, Step]:
+        """The steps of the layouts whose values come with the pause, by number."""
+        return {number: step for number, step in enumerate(self.steps) if not step.source.phase.prologue}
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
@@ -99,19 +123,39 @@ class Plan:
         Raises: DoesNotFit.
         """
         step = self.steps[number]
-        self.late.append(bank)
-        again = [bank.update or v.pending for v in step.verdicts]
-        if self.pair is None or not any(again):
+        known = self._known(number)
+        self.came.setdefault(number, []).append(bank)
+        if self.pair is None or not (late := range(len(step.verdicts)) if bank.update else step.pending):
             return step
-        columns = {**self.pair.saved.columns, **Saved.of(self.pair.saved.machine, (), self.late).columns}
-        pair = self.pair.knowing(columns)
-        verdicts = tuple(self.policy.apply(pair, judge(pair, v.slot)) if late else v
-                         for late, v in zip(again, step.verdicts, strict=True))
+        pair = self.pair.knowing(LateColumns([bank], known, late))
+        new = {column: self._late(pair, step.verdicts[column]) for column in late}
+        if all(v.plain and step.verdicts[column].target == v.target for column, v in new.items()) and not bank.update:
+            return step
+        verdicts = tuple(new.get(column, v) for column, v in enumerate(step.verdicts))
         now = Plan((_step(step.source, verdicts),)).require().steps[0]
         if bank.update and now.target != step.target:
             changed = next(v for old, v in zip(step.verdicts, verdicts, strict=True) if old.target != v.target)
             raise DoesNotFit([f"{changed}; it was another value in the prologue"])
         return now
+
+    def _known(self, number: int) -> Mapping[int, Column]:
+        """All columns that are known but those of layout `number`'s own banks."""
+        known: Mapping[int, Column] = self.pair.saved.columns if self.pair is not None else {}
+        for other, banks in self.came.items():
+            known = known if other == number else LateColumns(banks, known)
+        return known
+
+    def _late(self, pair: Pair, verdict: Verdict) -> Verdict:
+        slot = verdict.slot
+        rules = self._open.get(slot.id)
+        now = judge(pair, slot) if rules is None else judge_late(pair, slot, rules)
+        return self.policy.apply(pair, now)
+
+    @cached_property
+    def _open(self) -> dict[int, tuple[Rule, ...]]:
+        """What is still to be asked of pending registers, by id."""
+        assert self.pair is not None
+        return {v.slot.id: open_rules(self.pair, v.slot) for step in self.steps for v in step.verdicts if v.pending}
 
 
 def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile, *, banks: Sequence[Bank] = (),

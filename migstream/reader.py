@@ -86,8 +86,9 @@ class StreamReader:
             raise Corrupt("the machine section must come first")
         if rank < self._rank:
             raise Corrupt("section out of order", found=f"{section.title} after {_RANKS[self._rank]}")
-        self._leave(self._rank, rank)
-        self._rank = rank
+        if rank != self._rank:
+            self._leave(self._rank, rank)
+            self._rank = rank
         handler = _HANDLERS.get(type(item))
         if handler:
             handler(self, section, item)

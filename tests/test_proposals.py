@@ -196,10 +196,11 @@ def evmcs(generation: str, path: Path, when: str, perf_global: bool = True) -> s
 
     `perf_global`: the VMM says in CPUID that the enlightened VMCS has PERF_GLOBAL_CTRL.
     """
-    backend, on = SimBackend(f"{X86}+evmcs={generation}"), {EVMCS_CAP: (0x0101,)}
+    on: dict[int, tuple[int, ...]] = {EVMCS_CAP: (0x0101,)} if when == "before" else {}
+    backend = SimBackend(f"{X86}+evmcs={generation}")
     pin, table = ids.msr_id(0x48D), backend.profile().cpuid
     table = access.with_leaf(table, access.PERF_GLOBAL_LEAF) if perf_global else table
-    with access.create(backend, VCPUS, cpuid=False, enabled_caps=on if when == "before" else {}) as vm:
+    with access.create(backend, VCPUS, cpuid=False, enabled_caps=on) as vm:
         assert access.write(vm, x86_64.CPUID2.id, [table] * VCPUS) == []
         (value, *_) = access.read(vm, pin)
         less = int.from_bytes(value, "little") & ~(1 << 35)

@@ -200,7 +200,7 @@ def test_a_chip_that_names_another_chip_is_refused(row: Register, number: int, f
 
 
 def test_errors_say_where() -> None:
-    section = replace(opaque_section(b"\xa3abc"), offset=4711, number=8)
+    section = opaque_section(b"\xa3abc")._replace(offset=4711, number=8)
     with pytest.raises(Corrupt) as caught:
         sections.decode(section, [])
     assert (caught.value.offset, caught.value.section) == (4711, "#8 OPAQ")

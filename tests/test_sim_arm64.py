@@ -374,7 +374,8 @@ def test_bitmaps_unknown_bits_come_before_the_check_of_a_run(kernel: str) -> Non
         place = by_name(vm)["VENDOR_HYP_BMAP"]
         assert write_errnos(vm, place, [u64(1)]) == []
         vm.enter(0)
-        rows = ((1, []), (3, [errno.EBUSY]), (0, [errno.EBUSY]), (1 << 60, [errno.EINVAL]))
+        rows: tuple[tuple[int, list[int]], ...] = (
+            (1, []), (3, [errno.EBUSY]), (0, [errno.EBUSY]), (1 << 60, [errno.EINVAL]))
         assert [write_errnos(vm, place, [u64(value)]) for value, _ in rows] == [answer for _, answer in rows]
         assert read(vm, place) == [u64(1)]
 
@@ -440,8 +441,8 @@ def test_a_pmus_line_is_set_once_and_a_vcpu_without_it_does_not_run() -> None:
 def test_devices_are_refused_as_the_kernel_does(change: dict[str, int], no: int, attribute: str) -> None:
     profile, wanted = profiles.load("arm64-6.12"), {**BOARD, **change}
     if not no:
-        make_devices(profile, wanted)
+        make_devices(profile, wanted, 1)
         return
     with pytest.raises(BackendError, match=attribute) as caught:
-        make_devices(profile, wanted)
+        make_devices(profile, wanted, 1)
     assert (caught.value.errno, caught.value.operation) == (no, "KVM_SET_DEVICE_ATTR")

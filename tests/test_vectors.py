@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +85,15 @@ def again(section: Section, item: Item, reader: StreamReader) -> Section:
     if section.codec:
         raw = codec.decompress(section.codec, bytes(section.stored), section.raw_length)
         assert raw == bytes(made.stored)
-        made = replace(made, codec=section.codec, stored=section.stored, raw_length=len(raw))
-    assert replace(made, offset=section.offset, number=section.number, stored=section.stored) == section
+        made = made._replace(codec=section.codec, stored=section.stored, raw_length=len(raw))
+    assert made._replace(offset=section.offset, number=section.number, stored=section.stored) == section
     assert bytes(made.stored) == bytes(section.stored)
     return made
 
 
 def _encode(section: Section, item: Item) -> Section:
     if isinstance(item, Skipped):
-        return replace(section, offset=0, number=0)
+        return section._replace(offset=0, number=0)
     if isinstance(item, EncodedBank):
         return sections.encode_bank(item.decode(), section.layout, 0, section.filter)
     if isinstance(item, RamPages):

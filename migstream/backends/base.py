@@ -154,6 +154,9 @@ class Vm(ABC):
     def prepare(self, layouts: Sequence[Layout]) -> None:  # noqa: B027 - most backends have nothing to do
         """Make what reading and writing these layouts takes, so that it is not made while the guest stands still."""
 
+    def take_stock(self, layouts: Sequence[Layout]) -> None:  # noqa: B027
+        """Look at what registers of these layouts are now: the next write of one may leave out what has its value."""
+
     def warm(self) -> None:  # noqa: B027
         """Have the threads awake: the next call is a read or write of many vCPUs."""
 

@@ -183,6 +183,10 @@ class FaultyVm(Vm):
         """See `Vm.prepare`."""
         self._vm.prepare(layouts)
 
+    def take_stock(self, layouts: Sequence[Layout]) -> None:
+        """See `Vm.take_stock`."""
+        self._vm.take_stock(layouts)
+
     def warm(self) -> None:
         """See `Vm.warm`."""
         self._vm.warm()

@@ -18,7 +18,7 @@
 #include <sys/ioctl.h>
 #include <time.h>
 
-#define VERSION 1
+#define VERSION 2
 
 /* ---- One row of a program: `migstream/backends/kvm/batch.py` packs it. ---- */
 
@@ -28,7 +28,12 @@ enum kind {
     ADDRESS,  /* the argument is `head`, then the column's address: KVM_*_ONE_REG, KVM_*_DEVICE_ATTR */
     MSRS,     /* the argument is struct kvm_msrs, made here; `extra` is the place of the indices */
     INTEGER,  /* the argument is a 32-bit number, written only where `other` answers another */
-    GATE      /* KVM_GET_VCPU_EVENTS: also decides whether the run page is still the vCPU's state */
+    FIRST     /* the argument is a struct of `size` bytes: the column's first 8, then zeros */
+};
+
+enum flags {
+    GATE = 1,      /* KVM_GET_LAPIC: also decides whether the run page is still the vCPU's state */
+    SETTLED = 2    /* not written where the target is known to have this very value */
 };
 
 struct entry {
@@ -36,10 +41,11 @@ struct entry {
     uint64_t request, other;
     uint32_t extra, count;       /* MSRs: where their indices begin, and how many */
     uint32_t page, page_size;    /* taken from the run page where that is current: offset and bytes, 0 for never */
+    uint32_t flags, unused;
     uint8_t head[16];
 };
 
-enum { MOST_MSRS = 256 /* KVM's own limit */, SKIP_IF_CURRENT = UINT32_MAX };
+enum { MOST_MSRS = 256 /* KVM's own limit */, MOST_FIRST = 64 };
 
 struct msrs {
     uint32_t count, pad;
@@ -50,32 +56,31 @@ struct job {
     const struct entry *entries;
     const uint32_t *indices;
     const int32_t *fds;
-    const uint64_t *pages;
+    const uint64_t *pages;       /* addresses of the rows' run pages, or NULL */
+    const uint8_t *there;        /* what the target has, as `values`, or NULL */
     uint8_t *values;
     uint64_t *results;           /* a row: 0, or entry + 1 in the upper half and errno (short count: all ones) */
     size_t width;
     unsigned count, rows, step, writing;
-    atomic_uint next;
+    atomic_uint next, stopped;   /* the next row; rows that an entry stopped */
 };
 
 /* ---- struct kvm_run of x86-64 (include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h) ---- */
 
-enum { RUN_REGS = 304, RUN_SREGS = 448, REGS_RIP = 128, SREGS_CS = 0, SEGMENT_SELECTOR = 12, SREGS_CR0 = 224,
-       SREGS_CR4 = 248, SREGS_EFER = 264, EVENTS_LATCHED_INIT = 39 };
+enum { RUN_SREGS = 448, SREGS_CR0 = 224, SREGS_CR4 = 248, SREGS_EFER = 264, LAPIC_SPIV = 0xf0,
+       CR0_PG = 1u << 31, CR4_PAE = 1 << 5, EFER_LMA = 1 << 10, SPIV_ENABLED = 1 << 8 };
 
 static uint64_t word_at(const uint8_t *from) { uint64_t value; memcpy(&value, from, 8); return value; }
 
-/* The page holds registers as of the last exit. What came later and changes them is an INIT, which the events show, or
- * a SIPI, which only a vCPU in its reset state takes. In PAE mode KVM_SREGS2 has more than the page. */
-static int page_is_current(const uint8_t *page, const uint8_t *events)
+/* The page holds registers as of the last exit, and nobody wrote any since. What else changes them is an INIT, which
+ * KVM_GET_MP_STATE lets happen: it was read before, and an INIT leaves the APIC disabled by software (SPIV), which only
+ * a guest that runs enables again. In PAE mode KVM_SREGS2 has more than the page. */
+static int page_is_current(const uint8_t *page, const uint8_t *lapic)
 {
     const uint8_t *sregs = page + RUN_SREGS;
-    uint16_t selector;
-    memcpy(&selector, sregs + SREGS_CS + SEGMENT_SELECTOR, 2);
-    int reset = selector == 0xf000 && word_at(page + RUN_REGS + REGS_RIP) == 0xfff0;
-    int pae = word_at(sregs + SREGS_CR0) >> 31 & 1 && word_at(sregs + SREGS_CR4) & 0x20
-              && !(word_at(sregs + SREGS_EFER) & 0x400);
-    return !reset && !pae && !events[EVENTS_LATCHED_INIT];
+    int pae = word_at(sregs + SREGS_CR0) & CR0_PG && word_at(sregs + SREGS_CR4) & CR4_PAE
+              && !(word_at(sregs + SREGS_EFER) & EFER_LMA);
+    return word_at(lapic + LAPIC_SPIV) & SPIV_ENABLED && !pae;
 }
 
 /* ---- One entry for one row; 0 or an errno, -1 for a short count ---- */
@@ -134,6 +139,13 @@ static int integer(const struct job *job, int fd, const struct entry *e, uint8_t
     return 0;
 }
 
+static int first(int fd, const struct entry *e, const uint8_t *column)
+{
+    uint8_t argument[MOST_FIRST] = { 0 };
+    memcpy(argument, column, 8);
+    return plain(fd, e->request, argument);
+}
+
 static int perform(const struct job *job, int fd, const struct entry *e, uint8_t *column, struct msrs *buffer)
 {
     switch (e->kind) {
@@ -141,32 +153,36 @@ static int perform(const struct job *job, int fd, const struct entry *e, uint8_t
     case ADDRESS: return by_address(fd, e, column);
     case MSRS: return msrs(job, fd, e, column, buffer);
     case INTEGER: return integer(job, fd, e, column);
+    case FIRST: return first(fd, e, column);
     default:
         memcpy(column, e->head, e->head_bytes);
         return plain(fd, e->request, column);
     }
 }
 
-static void one_row(const struct job *job, unsigned row, struct msrs *buffer)
+static void one_row(struct job *job, unsigned row, struct msrs *buffer)
 {
     uint8_t *values = job->values + row * job->width;
+    const uint8_t *there = job->there ? job->there + row * job->width : NULL;
     const uint8_t *page = job->pages ? (const uint8_t *)(uintptr_t)job->pages[row] : NULL;
     int current = 0;
     for (unsigned k = 0; k < job->count; k++) {
         const struct entry *e = job->entries + k;
         uint8_t *column = values + e->start;
-        if (current && e->page == SKIP_IF_CURRENT)
+        if (there && e->flags & SETTLED && !memcmp(column, there + e->start, e->size))
             continue;
         if (current && e->page) {
             memcpy(column, page + e->page, e->page_size);
+            memset(column + e->page_size, 0, e->size - e->page_size);
             continue;
         }
         int error = perform(job, job->fds[row], e, column, buffer);
         if (error) {
             job->results[row] = (uint64_t)(k + 1) << 32 | (uint32_t)error;
+            atomic_fetch_add(&job->stopped, 1);
             return;
         }
-        if (e->kind == GATE)
+        if (e->flags & GATE)
             current = page && page_is_current(page, column);
     }
 }
@@ -298,6 +314,14 @@ static unsigned have_workers(unsigned wanted, const cpu_set_t *allowed)
     return wanted < pool.count ? wanted : pool.count;
 }
 
+/* The calling thread's own CPU is the first: being moved there takes long, staying there nothing. */
+static void take_place(const cpu_set_t *allowed)
+{
+    cpu_set_t mine;
+    nth_cpu(allowed, 0, &mine);
+    sched_setaffinity(0, sizeof mine, &mine);
+}
+
 static void wake_sleepers(void)
 {
     if (!atomic_load(&pool.asleep))
@@ -320,11 +344,10 @@ static void settle(struct worker *worker)
 static void run_together(struct job *job, unsigned threads)
 {
     struct msrs buffer = { 0 };
-    cpu_set_t allowed, mine;
+    cpu_set_t allowed;
     sched_getaffinity(0, sizeof allowed, &allowed);
     unsigned helpers = have_workers(threads - 1, &allowed);
-    nth_cpu(&allowed, 0, &mine);
-    sched_setaffinity(0, sizeof mine, &mine);
+    take_place(&allowed);
     pool.job = job;
     for (unsigned k = 0; k < helpers; k++)
         atomic_store(&pool.workers[k]->state, POSTED);
@@ -488,48 +511,56 @@ static PyObject *undelta(PyObject *module, PyObject *arguments)
     return wrong < 0 ? NULL : PyBool_FromLong(!wrong);
 }
 
-/* run(entries, indices, fds, pages, values, width, results, writing, threads) */
+/* Whether an entry stays within its row, its indices and a run page. */
+static int fits(const struct entry *e, size_t width, size_t indices)
+{
+    return e->head_bytes <= 16 && (uint64_t)e->start + e->size <= width && e->count <= MOST_MSRS
+           && (uint64_t)e->extra + e->count <= indices && (uint64_t)e->page + e->page_size <= 4096
+           && e->page_size <= e->size && (e->kind != FIRST || (e->size >= 8 && e->size <= MOST_FIRST))
+           && (!(e->flags & GATE) || e->size >= LAPIC_SPIV + 8);
+}
+
+/* run(entries, indices, fds, pages, there, values, width, results, writing, threads) -> rows that were stopped */
 static PyObject *run(PyObject *module, PyObject *arguments)
 {
-    Py_buffer entries, indices, fds, pages, values, results;
+    Py_buffer entries, indices, fds, pages, there, values, results;
     unsigned width, threads;
     int writing;
     PyObject *answer = NULL;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "y*y*y*y*w*Iw*pI", &entries, &indices, &fds, &pages, &values, &width, &results,
-                          &writing, &threads))
+    if (!PyArg_ParseTuple(arguments, "y*y*y*y*y*w*Iw*pI", &entries, &indices, &fds, &pages, &there, &values, &width,
+                          &results, &writing, &threads))
         return NULL;
     struct job job = {
         .entries = entries.buf, .indices = indices.buf, .fds = fds.buf, .pages = pages.len ? pages.buf : NULL,
-        .values = values.buf, .results = results.buf, .width = width, .writing = (unsigned)writing,
+        .there = there.len ? there.buf : NULL, .values = values.buf, .results = results.buf, .width = width, .writing = (unsigned)writing,
         .count = (unsigned)((size_t)entries.len / sizeof(struct entry)), .rows = (unsigned)(fds.len / 4), .step = 1,
     };
     int good = entries.len % (Py_ssize_t)sizeof(struct entry) == 0 && (size_t)values.len == (size_t)job.rows * width
                && (size_t)results.len == 8 * (size_t)job.rows
-               && (!pages.len || (size_t)pages.len == 8 * (size_t)job.rows);
-    for (unsigned k = 0; good && k < job.count; k++) {
-        const struct entry *e = job.entries + k;
-        good = e->head_bytes <= 16 && (uint64_t)e->start + e->size <= width && e->count <= MOST_MSRS
-               && (uint64_t)e->extra + e->count <= (uint64_t)indices.len / 4;
-    }
+               && (!pages.len || (size_t)pages.len == 8 * (size_t)job.rows) && (!there.len || there.len == values.len);
+    for (unsigned k = 0; good && k < job.count; k++)
+        good = fits(job.entries + k, width, (size_t)indices.len / 4);
     if (!good) {
         PyErr_SetString(PyExc_ValueError, "the program does not fit the matrix");
     } else {
         Py_BEGIN_ALLOW_THREADS
         run_job(&job, threads);
         Py_END_ALLOW_THREADS
-        answer = Py_NewRef(Py_None);
+        answer = PyLong_FromUnsignedLong(atomic_load(&job.stopped));
     }
     PyBuffer_Release(&entries);
     PyBuffer_Release(&indices);
     PyBuffer_Release(&fds);
     PyBuffer_Release(&pages);
+    PyBuffer_Release(&there);
     PyBuffer_Release(&values);
     PyBuffer_Release(&results);
     return answer;
 }
 
-/* warm(threads): let the workers be there and spin for a moment, so that the next run finds them awake. */
+/* warm(threads): let the workers be there and spin for a moment, so that the next run finds them awake, and the caller
+ * where it will work. */
 static PyObject *warm(PyObject *module, PyObject *argument)
 {
     unsigned long threads = PyLong_AsUnsignedLong(argument);
@@ -541,6 +572,8 @@ static PyObject *warm(PyObject *module, PyObject *argument)
         sched_getaffinity(0, sizeof allowed, &allowed);
         have_workers((unsigned)(threads < MOST_WORKERS ? threads : MOST_WORKERS) - 1, &allowed);
         wake_sleepers();
+        take_place(&allowed);
+        sched_setaffinity(0, sizeof allowed, &allowed);
         pthread_mutex_unlock(&pool.owner);
     }
     Py_RETURN_NONE;

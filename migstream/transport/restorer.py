@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from migstream import limits, ram
+from migstream import limits, ram, sections
 from migstream.backends.base import Backend, Refusal, Vm, check_threads
 from migstream.contract import Contract
-from migstream.errors import DoesNotFit, RestoreFailed, UsageError
+from migstream.errors import DoesNotFit, MigstreamError, RestoreFailed, UsageError
 from migstream.frames import Section
 from migstream.host import profiles
 from migstream.model import Bank, Layout, OpaqueState, Phase, Scope
@@ -43,7 +44,7 @@ class Restorer:
         self._plan: Plan | None = None
         self._waiting: list[tuple[int, Bank]] = []
         self._vm: Vm | None = None
-        self._complete = False
+        self._complete = self._is_ready = False
         self._room: dict[int, Words] = {}
         self._written: list[Written] = []
         self._refused: list[tuple[Refusal, Written]] = []
@@ -69,12 +70,42 @@ class Restorer:
         """Decode where the kernel will be pointed to; the prologue's values wait until all of them can be judged."""
         early = encoded.layout.phase.prologue
         vm = None if early else self._with_vcpus(self._ready())
+        if vm is not None and encoded.layout.scope == Scope.VCPU:
+            vm.warm()
         with self.report.phase("prologue decode" if early else "decode"):
             bank = encoded.decode(self._place(number, encoded))
         if early and self._plan is None:
             self._prologue(number, bank)
         else:
             self._bank(vm or self._ready(), number, bank)
+
+    def ready(self) -> bool:
+        """Do what can be done ahead of the pause, once the prologue is written: `restore` calls it after each section.
+
+        Looks at what the fresh vCPUs have, so that the same need not be written in the pause, and goes once through
+        all that will be done with the values. Returns whether the prologue was complete. Raises: BackendError.
+        """
+        if self._vm is None or self._plan is None or self._is_ready:
+            return self._is_ready
+        self._is_ready = True
+        with self.report.phase("ready"):
+            vm = self._with_vcpus(self._vm)
+            vm.take_stock([step.target for step in self._plan.late.values() if step.target is not None])
+            self._rehearse(self._plan)
+        return True
+
+    def _rehearse(self, plan: Plan) -> None:
+        """Decode and judge a bank of zeros of each late layout, so that what the real one takes is made by then."""
+        for number, step in plan.late.items():
+            values = self._room.get(number)
+            if values is None:
+                continue
+            with suppress(MigstreamError):
+                section = sections.encode_bank(Bank(step.source, 0, values), number)
+                bank = sections.decode_bank(section, step.source).decode(values)
+                now = plan.at_the_pause(number, bank)
+                if now.target is not None:
+                    now.fit(bank.values)
 
     def finish(self) -> tuple[Vm, Report]:
         """Settle refusals, read back when asked, and hand over the VM: complete, paused, the caller's to close.
@@ -177,8 +208,8 @@ class Restorer:
             step = self._plan.at_the_pause(number, bank)
         except DoesNotFit as error:
             raise RestoreFailed(f"at the pause: {error.reasons[0]}; the VM was destroyed", self.report) from error
-        known = {v.slot.id for v in self.report.verdicts}
         if step is not self._plan.steps[number]:
+            known = {v.slot.id for v in self.report.verdicts}
             self.report.verdicts += [v for v in step.verdicts if v.reason and v.slot.id not in known]
         return step
 
@@ -187,7 +218,7 @@ class Restorer:
         import numpy as np
 
         assert self._plan is not None
-        late = {n: step for n, step in enumerate(self._plan.steps) if not step.source.phase.prologue}
+        late = self._plan.late
         vm.prepare([step.target for step in late.values() if step.target is not None])
         for number, step in late.items():
             shape = vm.machine.vcpus if step.source.scope == Scope.VCPU else 1, step.source.row_words
@@ -278,4 +309,5 @@ def restore(source: Source, backend: Backend, *, readback: bool = False, policy:
                   vm_scope_per_vcpu=vm_scope_per_vcpu) as restorer:
         for section, item in read_items(source, restorer.reader):
             restorer.take(section, item)
+            restorer.ready()
         return restorer.finish()

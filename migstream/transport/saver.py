@@ -69,19 +69,20 @@ def empty_banks(vm: Vm, layout: Layout) -> list[Bank]:
 
 def _fill(vm: Vm, banks: Sequence[Bank], per_vcpu: bool = False) -> None:
     for bank in (one for one in banks for _ in range(repeats(vm, one.layout, per_vcpu))):
-        _raise_first(vm.read(bank.layout, bank.first_vcpu, bank.values))
+        raise_first(vm.read(bank.layout, bank.first_vcpu, bank.values))
         _check(bank)
 
 
 def _check(bank: Bank) -> None:
     """Refuse what no reader would take: the host's answer contradicts itself. Raises: BackendError."""
     try:
-        sections.check_values(bank.layout, bank.values)
+        sections.check_bank(bank.layout, bank.values)
     except Corrupt as error:
         raise BackendError("reading", what=f"the host's answer can't be: {error}") from error
 
 
-def _raise_first(refused: Sequence[Refusal]) -> None:
+def raise_first(refused: Sequence[Refusal]) -> None:
+    """Refusals make an error. Raises: BackendError by the first one's name."""
     if refused:
         first = refused[0]
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
@@ -104,11 +105,14 @@ class Saver:
         self._frames = FrameWriter(vm.machine.arch)
         self._prologue: Prologue | None = None
         self._banks: list[Bank] = []
+        self._again: list[tuple[Bank, Bank]] = []
+        self._numbers: dict[Layout, int] = {}
 
     def prologue(self, captured: Prologue | None = None) -> None:
         """Write the part that is sent before the pause. Raises: BackendError, OutputError."""
         with self.report.phase("prologue"):
             captured = self._prologue = captured or capture_prologue(self.vm)
+            self._numbers = {layout: number for number, layout in enumerate(captured.layouts)}
             self._write([self._frames.begin()])
             notes = tuple(f"not readable here: {no}" for no in captured.refused)
             self.report.notes += notes
@@ -122,6 +126,19 @@ class Saver:
             late = [layout for layout in captured.layouts if not layout.phase.prologue]
             self.vm.prepare(late)
             self._banks = [bank for layout in late for bank in empty_banks(self.vm, layout)]
+            self._again = [(bank, empty_banks(self.vm, bank.layout)[0]) for bank in captured.banks
+                           if bank.layout.scope == Scope.VM and bank.layout.phase == Phase.FEATURE]
+
+    def ready(self) -> None:
+        """Do what can be done just before the pause, after the prologue: `save` calls it there.
+
+        Has the threads awake, and encodes the empty banks once, so that nothing of it is done for the first time later.
+        """
+        with self.report.phase("ready"):
+            frames = FrameWriter(self.vm.machine.arch)
+            for bank in self._banks:
+                frames.send(sections.encode_bank(bank, 0, self._level))
+            self.vm.warm()
 
     def state(self, *, ram_too: bool = True, opaque: Sequence[OpaqueState] = ()) -> Report:
         """Write all the rest; the vCPUs stand still.
@@ -133,7 +150,7 @@ class Saver:
         with self.report.phase("registers"):
             banks, self._banks = self._banks, []
             _fill(self.vm, banks, self._per_vcpu)
-            updates = self._changed(self._prologue)
+            updates = self._changed()
         with self.report.phase("encode"):
             for bank in updates:
                 self._bank(bank)
@@ -149,17 +166,16 @@ class Saver:
         self.report.bytes = self._frames.offset
         return self.report
 
-    def _changed(self, prologue: Prologue) -> list[Bank]:
+    def _changed(self) -> list[Bank]:
         """VM-wide registers that a guest may write are sent early and looked at again: changed ones go twice."""
-        late = [bank for bank in prologue.banks if bank.layout.scope == Scope.VM and bank.layout.phase == Phase.FEATURE]
-        now = [(old, capture(self.vm, old.layout)[0]) for old in late]
-        return [Bank(new.layout, 0, new.values, update=True) for old, new in now if (old.values != new.values).any()]
+        _fill(self.vm, [new for _, new in self._again])
+        return [Bank(new.layout, 0, new.values, update=True) for old, new in self._again
+                if (old.values != new.values).any()]
 
     def _bank(self, bank: Bank) -> None:
-        assert self._prologue is not None
         self.report.count(bank.layout.phase.name.lower(), bank.layout.scope, bank.rows * len(bank.layout.slots))
         self._raw("registers", bank.values.nbytes)
-        self._send(sections.encode_bank(bank, self._prologue.layouts.index(bank.layout), self._level), "registers")
+        self._send(sections.encode_bank(bank, self._numbers[bank.layout], self._level), "registers")
 
     def _ram(self) -> None:
         regions = self.vm.memory.regions
@@ -205,6 +221,7 @@ def save(vm: Vm, out: Sink, *, host: HostSummary, pause: Callable[[], None], pro
         saver.prologue()
     else:
         saver.prologue(prologue)
+        saver.ready()
         with saver.report.phase("pause"):
             pause()
     return saver.state(opaque=opaque)

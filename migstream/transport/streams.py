@@ -50,9 +50,16 @@ def _read(source: Source, size: int) -> bytes:
         raise OutputError(f"reading the stream: {error.strerror or error}") from error
 
 
+_JOINED = 1 << 16
+"""Bytes up to which a copy is cheaper than another write."""
+
+
 def write_all(out: Sink, buffers: Sequence[bytes | memoryview]) -> None:
-    """Write all of some buffers, in order. Raises: OutputError."""
+    """Write all of some buffers, in order; short ones in one call. Raises: OutputError."""
     try:
+        if len(buffers) > 1 and sum(map(len, buffers)) <= _JOINED:
+            _write_whole(out, b"".join(buffers))
+            return
         for buffer in buffers:
             _write_whole(out, buffer)
     except OSError as error:
@@ -64,7 +71,7 @@ def _write_whole(out: Sink, buffer: bytes | memoryview) -> None:
     rest = memoryview(buffer).cast("B")
     while rest:
         taken = out.write(rest)
-        if taken is None:
+        if taken is None or taken == len(rest):
             return
         if not isinstance(taken, int) or not 0 < taken <= len(rest):
             raise OutputError(f"the sink took {taken!r} of {len(rest)} bytes")

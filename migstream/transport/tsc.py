@@ -32,9 +32,9 @@ def restore_offsets(vm: Vm, written: list[Written], report: Report) -> None:
     import numpy as np
 
     found = [column for w in written if (column := w.column(x86_64.TSC_OFFSET.id)) is not None]
-    offsets = np.concatenate(found) if found else np.zeros((0, 1), np.uint64)
-    if not len(offsets) or (offsets == offsets[0]).all():
+    if all(column[0, 0] == found[0][0, 0] and (len(column) == 1 or (column == column[0]).all()) for column in found):
         return
+    offsets = np.concatenate(found)
     moved = _moved(vm, written)
     if moved is None:
         report.notes.append("KVM_VCPU_TSC_OFFSET: the vCPUs' offsets differ and a host gives no host TSC with its "

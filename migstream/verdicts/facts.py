@@ -6,6 +6,7 @@ A question about values that are not known yet raises `NotYet`; the judge then g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 
@@ -31,14 +32,16 @@ class Pair:
     """A saved guest and a host: what does not depend on a single register."""
 
     def __init__(self, saved: Saved, host: HostProfile) -> None:
-        self.saved, self.arch, self._given = saved, saved.machine.arch, host
+        self.saved, self.arch = saved, saved.machine.arch
         self.features = int(saved.machine.devices.get("vcpu_features", vcpu_features.DEFAULT)) \
             if self.arch == Arch.ARM64 else 0
         self.host = host.with_features(self.features) if self.arch == Arch.ARM64 else host
 
     def knowing(self, columns: Mapping[int, Column]) -> Pair:
-        """The same with other values. The host is taken as it was given: its features are added once."""
-        return Pair(replace(self.saved, columns=columns), self._given)
+        """The same with other values: what is the host's is taken over."""
+        other = copy(self)
+        other.saved = replace(self.saved, columns=columns)
+        return other
 
     def with_value(self, slot: Slot, value: bytes) -> Pair:
         """The same where a register has one value on all vCPUs."""
@@ -52,6 +55,11 @@ class Pair:
         if id in self._slots:
             raise NotYet
         raise KeyError(id)
+
+    @cached_property
+    def msrs(self) -> frozenset[int]:
+        """MSRs that the host lists."""
+        return frozenset(self.host.msrs)
 
     @cached_property
     def _slots(self) -> dict[int, Slot]:
@@ -114,12 +122,8 @@ class Case:
             return not self.row.needs or bool(self.host.capabilities.get(self.row.needs))
         index = ids.msr_index(self.slot.id)
         if index is not None:
-            return index in self._msrs or index in self.host.feature_msrs
+            return index in self.pair.msrs or index in self.host.feature_msrs
         return not self.host.registers or self.slot.id in self.host.listed
-
-    @cached_property
-    def _msrs(self) -> frozenset[int]:
-        return frozenset(self.host.msrs)
 
     def field_of(self, register: str, name: str) -> int | None:
         """The guest's value of a field of another register (the largest of its vCPUs); None where it isn't saved."""

@@ -7,8 +7,8 @@ format string is derived from the schema, so the two can't differ in layout; tes
 from __future__ import annotations
 
 import struct
+from collections import namedtuple
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 from construct import Bytes, Const, Construct, FormatField
@@ -21,24 +21,29 @@ class Record:
         """Raises: TypeError for a schema with anything else in it."""
         fields: list[Construct[Any, Any]] = schema.subcons  # type: ignore[attr-defined]  # a Struct's
         self._names = [str(field.name) for field in fields]
+        self._fields: Any = _fields(self._names)
         constants = [f for f in fields if isinstance(_bare(f), Const)]
         self._constants = {str(f.name): f.subcon.value for f in constants}  # type: ignore[attr-defined]  # a Renamed's
         self._struct = struct.Struct("<" + "".join(_code(_bare(field)) for field in fields))
         self.size = self._struct.size
         assert self.size == schema.sizeof()
 
-    def parse(self, data: bytes | memoryview) -> SimpleNamespace:
+    def parse(self, data: bytes | memoryview) -> Any:
         """Return the fields as attributes. Raises: ValueError naming the first constant that is wrong."""
-        values = dict(zip(self._names, self._struct.unpack(data), strict=True))
+        values = self._fields._make(self._struct.unpack(data))
         for name, constant in self._constants.items():
-            if values[name] != constant:
+            if getattr(values, name) != constant:
                 raise ValueError(name)
-        return SimpleNamespace(**values)
+        return values
 
     def build(self, fields: Mapping[str, Any]) -> bytes:
         """Return the bytes; constants fill themselves in."""
         every = {**fields, **self._constants}
         return self._struct.pack(*(every[name] for name in self._names))
+
+
+def _fields(names: list[str]) -> Any:
+    return namedtuple("Fields", names)
 
 
 def _bare(field: Construct[Any, Any]) -> Any:

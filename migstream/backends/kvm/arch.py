@@ -50,6 +50,10 @@ class ArchVm(ABC):
     def through_vcpu(self, layout: Layout) -> bool:
         """Whether a layout's rows are served by vCPU file descriptors; VM-wide ones by the first."""
 
+    def page_registers(self) -> int:
+        """What KVM puts into the run page at each exit, as bits of `kvm_valid_regs`; 0 for nothing."""
+        return 0
+
     def attribute_fd(self, id: int) -> int | None:
         """The file descriptor that knows the attribute of an id; None where this VM has none."""
         return None

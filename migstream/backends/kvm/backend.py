@@ -8,6 +8,7 @@ import mmap
 import os
 import platform
 import struct
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,8 @@ class KvmVm(Vm):
         self._run_pages: list[mmap.mmap] = []
         self._runner: Runner | None = None
         self._programs: dict[Layout, _Program] = {}
+        self._there: dict[Layout, Words] = {}
+        self._page_addresses = b""
 
     def build(self, enabled_caps: dict[int, tuple[int, ...]]) -> None:
         """Memory, then what the interrupt chips need, in KVM's order. Raises: BackendError, UsageError."""
@@ -175,9 +178,7 @@ class KvmVm(Vm):
     def _add_memory(self, slot: int, region: MemoryRegion) -> tuple[MemoryRegion, memoryview]:
         mapping = _map(region)
         self._mappings.append(mapping)
-        anchor = ctypes.c_char.from_buffer(mapping)
-        argument = struct.pack("<IIQQQ", slot, 0, region.guest_address, region.size, ctypes.addressof(anchor))
-        del anchor
+        argument = struct.pack("<IIQQQ", slot, 0, region.guest_address, region.size, _address(mapping))
         uapi.call(self.fd, uapi.SET_USER_MEMORY_REGION, bytearray(argument), register=f"{region.guest_address:#x}")
         return region, memoryview(mapping)
 
@@ -216,14 +217,18 @@ class KvmVm(Vm):
         """See `Vm.read`."""
         part, rows = self._program(layout).reading, self._rows(layout, first_vcpu, values)
         if part.table is not None:
-            return part.table.run(rows, b"", self._threads(rows))
+            pages = self._page_addresses[8 * first_vcpu:8 * (first_vcpu + len(values))]
+            return part.table.run(rows, self._threads(len(rows)), pages if layout.scope == Scope.VCPU else b"")
         return [no for row in rows for op in part.operations for no in op.read(row)]
 
     def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """See `Vm.write`."""
         part, rows = self._program(layout).writing, self._rows(layout, first_vcpu, values)
+        there, self._page_addresses = self._there.get(layout), b""
+        self._there = {other: has for other, has in self._there.items() if other != layout}
         if part.table is not None:
-            return part.table.run(rows, b"", self._threads(rows))
+            has = b"" if there is None else there[first_vcpu:first_vcpu + len(values)]
+            return part.table.run(rows, self._threads(len(rows)), there=has)
         return [no for row in rows for op in part.operations for no in op.write(row)]
 
     def _rows(self, layout: Layout, first_vcpu: int, values: Words) -> Rows:
@@ -235,15 +240,16 @@ class KvmVm(Vm):
         return Rows(fds[first_vcpu:first_vcpu + len(values)], values,
                     first_vcpu if layout.scope == Scope.VCPU else None)
 
-    def _threads(self, rows: Sequence[object]) -> int:
-        return self.threads or batch.default_threads(len(rows))
+    def _threads(self, rows: int) -> int:
+        return self.threads or batch.default_threads(rows)
 
     def _program(self, layout: Layout) -> _Program:
         if layout not in self._programs:
             operations = self.arch.operations(layout)
             reading = self.arch.read_order(layout, operations)
+            settled = [op for op in operations if (e := op.entry(writing=True)) and e.flags & batch.Flag.SETTLED]
             self._programs[layout] = _Program(self._part(reading, writing=False),
-                                              self._part(operations, writing=True))
+                                              self._part(operations, writing=True), self._part(settled, writing=False))
         return self._programs[layout]
 
     def _part(self, operations: list[Operation], writing: bool) -> _Part:
@@ -254,9 +260,21 @@ class KvmVm(Vm):
         for layout in layouts:
             self._program(layout)
 
+    def take_stock(self, layouts: Sequence[Layout]) -> None:
+        """See `Vm.take_stock`. Only columns that no other write can change are looked at (`batch.Flag.SETTLED`)."""
+        import numpy as np
+
+        for layout in layouts:
+            table = self._program(layout).settled.table
+            if table is None or not table.length:
+                continue
+            has = np.zeros((len(self.vcpu_fds), layout.row_words), np.uint64)
+            if not table.run(self._rows(layout, 0, has), self._threads(len(has))):
+                self._there[layout] = has
+
     def warm(self) -> None:
         """See `Vm.warm`."""
-        batch.warm(self._threads(self.vcpu_fds))
+        batch.warm(min(self._threads(len(self.vcpu_fds)), len(self.vcpu_fds)))
 
     def __enter__(self) -> KvmVm:
         return self
@@ -269,11 +287,20 @@ class KvmVm(Vm):
         """See `Vm.start`."""
         if not self._run_pages:
             raise UsageError("an attached VM is run by whoever owns it")
+        self._forget()
+        for page in self._run_pages:
+            struct.pack_into("<Q", page, uapi.RUN_VALID_REGS, self.arch.page_registers())
         self._runner = self._runner or Runner(self.vcpu_fds, self._run_pages)
         self._runner.start()
 
+    def _forget(self) -> None:
+        """What was known of the vCPUs' registers is so no more: they run."""
+        self._page_addresses = b""
+        self._there.clear()
+
     def enter(self, vcpu: int) -> None:
         """KVM_RUN with `immediate_exit`. Raises: BackendError for any end of it but EINTR."""
+        self._forget()
         page = self._run_pages[vcpu]
         page[uapi.RUN_IMMEDIATE_EXIT] = 1
         try:
@@ -296,9 +323,9 @@ class KvmVm(Vm):
         return True
 
     def pause(self) -> None:
-        """See `Vm.pause`."""
-        if self._runner:
-            self._runner.pause()
+        """See `Vm.pause`. From here to the next write, the run pages have the registers of the last exit."""
+        if self._runner and self._runner.pause() and self.arch.page_registers():
+            self._page_addresses = array("Q", [_address(page) for page in self._run_pages]).tobytes()
 
     def exits(self) -> dict[int, str]:
         """See `Vm.exits`."""
@@ -316,6 +343,7 @@ class KvmVm(Vm):
             if fd >= 0:
                 os.close(fd)
         self._run_pages, self._mappings, self.vcpu_fds, self.device_fds, self.fd = [], [], [], {}, -1
+        self._forget()
         self._runner = None
 
 
@@ -329,10 +357,15 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Program:
-    """How a layout is read and written."""
+    """How a layout is read and written; `settled` reads the columns of `batch.Flag.SETTLED`."""
 
     reading: _Part
     writing: _Part
+    settled: _Part
+
+
+def _address(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
 
 
 def _map(region: MemoryRegion) -> mmap.mmap:

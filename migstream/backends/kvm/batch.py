@@ -20,15 +20,14 @@ from migstream.native import compiled
 if TYPE_CHECKING:
     from migstream.backends.kvm.operations import Operation, Row, Rows
     from migstream.backends.kvm.uapi import Request
+    from migstream.model import Words
 
-_ENTRY = struct.Struct("<4I2Q4I16s")
+_ENTRY = struct.Struct("<4I2Q6I16s")
 MOST_MSRS = 256
 """KVM's own limit for one KVM_GET_MSRS or KVM_SET_MSRS (KVM_MAX_MSR_ENTRIES)."""
 
 PER_THREAD = 4
 """vCPUs that are worth a thread: a spinning worker paid from 4 vCPUs in a C trial; not measured with this code."""
-
-SKIP_IF_CURRENT = 0xFFFF_FFFF
 
 
 class Kind(enum.IntEnum):
@@ -39,7 +38,16 @@ class Kind(enum.IntEnum):
     ADDRESS = 2
     MSRS = 3
     INTEGER = 4
-    GATE = 5
+    FIRST = 5
+
+
+class Flag(enum.IntFlag):
+    """What else an entry is; the numbers of `enum flags` in `_native.c`."""
+
+    GATE = 1
+    """KVM_GET_LAPIC of a read: where it shows that no INIT came, columns after it are taken from the run page."""
+    SETTLED = 2
+    """Not written where the target was read to have this very value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +57,8 @@ class Entry:
     Attributes:
         start, size: the column, bytes of the row. request: the ioctl; `other`: the one that asks first (INTEGER).
         head: what stands before the value or address, or (COUNTED) where the length is and how it counts.
-        msrs: indices of a run of MSRs. page, page_size: where the run page has the same, 0 for nowhere.
+        msrs: indices of a run of MSRs. page, page_size: where the run page has the column's start, 0 for nowhere; the
+            rest of the column is zero then.
     """
 
     kind: Kind
@@ -61,6 +70,7 @@ class Entry:
     msrs: tuple[int, ...] = ()
     page: int = 0
     page_size: int = 0
+    flags: int = 0
 
 
 class Table:
@@ -71,23 +81,28 @@ class Table:
         packed = []
         for e, _ in program:
             packed.append(_ENTRY.pack(e.kind, e.start, e.size, len(e.head), e.request.number, e.other, len(indices),
-                                      len(e.msrs), e.page, e.page_size, e.head))
+                                      len(e.msrs), e.page, e.page_size, e.flags, 0, e.head))
             indices.extend(e.msrs)
         self._program, self.writing = program, writing
         self._entries, self._indices = b"".join(packed), indices.tobytes()
+        self.length = len(program)
 
-    def run(self, rows: Rows, pages: bytes, threads: int) -> list[Refusal]:
+    def run(self, rows: Rows, threads: int, pages: bytes | memoryview = b"", there: Words | bytes = b"",
+            ) -> list[Refusal]:
         """Serve all rows and return what was refused, in their order.
 
         Args:
-            pages: addresses of the rows' run pages, where they may be used; else empty.
+            pages: addresses of the rows' run pages, where they may be used (see `Flag.GATE`); else empty.
+            there: what the target has, a matrix like the rows' (see `Flag.SETTLED`); else empty.
         """
         assert compiled is not None
-        results = array("Q", bytes(8 * len(rows)))
-        compiled.run(self._entries, self._indices, rows.fds, pages, rows.values, rows.values.shape[1] * 8, results,
-                     self.writing, threads)
-        if not any(results):
+        results = bytearray(8 * len(rows))
+        if not compiled.run(self._entries, self._indices, rows.fds, pages, there, rows.values,
+                            rows.values.shape[1] * 8, results, self.writing, threads):
             return []
+        return self._refusals(rows, memoryview(results).cast("Q"))
+
+    def _refusals(self, rows: Rows, results: Sequence[int]) -> list[Refusal]:
         return [no for k, result in enumerate(results) if result for no in self._go_on(rows[k], result)]
 
     def _go_on(self, row: Row, result: int) -> list[Refusal]:

@@ -17,6 +17,7 @@ from migstream.backends.kvm import uapi
 from migstream.errors import UsageError, errno_name
 
 KICK = signal.SIGUSR1
+_FAILED = "KVM_RUN: "
 
 
 class Runner:
@@ -42,8 +43,9 @@ class Runner:
         finally:
             gate.set()
 
-    def pause(self) -> None:
-        """Stop all vCPUs and join their threads."""
+    def pause(self) -> bool:
+        """Stop all vCPUs and join their threads; True where vCPUs ran, and each ended with an exit of KVM_RUN."""
+        ran = bool(self._threads)
         for page in self._pages:
             page[uapi.RUN_IMMEDIATE_EXIT] = 1
         for thread in self._threads:
@@ -55,6 +57,7 @@ class Runner:
         self._threads = []
         for page in self._pages:
             page[uapi.RUN_IMMEDIATE_EXIT] = 0
+        return ran and not any(why.startswith(_FAILED) for why in self.exits.values())
 
     def _loop(self, k: int, gate: threading.Event) -> None:
         """Run until kicked. A guest of ours never exits by itself: any other exit is its end.
@@ -68,7 +71,7 @@ class Runner:
         except InterruptedError:
             return
         except OSError as error:
-            self.exits[k] = f"KVM_RUN: {errno_name(error.errno or errno.EIO)}"
+            self.exits[k] = f"{_FAILED}{errno_name(error.errno or errno.EIO)}"
             return
         (reason,) = struct.unpack_from("<I", self._pages[k], uapi.RUN_EXIT_REASON)
         self.exits[k] = f"KVM_EXIT_{uapi.EXIT_REASONS.get(reason, reason)}"

@@ -130,6 +130,9 @@ EXIT_REASONS = {0: "UNKNOWN", 1: "EXCEPTION", 2: "IO", 5: "HLT", 6: "MMIO", 8: "
 RUN_IMMEDIATE_EXIT = 1
 """Byte of `struct kvm_run` that makes the next KVM_RUN return at once with EINTR."""
 
+RUN_VALID_REGS, RUN_REGS, RUN_SREGS = 288, 304, 448
+"""Byte offsets in x86-64's `struct kvm_run` of what KVM is asked to put there at each exit, and where it puts it."""
+
 RUN_EXIT_REASON = 8
 """Byte offset of the 32-bit `exit_reason` in `struct kvm_run`."""
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from migstream.backends.base import SHORT_COUNT, Refusal
 from migstream.backends.kvm import uapi
 from migstream.backends.kvm.arch import ArchHost, ArchVm
-from migstream.backends.kvm.batch import Entry, Kind
+from migstream.backends.kvm.batch import Entry, Flag, Kind
 from migstream.backends.kvm.operations import (
     ATTRIBUTE,
     ByAddress,
@@ -46,6 +46,20 @@ _MSR_LIST_CAPACITY = 4096
 _CPUID_CAPACITY = 256
 _OWN_ATTRIBUTE = ids.attribute_id(0, 0, 0) >> 40
 """Ids of attributes of the vCPU's own file descriptor; bits 39:32 are the group."""
+
+
+class Shared(Struct):
+    """A struct that the batch may find in the run page, or leave out of a write: `_IN_PAGE`, `_SETTLED`."""
+
+    settled = False
+
+    def entry(self, writing: bool) -> Entry | None:
+        """As `Struct.entry`, with what else the batch has to know."""
+        entry = super().entry(writing)
+        if entry is None or writing:
+            return entry and replace(entry, flags=Flag.SETTLED if self.settled else 0)
+        page, size = _IN_PAGE.get(self.id, (0, 0))
+        return replace(entry, page=page, page_size=size, flags=Flag.GATE if self.id == rows.LAPIC.id else 0)
 
 
 class Counted(Struct):
@@ -117,8 +131,9 @@ class Clock(Struct):
         return []
 
     def entry(self, writing: bool) -> Entry | None:
-        """Reading alone: what is written is not the column."""
-        return None if writing else super().entry(writing)
+        """What is written is the column's first word."""
+        entry = super().entry(writing)
+        return entry and replace(entry, kind=Kind.FIRST) if writing else entry
 
 
 class TscKhz(Operation):
@@ -237,6 +252,20 @@ _STRUCTS: dict[int, tuple[Request, Request]] = {
     rows.NESTED_STATE.id: (uapi.GET_NESTED_STATE, uapi.SET_NESTED_STATE),
 }
 
+_IN_PAGE = {
+    rows.REGS.id: (uapi.RUN_REGS, 144),
+    rows.SREGS.id: (uapi.RUN_SREGS, 312),
+    rows.SREGS2.id: (uapi.RUN_SREGS, 280),  # as kvm_sregs up to apic_base; then flags and PDPTRs, 0 but in PAE mode
+}
+"""struct kvm_sync_regs: where each begins in the run page, and how much of it is there."""
+
+_SETTLED = frozenset((rows.XCRS.id, rows.DEBUGREGS.id, rows.VCPU_EVENTS.id))
+"""Registers that no other register's write changes to another value than a fresh vCPU's. DR0 to DR7 and XCR0 are
+written by nothing else (kvm_vcpu_ioctl_x86_set_debugregs, _set_xcrs). KVM_SET_REGS and KVM_SET_SREGS only take pending
+events away, but for an interrupt that KVM_SREGS itself carries: the saved events have it then, and are written."""
+
+_SYNC_REGS, _SYNC_SREGS = 1, 2
+
 _COUNTED = {rows.CPUID2.id: (0, 8, CPUID_ENTRY, errno.E2BIG), rows.NESTED_STATE.id: (4, 0, 1, errno.EINVAL)}
 """Registers with a length of their own: where it is (a u32), what it counts (bytes before, bytes of each), and the
 errno for one that is too long."""
@@ -257,7 +286,7 @@ def _prepare(id: int, size: int) -> bytes:
 def _operation(id: int, start: int, size: int, capabilities: Mapping[str, int],
                told: dict[int, tuple[int, ...]]) -> Operation:
     if id in _STRUCTS:
-        return _CLASSES.get(id, Struct)(id, start, size, *_STRUCTS[id], _prepare(id, size))
+        return _CLASSES.get(id, Shared)(id, start, size, *_STRUCTS[id], _prepare(id, size))
     if id == rows.XSAVE.id:
         get = uapi.GET_XSAVE2 if capabilities.get("XSAVE2") else uapi.GET_XSAVE
         return Struct(id, start, size, get, uapi.SET_XSAVE)
@@ -282,6 +311,9 @@ def operations(layout: Layout, capabilities: Mapping[str, int], told: dict[int, 
         slot, word = layout.slots[column], layout.offsets[column]
         out.append(Msrs(run, word) if run else _operation(slot.id, word * 8, slot.size, capabilities, told))
         column += len(run) or 1
+    for operation in out if rows.NESTED_STATE.id not in layout.index else ():  # entering L2 loads debug registers
+        if isinstance(operation, Shared):
+            operation.settled = operation.id in _SETTLED
     return out
 
 
@@ -296,10 +328,14 @@ def _msr_run(layout: Layout, column: int) -> list[int]:
 
 
 def read_order(layout: Layout, program: list[Operation]) -> list[Operation]:
-    """The operations in the order of a save: MP_STATE first, because reading it accepts pending INIT and SIPI."""
+    """The operations in the order of a save: MP_STATE first, because reading it accepts pending INIT and SIPI; then the
+    LAPIC, which shows whether an INIT came (`batch.Flag.GATE`)."""
     if layout.scope == Scope.VM:
         return program
-    return sorted(program, key=lambda op: getattr(op, "id", 0) != rows.MP_STATE.id)
+    return sorted(program, key=lambda op: _READ_FIRST.get(op.id, len(_READ_FIRST)))
+
+
+_READ_FIRST = {rows.MP_STATE.id: 0, rows.LAPIC.id: 1}
 
 
 class X86Host(ArchHost):
@@ -347,6 +383,10 @@ class X86Vm(ArchVm):
     def operations(self, layout: Layout) -> list[Operation]:
         """See `operations`."""
         return operations(layout, self.vm.backend.profile().capabilities, self.vm.enabled_caps)
+
+    def page_registers(self) -> int:
+        """General and segment registers, as far as KVM_CAP_SYNC_REGS offers them."""
+        return int(self.vm.backend.profile().capabilities.get("SYNC_REGS", 0)) & (_SYNC_REGS | _SYNC_SREGS)
 
     def read_order(self, layout: Layout, program: list[Operation]) -> list[Operation]:
         """MP_STATE first; see `read_order`."""
