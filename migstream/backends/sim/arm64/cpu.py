@@ -242,6 +242,8 @@ def _move_wide(word: int) -> Step:
     kind = word >> 29 & 3
 
     def step(cpu: Cpu) -> None:
+        if kind == 1:  # unallocated
+            raise unknown()
         moved = value << shift
         cpu.put(rd, {0: ~moved, 2: moved, 3: cpu.get(rd) & ~(0xFFFF << shift) | moved}[kind])
 
@@ -272,8 +274,7 @@ FORMS: tuple[Form, ...] = (
     Form(0x3F80_0000, 0x3900_0000, "LDR, STR (unsigned offset; bytes to 64 bits)", _transfer),
     Form(0xFC00_0000, 0x1400_0000, "B", _branch),
     Form(0xFF00_001E, 0x5400_0000, "B.EQ, B.NE", _equal_branch),
-    Form(0xFF80_0000, 0x9280_0000, "MOVN", _move_wide),
-    Form(0xDF80_0000, 0xD280_0000, "MOVZ, MOVK", _move_wide),
+    Form(0x9F80_0000, 0x9280_0000, "MOVN, MOVZ, MOVK", _move_wide),
     Form(0xFFFF_FFFF, 0xD503_201F, "NOP", _nothing),
     Form(0xFFFF_FFFF, 0xD503_207F, "WFI", _wait),
 )
