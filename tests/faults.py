@@ -30,7 +30,7 @@ from migstream.registers.catalogue import lookup, running
 from migstream.report import Report
 from migstream.sections import EncodedBank
 from migstream.transport import capture_prologue, read_items, restore, save
-from migstream.transport.readback import FORWARD
+from migstream.transport.clocks import FORWARD
 
 MEMORY = 1 << 20
 OWN_VALUES = (0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0102, 0x3B)

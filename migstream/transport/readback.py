@@ -1,22 +1,16 @@
-"""Reading back what was written, and telling what runs by itself from what was lost.
-
-What was lost is nobody's to run: unless the operator's policy accepts the register, the restore has failed.
-"""
+"""Reading back what was written, and telling what runs by itself from what was lost."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from migstream.backends.base import Vm
-from migstream.errors import RestoreFailed
 from migstream.model import Slot
-from migstream.registers import arm64, x86_64
 from migstream.registers.catalogue import Running, lookup, running
 from migstream.report import Difference, Report
+from migstream.transport.clocks import went_back
 from migstream.transport.written import Written, columns
 from migstream.verdicts.model import Kernel
-from migstream.verdicts.policy import Policy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,22 +33,6 @@ def compare(vm: Vm, written: list[Written], report: Report) -> None:
             first, found = found, _differences(vm, done, done.values)
             report.notes += _only_once(first, found)
         report.differs += found
-
-
-def settle(report: Report, policy: Policy) -> None:
-    """Let pass what the policy accepts. Raises: RestoreFailed with the first register that it does not."""
-    report.differs = [one if one.reason else replace(one, tolerated=_accepted(policy, one)) for one in report.differs]
-    lost = [one for one in report.differs if not one.reason and not one.tolerated]
-    if lost:
-        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-        raise RestoreFailed(f"{lost[0]}{more}; the VM was destroyed", report)
-
-
-def _accepted(policy: Policy, difference: Difference) -> str:
-    """The reason of the first `tolerate` row that names the register, if it says that a guest may notice; else ""."""
-    name = lookup(difference.register).name
-    clause = next((one for one in policy.clauses if one.verb == "tolerate" and one.names(name)), None)
-    return clause.reason if clause is not None and clause.guest_notices else ""
 
 
 def _only_once(first: list[Difference], second: list[Difference]) -> list[str]:
@@ -85,8 +63,7 @@ def _column(done: Written, slot: Slot, actual: Words, wanted: Words) -> list[Dif
         return []
     known = running(slot.id) or _judged(done, slot)
     unexplained = different if known is None else different & _outside(actual ^ wanted, known.spans)
-    if slot.id in FORWARD and arm64.COUNTER_OFFSET.id not in done.target.index:  # which decides instead
-        unexplained = unexplained | (actual[:, 0] < wanted[:, 0])
+    unexplained = unexplained | went_back(done.target, slot.id, actual, wanted)
     return [Difference(slot.id, _vcpus(done, rows), reason)
             for rows, reason in ((different & ~unexplained, known.reason if known else ""), (unexplained, ""))
             if rows.any()]
@@ -98,11 +75,6 @@ def _judged(done: Written, slot: Slot) -> Running | None:
         if verdict.target == slot and verdict.kernel == Kernel.DROPS and verdict.value is None and verdict.reason:
             return Running(((0, slot.size * 8),), f"as judged: {verdict.reason}")
     return None
-
-
-FORWARD = frozenset((*(row.id for row in arm64.COUNTERS), x86_64.CLOCK.id))
-"""Clocks whose first word only grows: one that reads less than what was written has lost it. A guest's TSC is not among
-them: KVM brings those of a VM's vCPUs together as it likes."""
 
 
 def _outside(changed: Words, spans: tuple[tuple[int, int], ...]) -> NDArray[np.bool_]:

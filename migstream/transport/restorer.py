@@ -18,6 +18,7 @@ from migstream.registers import arm64_ids, ids
 from migstream.report import Report
 from migstream.sections import EncodedBank, Item, RamPages
 from migstream.transport import readback as check
+from migstream.transport.lost import settle
 from migstream.transport.streams import Source, read_items
 from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written, columns, repeats
@@ -121,7 +122,7 @@ class Restorer:
         if self._readback:
             with self.report.phase("readback"):
                 check.compare(vm, self._written, self.report)
-            check.settle(self.report, self._policy)
+            settle(self.report, self._policy)
         self._vm = None
         return vm, self.report
 

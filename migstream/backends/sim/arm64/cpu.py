@@ -253,6 +253,8 @@ def _move_wide(word: int) -> Step:
     kind = word >> 29 & 3
 
     def step(cpu: Cpu) -> None:
+        if kind == 1:  # unallocated
+            raise unknown()
         moved = value << shift
         cpu.put(rd, {0: ~moved, 2: moved, 3: cpu.get(rd) & ~(0xFFFF << shift) | moved}[kind])
 

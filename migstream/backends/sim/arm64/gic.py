@@ -15,7 +15,6 @@ import numpy as np
 
 from migstream.backends.sim.arm64.guest import Access, Guest
 from migstream.backends.sim.arm64.rules import invalid, refused, since
-from migstream.errors import UsageError
 from migstream.registers import gic, ids, vcpu_features
 from migstream.registers.catalogue import lookup
 
@@ -228,33 +227,27 @@ class GicColumn:
         return lookup(self.id).size == 4
 
 
-def _in_ram(order: Callable[[], None]) -> bool:
-    """Carry out an order; False where a table that it is about is not in guest RAM."""
-    try:
-        order()
-    except UsageError:
-        return False
-    return True
-
-
 @dataclass(frozen=True, slots=True)
 class Ordered:
-    """A register that something has to be done before or after: tables in guest RAM are saved or read."""
+    """A register that something has to be done before or after: tables in guest RAM are saved or read.
+
+    False of what comes before: EFAULT, they are not in guest RAM.
+    """
 
     column: GicColumn | ItsColumn
-    before_read: Callable[[], None] | None = None
-    before_write: Callable[[], None] | None = None
+    before_read: Callable[[], bool] | None = None
+    before_write: Callable[[], bool] | None = None
     after_write: Callable[[], None] | None = None
 
     def read(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
         """See `GicColumn.read`."""
-        if self.before_read and not _in_ram(self.before_read):
+        if self.before_read and not self.before_read():
             return np.full(len(values), errno.EFAULT, np.int64)
         return self.column.read(guest, rows, numbers, values)
 
     def write(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
         """See `GicColumn.write`."""
-        if self.before_write and not _in_ram(self.before_write):
+        if self.before_write and not self.before_write():
             return np.full(len(values), errno.EFAULT, np.int64)
         errnos = self.column.write(guest, rows, numbers, values)
         if self.after_write:

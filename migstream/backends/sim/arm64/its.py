@@ -35,6 +35,19 @@ _MAPD, _MAPC, _MAPTI, _MAPI, _INT, _CLEAR = 0x08, 0x09, 0x0A, 0x0B, 0x03, 0x04
 _FIRST_LPI = 8192
 
 
+def _in_ram(order: Callable[[Its], None]) -> Callable[[Its], bool]:
+    """An order about tables; False where one of them is not in guest RAM."""
+    def carry_out(self: Its) -> bool:
+        try:
+            order(self)
+        except UsageError:
+            return False
+        return True
+
+    carry_out.__doc__ = order.__doc__
+    return carry_out
+
+
 class Its:
     """One ITS.
 
@@ -104,6 +117,7 @@ class Its:
         elif what == _CLEAR and (device, event) in self.events:
             self.pending.discard(self.events[device, event][0])
 
+    @_in_ram
     def save_tables(self) -> None:
         """KVM_DEV_ARM_ITS_SAVE_TABLES: devices, their events, and collections go to guest RAM."""
         devices, collections = (self._registers[BASER0 + 8 * n] for n in (0, 1))
@@ -119,12 +133,14 @@ class Its:
             for n, (collection, vcpu) in enumerate(sorted(self.collections.items())):
                 self._put(collections & _ADDRESS, n, _VALID | vcpu << 16 | collection)
 
+    @_in_ram
     def save_pending(self) -> None:
         """KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES: a bit for each LPI, in the table of the vCPU that takes it."""
         for lpi, table in self._targets():
             byte = self._memory().view((table & _ADDRESS) + lpi // 8, 1)
             byte[0] = byte[0] & ~(1 << lpi % 8) | (lpi in self.pending) << lpi % 8
 
+    @_in_ram
     def restore_tables(self) -> None:
         """KVM_DEV_ARM_ITS_RESTORE_TABLES, and which of the LPIs are pending."""
         devices, collections = (self._registers[BASER0 + 8 * n] for n in (0, 1))

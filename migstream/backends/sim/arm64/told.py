@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim.arm64 import ids
-from migstream.backends.sim.arm64.proposals import ASYMMETRIC, ASYMMETRIC_CAP, SCOPE_CAP
-from migstream.host.profile import SCOPE_CAPABILITY
+from migstream.backends.sim.arm64.proposals import ASYMMETRIC, ASYMMETRIC_CAP
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +32,6 @@ CAPABILITIES: dict[int, Capability] = {
     205: Capability("ARM_MTE", True, "kvm_vm_ioctl_enable_cap()"),
     216: Capability("ARM_SYSTEM_SUSPEND", False, "kvm_vm_ioctl_enable_cap() since 5.20"),
     239: Capability("ARM_WRITABLE_IMP_ID_REGS", True, "kvm_vm_ioctl_enable_cap() since 6.15"),
-    SCOPE_CAP: Capability(SCOPE_CAPABILITY, False, "register scope, v4 (2022): no check of vCPUs"),
     ASYMMETRIC_CAP: Capability(ASYMMETRIC, True, "nobody's yet"),
 }
 """By number."""

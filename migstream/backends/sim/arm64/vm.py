@@ -89,6 +89,9 @@ class Arm64SimVm(DeviceIoctls, Vm):
 
     def enable(self, capability: int, args: tuple[int, ...] = (), flags: int = 0) -> int:
         """KVM_ENABLE_CAP: 0, or the errno."""
+        if capability == SCOPE_CAP and self.profile.says_scope and not flags and not any(args):
+            self.guest.ignored = all_ids.KVM_REG_ARM_SCOPE_VM
+            return 0  # a matter between the kernel and who asks: nothing of it travels
         offered = CAPABILITIES.get(capability)
         name = offered.capability if offered else ""
         if self.guest.dead:
@@ -97,11 +100,6 @@ class Arm64SimVm(DeviceIoctls, Vm):
             return errno.EINVAL
         if offered and offered.before_vcpus and self.guest.vcpus:
             return errno.EINVAL
-        if capability == SCOPE_CAP:  # a matter between the kernel and who asks: nothing of it travels
-            if any(args):
-                return errno.EINVAL
-            self.guest.ignored = all_ids.KVM_REG_ARM_SCOPE_VM
-            return 0
         self.guest.told[capability] = args
         return 0
 
