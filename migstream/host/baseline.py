@@ -124,7 +124,7 @@ def _arm64(draft: Draft, hosts: Hosts, features: int | None) -> int:
         if draft.is_free(row.name):
             draft.left_out.append(f"{row.name}: not pinned, as asked")
             continue
-        offers = {name: view.offer(id) for name, view in views.items()}
+        offers = {name: view.tried(id, view.offer(id)) for name, view in views.items()}
         if unknown := [name for name, offer in offers.items() if offer is None]:
             draft.refusals.append(f"{row.name}: what {unknown[0]} behaves as isn't known (its profile was captured "
                                   "before hosts were asked by a guest)")
@@ -194,16 +194,18 @@ class View:
             return Offer(int.from_bytes(seen, "little"), 0, len(seen), "as a guest reads it")
         if id in self.host.listed:
             value = self._value(id)
-            if value is None:
-                return None
-            tried = bool(self.host.register_bits) or id in self.host.writable_masks
-            return Offer(int.from_bytes(value, "little"), self._writable(id), len(value), tried=tried)
+            return None if value is None else Offer(int.from_bytes(value, "little"), self._writable(id), len(value))
         if id in self.behaviour.behaves_as:
             value = self.behaviour.behaves_as[id]
             return Offer(int.from_bytes(value, "little"), 0, len(value), self.behaviour.how.get(id, ""))
         if id in _READS_0:
             return Offer(0, 0, 8, "hidden: reads 0")
         return None
+
+    def tried(self, id: int, offer: Offer | None) -> Offer | None:
+        """The offer, and whether its writable bits are known: a profile without the experiment has none."""
+        known = bool(self.host.register_bits) or id in self.host.writable_masks or id not in self.host.listed
+        return offer if offer is None or known else replace(offer, tried=False)
 
     def _wide(self, id: int) -> bool:
         needed = vcpu_features.DEPENDENT.get(lookup(id).name, 0)
