@@ -143,3 +143,22 @@ def test_any_bytes_decompress_or_are_refused(stored: bytes, raw_length: int) -> 
         assert len(codec.decompress(codec.ZSTD, build.ZSTD_MAGIC + stored, raw_length)) == raw_length
     except Corrupt as error:
         assert error.exit_status == 1
+
+
+@pytest.mark.skipif(codec.compiled is None, reason="nothing compiled is here")
+@given(strategies.matrices(), st.data())
+def test_the_compiled_filter_and_python_agree(values: Any, data: st.DataObject) -> None:
+    """The same bytes; and of bytes with a bit changed, the same matrix, or refused by both."""
+    raw = bytearray(codec.filter_bank(values, codec.DELTA))
+    assert bytes(raw) == codec._delta(values)
+    bit = data.draw(st.integers(0, len(raw) * 8 - 1))
+    raw[bit // 8] ^= 1 << bit % 8
+    out = np.empty_like(values)
+    taken = codec.compiled is not None and codec.compiled.undelta(bytes(raw), *values.shape, out)
+    try:
+        in_python = codec._undelta(bytes(raw), *values.shape)
+    except Corrupt:
+        assert not taken
+    else:
+        assert taken
+        assert (out == in_python).all()
