@@ -3,7 +3,8 @@
     python -m tests.fidelity --kernel x86_64-7.2 --sequences 2000 --seed 7
 
 `calls` says what a call, a vocabulary and a stage are; `driver` plays, compares and shrinks and knows no architecture;
-`guest` runs inside a lab kernel, or here for this machine's own KVM; `x86_64` is a vocabulary.
+`guest` runs inside a lab kernel, or here for this machine's own KVM; `answers` keeps what a kernel said; `x86_64` and
+`arm64` are vocabularies.
 
 A vocabulary is added in three steps: (1) a module with a class that has what `calls.Vocabulary` asks for (its calls are
 the methods `do_NAME` of its stage, its sequences depend on nothing but the generator and the profile they are given);
