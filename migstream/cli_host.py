@@ -60,6 +60,7 @@ def open_profile(name: str) -> HostProfile:
     Raises: UsageError; BackendUnavailable for a rule that there is not.
     """
     from migstream.backends.sim.backend import recorded
+    from migstream.backends.sim.validate import check
     from migstream.backends.sim.variants import MARK
     from migstream.host import profiles
     from migstream.host.profile import from_json
@@ -70,7 +71,9 @@ def open_profile(name: str) -> HostProfile:
     if not path.is_file():
         return profiles.load(name.removeprefix("sim:"))
     try:
-        return from_json(path.read_text(encoding="utf-8"), name)
+        profile = from_json(path.read_text(encoding="utf-8"), name)
+        check(profile, name)
+        return profile
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{name}: not a host profile: {error}") from error
 

@@ -256,3 +256,11 @@ def test_a_stream_of_one_filter_is_no_stream_of_a_plain_kernel(tmp_path: Path, c
     refused.remove("KVM_CPUID2")
     assert len(refused) == 17 and all(name.startswith("MSR_IA32_VMX_") for name in refused)
     assert "MSR_IA32_VMX_VMFUNC" not in refused, "0 for a guest of eVMCS, which is what nobody misses"
+
+
+@pytest.mark.parametrize("kernel", [
+    f"{KERNEL}+reg-scope+sdei=v5", f"{KERNEL}+reg-scope=v4+sdei", f"{KERNEL}+psci1.4+bitmap-bit+add-register",
+    "arm64-5.10+reg-scope+sdei", f"{X86}+evmcs=allow-list"])
+def test_the_demo_passes_on_kernels_that_nobody_has(capsys: Capture, kernel: str) -> None:
+    document = called(capsys, "demo", "--backend", f"sim:{kernel}", "--vcpus", "2", "--memory", "8M", "--run", "0.02")
+    assert all(after > before for before, after in zip(document["steps_at_save"], document["steps_after"], strict=True))
