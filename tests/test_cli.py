@@ -81,7 +81,8 @@ def test_demo_on_real_kvm(capsys: Capture, vcpus: int) -> None:
     assert [d for d in result["replay"]["readback"]["differs"] if not d["reason"]] == []
 
 
-_FEATURES = {Arch.X86_64: [[]], Arch.ARM64: [[], ["--vcpu-features", "sve,pmu_v3,ptrauth"]]}
+_FEATURES: dict[Arch, list[list[str]]] = {
+    Arch.X86_64: [[]], Arch.ARM64: [[], ["--vcpu-features", "sve,pmu_v3,ptrauth"]]}
 
 
 @pytest.mark.sim

@@ -196,7 +196,8 @@ def evmcs(generation: str, path: Path, when: str, perf_global: bool = True) -> s
 
     `perf_global`: the VMM says in CPUID that the enlightened VMCS has PERF_GLOBAL_CTRL.
     """
-    backend, on = SimBackend(f"{X86}+evmcs={generation}"), {EVMCS_CAP: (0x0101,)}
+    backend = SimBackend(f"{X86}+evmcs={generation}")
+    on: dict[int, tuple[int, ...]] = {EVMCS_CAP: (0x0101,)}
     pin, table = ids.msr_id(0x48D), backend.profile().cpuid
     table = access.with_leaf(table, access.PERF_GLOBAL_LEAF) if perf_global else table
     with access.create(backend, VCPUS, cpuid=False, enabled_caps=on if when == "before" else {}) as vm:

@@ -374,7 +374,8 @@ def test_bitmaps_unknown_bits_come_before_the_check_of_a_run(kernel: str) -> Non
         place = by_name(vm)["VENDOR_HYP_BMAP"]
         assert write_errnos(vm, place, [u64(1)]) == []
         vm.enter(0)
-        rows = ((1, []), (3, [errno.EBUSY]), (0, [errno.EBUSY]), (1 << 60, [errno.EINVAL]))
+        rows: tuple[tuple[int, list[int]], ...] = ((1, []), (3, [errno.EBUSY]), (0, [errno.EBUSY]),
+                                                   (1 << 60, [errno.EINVAL]))
         assert [write_errnos(vm, place, [u64(value)]) for value, _ in rows] == [answer for _, answer in rows]
         assert read(vm, place) == [u64(1)]
 
