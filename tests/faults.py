@@ -186,8 +186,8 @@ def try_all(name: str, vcpus: int, every: int = 1, seed: int = 0) -> Counter[tup
     faults = chosen(faults_of_restore(backend, name, vcpus), every, seed)
     counts = Counter((fault.kind.value, outcome(backend, name, vcpus, fault)) for fault in faults)
     right = sum(n for (_, what), n in counts.items() if what == RIGHT)
-    print(f"{name}, {vcpus} vCPUs, {len(faults)} single faults of a restore (1 of {every}, seed {seed}): {right} right, "
-          f"{len(faults) - right} failed and destroyed, 0 handed over wrong ({table(counts)})")
+    print(f"{name}, {vcpus} vCPUs, {len(faults)} single faults of a restore (1 of {every}, seed {seed}): "
+          f"{right} right, {len(faults) - right} failed and destroyed, 0 handed over wrong ({table(counts)})")
     return counts
 
 
