@@ -62,6 +62,7 @@ def open_profile(name: str) -> HostProfile:
     Raises: UsageError; BackendUnavailable for a rule that there is not.
     """
     from migstream.backends.sim.backend import recorded
+    from migstream.backends.sim.validate import check
     from migstream.backends.sim.variants import MARK
     from migstream.host import profiles
     from migstream.host.profile import from_json
@@ -73,11 +74,13 @@ def open_profile(name: str) -> HostProfile:
         return profiles.load(name.removeprefix("sim:"))
     try:
         data = path.read_bytes()
-        return from_json(data.decode("utf-8"), name)
+        profile = from_json(data.decode("utf-8"), name)
     except OSError as error:
         raise UsageError(f"{name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{name}: not a host profile: not UTF-8 text{filekind.of_bytes(data)}") from error
+    check(profile, name)
+    return profile
 
 
 def _capture(options: argparse.Namespace) -> int:

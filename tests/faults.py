@@ -185,8 +185,9 @@ def try_all(name: str, vcpus: int, every: int = 1, seed: int = 0) -> Counter[tup
     backend = open_backend(name)
     faults = chosen(faults_of_restore(backend, name, vcpus), every, seed)
     counts = Counter((fault.kind.value, outcome(backend, name, vcpus, fault)) for fault in faults)
+    right = sum(n for (_, what), n in counts.items() if what == RIGHT)
     print(f"{name}, {vcpus} vCPUs, {len(faults)} single faults of a restore (1 of {every}, seed {seed}): "
-          f"{table(counts)}")
+          f"{right} right, {len(faults) - right} failed and destroyed, 0 handed over wrong ({table(counts)})")
     return counts
 
 

@@ -19,8 +19,8 @@ from migstream.backends.sim.clock import HostClock
 from migstream.backends.sim.mmu import Exit
 from migstream.errors import BackendError
 from migstream.host import profiles
-from migstream.model import MemoryRegion
-from migstream.registers import arm64_ids, gic, vcpu_features
+from migstream.model import Layout, MemoryRegion, Phase, Scope, Slot
+from migstream.registers import arm64, arm64_ids, gic, vcpu_features
 from tests.contract.access import u64
 from tests.contract.arm64 import BOARD, DEFAULT, by_name, create, machine, read, through_vcpu, write_errnos
 
@@ -446,3 +446,77 @@ def test_devices_are_refused_as_the_kernel_does(change: dict[str, int], no: int,
     with pytest.raises(BackendError, match=attribute) as caught:
         make_devices(profile, wanted, 1)
     assert (caught.value.errno, caught.value.operation) == (no, "KVM_SET_DEVICE_ATTR")
+
+
+# what KVM can be told and not asked
+
+
+class Time:
+    """A host's clock that stands still until it is told."""
+
+    def __init__(self) -> None:
+        self.now = 10**12
+
+    def __call__(self) -> int:
+        return self.now
+
+
+def counters(vm: Arm64SimVm) -> list[int]:
+    """The virtual and the physical counter."""
+    return [int.from_bytes(read(vm, by_name(vm)[name])[0], "little") for name in ("TIMER_CNT", "PTIMER_CNT")]
+
+
+OFFSET = Layout(Scope.VM, Phase.CLOCK, (Slot(arm64.COUNTER_OFFSET.id, 16),)), Slot(arm64.COUNTER_OFFSET.id, 16)
+
+
+def test_a_counter_offset_decides_for_both_counters_from_then_on() -> None:
+    time = Time()
+    with SimBackend("arm64-6.12", now_ns=time).create(machine(1)) as vm:
+        assert isinstance(vm, Arm64SimVm)
+        vm.create_vcpus()
+        place = by_name(vm)["TIMER_CNT"]
+        assert write_errnos(vm, place, [u64(5000)]) == []
+        virtual, physical = counters(vm)
+        assert virtual == 5000
+        time.now += 10**9
+        after = counters(vm)
+        assert after[0] - virtual == after[1] - physical > 0, "both run, at one rate"
+        assert write_errnos(vm, OFFSET, [u64(1, 1)]) == [errno.EINVAL], "reserved"
+        assert arm64.COUNTER_OFFSET.name not in by_name(vm)
+        assert write_errnos(vm, OFFSET, [u64(123, 0)]) == []
+        assert len(set(counters(vm))) == 1 and read(vm, OFFSET) == [u64(123, 0)]
+        now = counters(vm)
+        assert write_errnos(vm, place, [u64(5000)]) == [] and counters(vm) == now, "ignored, without an error"
+        assert arm64.COUNTER_OFFSET.name in by_name(vm), "so that it travels"
+
+
+def test_a_kernel_without_counter_offsets_has_no_such_ioctl() -> None:
+    with create(SimBackend("arm64-6.1"), 1) as vm:
+        assert write_errnos(vm, OFFSET, [u64(123, 0)]) == [errno.ENOTTY]
+
+
+def test_a_vcpu_more_sets_the_virtual_counter_back() -> None:
+    time = Time()
+    vm = Arm64SimVm(profiles.load("arm64-6.12"), machine(2, devices={}), HostClock(1_000_000, time))
+    vm.guest.add_vcpus(1)
+    time.now += 10**9
+    before = int.from_bytes(_count(vm), "little")
+    vm.guest.add_vcpus(1)
+    assert before > 0 and int.from_bytes(_count(vm), "little") == 0
+    vm.close()
+
+
+def _count(vm: Arm64SimVm) -> bytes:
+    assert vm.init(0, DEFAULT) == (0, b"")
+    return vm.get(0, next(row.id for row in arm64.COUNTERS if row.name == "TIMER_CNT"))[1]
+
+
+@pytest.mark.parametrize(("capability", "args", "flags", "taken"), [
+    (216, (), 0, True), (216, (), 1, False), (99999, (), 0, False), (239, (), 0, False)])
+def test_capabilities_are_told_where_the_kernel_offers_them(
+        capability: int, args: tuple[int, ...], flags: int, taken: bool) -> None:
+    """On 6.12: ARM_SYSTEM_SUSPEND is there, ARM_WRITABLE_IMP_ID_REGS is not, flags are none."""
+    vm = Arm64SimVm(profiles.load("arm64-6.12"), machine(1, devices={}), HostClock(1_000_000, lambda: 0))
+    assert (vm.enable(capability, args, flags) == 0) == taken
+    assert (capability in vm.guest.told) == taken
+    vm.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from migstream.backends.sim import SimBackend
 from migstream.backends.sim.arm64 import Arm64SimVm
 from migstream.backends.sim.arm64.proposals import ASYMMETRIC_CAP, EVENTS, SCOPE_CAP, SDEI_VERSIONS
 from migstream.backends.sim.clock import HostClock
+from migstream.cli import main
 from migstream.errors import BackendError, BackendUnavailable, MigstreamError, UsageError
 from migstream.host import profiles
+from migstream.host.profile import to_json
 from migstream.model import Scope
 from migstream.registers import arm64_ids, ids, vcpu_features
 from migstream.registers.catalogue import lookup
@@ -95,6 +99,33 @@ def test_a_profile_edited_to_nonsense_is_refused_with_the_field(field: str, valu
     with pytest.raises(UsageError, match=f"field '{field}'") as caught:
         SimBackend(dataclasses.replace(profiles.load(KERNEL), **edited))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_edited_to_nonsense_is_one_line_with_the_field(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the command line, wherever a profile is taken."""
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(to_json(profiles.load(KERNEL)))
+    assert main(["host", "diff", str(good), KERNEL]) == 0
+    edited = json.loads(good.read_text())
+    edited["vcpu_features"] = 1 << 12
+    bad.write_text(json.dumps(edited))
+    capsys.readouterr()
+    assert main(["host", "diff", str(bad), KERNEL]) == 64
+    assert capsys.readouterr().err.splitlines() == [
+        f"migstream: {bad}: field 'vcpu_features': 0x1000 has bits that are no vCPU feature"]
+
+
+def test_a_kernel_under_rules_is_shown_and_compared_as_any(capsys: pytest.CaptureFixture[str]) -> None:
+    """`host list` has the rules; `host diff` takes the name and says what a rule changed."""
+    assert main(["host", "list", "--json"]) == 0
+    rules = {rule["name"]: rule for rule in json.loads(capsys.readouterr().out)["rules"]}
+    assert {"reg-scope[=v4]", "sdei[=v5|v7]", "asymmetric", "psciMAJOR.MINOR", "bitmap-bit[=BITMAP[.BIT]]",
+            "add-register[=REGISTER]", "hide-register=REGISTER"} <= rules.keys()
+    assert all(rule["what"] and rule["source"] for rule in rules.values())
+    assert main(["host", "diff", KERNEL, f"{KERNEL}+psci1.4+bitmap-bit+hide-register=TPIDR_EL1"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("PSCI_VERSION", "STD_BMAP", "TPIDR_EL1"))
 
 
 # register scope
