@@ -28,13 +28,18 @@ def matrix(hosts: Mapping[str, HostProfile], features: int,
            policy: Policy = NO_POLICY) -> dict[tuple[str, str], Plan]:
     """Judge a guest that was started on each host on every other one, in the order of `hosts`.
 
-    Raises: PolicyError; UsageError for vCPU features that a host hasn't got.
+    Raises: PolicyError; UsageError for vCPU features that a host hasn't got, or that no profile is captured with.
     """
     for name, host in hosts.items():
-        if missing := _offered(host, features) & ~(host.vcpu_features | vcpu_features.DEFAULT):
-            raise UsageError(f"{name}: no vCPU feature {', '.join(vcpu_features.names(missing))}")
+        if missing := _offered(host, features) & ~_captured(host):
+            raise UsageError(f"{name}: a fresh vCPU with {', '.join(vcpu_features.names(missing))}: no such feature, or "
+                             "nobody has captured one")
     guests = {name: fresh(host, _offered(host, features)) for name, host in hosts.items()}
     return {(a, b): plan_for(guests[a], hosts[b], policy) for a, b in itertools.permutations(hosts, 2)}
+
+
+def _captured(host: HostProfile) -> int:
+    return vcpu_features.DEFAULT | vcpu_features.together(host.vcpu_features)
 
 
 def _offered(host: HostProfile, features: int) -> int:
