@@ -32,8 +32,8 @@ def matrix(hosts: Mapping[str, HostProfile], features: int,
     """
     for name, host in hosts.items():
         if missing := _offered(host, features) & ~_captured(host):
-            raise UsageError(f"{name}: a fresh vCPU with {', '.join(vcpu_features.names(missing))}: no such feature, or "
-                             "nobody has captured one")
+            raise UsageError(f"{name}: a fresh vCPU with {', '.join(vcpu_features.names(missing))}: the host has none, "
+                             "or none was captured")
     guests = {name: fresh(host, _offered(host, features)) for name, host in hosts.items()}
     return {(a, b): plan_for(guests[a], hosts[b], policy) for a, b in itertools.permutations(hosts, 2)}
 
