@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from migstream import __version__, cli_check, cli_convert, cli_host, native
+from migstream import __version__, cli_check, cli_convert, cli_host, filekind, native
 from migstream.cli_host import BACKENDS, Parser, open_profile
 from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
 
@@ -192,11 +192,12 @@ def _open_contract(path: str) -> Contract:
     from migstream.contract import from_json
 
     try:
-        return from_json(Path(path).read_text(encoding="utf-8"), path)
+        data = Path(path).read_bytes()
+        return from_json(data.decode("utf-8"), path)
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not a contract: not text") from error
+        raise UsageError(f"{path}: not a contract: not text{filekind.of_bytes(data)}") from error
 
 
 # inspect and verify

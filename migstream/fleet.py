@@ -16,6 +16,7 @@ from migstream.host.baseline import baseline
 from migstream.host.profile import HostProfile
 from migstream.model import Arch
 from migstream.plan import Plan, plan_for
+from migstream.registers import vcpu_features
 from migstream.registers.catalogue import lookup
 from migstream.verdicts.guest import fresh, moved
 from migstream.verdicts.judge import unexplained
@@ -25,9 +26,20 @@ from migstream.verdicts.policy import NO_POLICY, Policy
 
 def matrix(hosts: Mapping[str, HostProfile], features: int,
            policy: Policy = NO_POLICY) -> dict[tuple[str, str], Plan]:
-    """Judge a guest that was started on each host on every other one, in the order of `hosts`. Raises: PolicyError."""
+    """Judge a guest that was started on each host on every other one, in the order of `hosts`.
+
+    Raises: PolicyError; UsageError for vCPU features that a host hasn't got, or that no profile is captured with.
+    """
+    for name, host in hosts.items():
+        if missing := _offered(host, features) & ~_captured(host):
+            raise UsageError(f"{name}: a fresh vCPU with {', '.join(vcpu_features.names(missing))}: the host has none, "
+                             "or none was captured")
     guests = {name: fresh(host, _offered(host, features)) for name, host in hosts.items()}
     return {(a, b): plan_for(guests[a], hosts[b], policy) for a, b in itertools.permutations(hosts, 2)}
+
+
+def _captured(host: HostProfile) -> int:
+    return vcpu_features.DEFAULT | vcpu_features.together(host.vcpu_features)
 
 
 def _offered(host: HostProfile, features: int) -> int:

@@ -270,3 +270,6 @@ def test_demo_under_a_contract_that_the_host_can_not_keep(tmp_path: Path, capsys
     assert cli.main(["demo", "--contract", str(tmp_path / "none")]) == 74
     path.write_bytes(b"\xff\xfe")
     assert cli.main(["demo", "--contract", str(path)]) == 64
+    path.write_bytes(good.VECTORS["contract"].data)
+    assert cli.main(["demo", "--contract", str(path)]) == 64
+    assert "not a contract: not text (this is a stream)" in capsys.readouterr().err

@@ -316,6 +316,7 @@ def test_vmms_in_words(capsys: Capture) -> None:
     (["--fleet", "arm64-6.1", "arm64-7.2", "--host", "x"], "--host goes with a stream or contract"),
     (["--fleet", "arm64-6.1", "x86_64-7.2"], "no guest moves between them"),
     (["--fleet", "arm64-6.1", "arm64-7.2", "--vcpu-features", "wings"], "no vCPU feature 'wings'"),
+    (["--matrix", "arm64-6.1", "arm64-7.2", "--vcpu-features", "el1_32bit"], "arm64-6.1: a fresh vCPU with EL1_32BIT"),
     (["--matrix", "arm64-6.1"], "name two hosts or more"), (["--matrix", "arm64-6.1", "none"], "no host profile"),
     (["--matrix", "arm64-6.1", "arm64-7.2", "--reverse"], "--reverse goes with a stream or contract"),
     (["--matrix", "arm64-6.1", "arm64-7.2", "--old-vmm", "x"], "--old-vmm goes with --fleet"),

@@ -62,12 +62,12 @@ def moved(pair: Pair, verdicts: Iterable[Verdict]) -> Saved:
     """
     columns = _columns(dict(_defaults(pair)))
     for verdict in verdicts:
-        if verdict.target is None or verdict.kernel == Kernel.DROPS:
+        if verdict.target is None:
             continue
         column = pair.saved.columns.get(verdict.slot.id)
         if verdict.value is not None:
             columns[verdict.target.id] = Column.of(verdict.target, verdict.value)
-        elif column is not None and verdict.target == verdict.slot:
+        elif column is not None and verdict.target == verdict.slot and verdict.kernel != Kernel.DROPS:
             columns[verdict.slot.id] = column
     kept = _promise(pair.host, pair.features, columns)
     before = pair.saved.contract.behaves_as if pair.saved.contract else {}
