@@ -176,9 +176,10 @@ class Restorer:
             step = self._plan.at_the_pause(number, bank)
         except DoesNotFit as error:
             raise RestoreFailed(f"at the pause: {error.reasons[0]}; the VM was destroyed", self.report) from error
-        known = {v.slot.id for v in self.report.verdicts}
         if step is not self._plan.steps[number]:
-            self.report.verdicts += [v for v in step.verdicts if v.reason and v.slot.id not in known]
+            again = {v.slot.id for v in step.verdicts}
+            self.report.verdicts = [*(v for v in self.report.verdicts if v.slot.id not in again),
+                                    *(v for v in step.verdicts if v.reason)]
         return step
 
     def _get_ready(self, vm: Vm) -> None:
