@@ -210,8 +210,10 @@ class Restorer:
         except DoesNotFit as error:
             raise RestoreFailed(f"at the pause: {error.reasons[0]}; the VM was destroyed", self.report) from error
         if step is not self._plan.steps[number]:
-            known = {v.slot.id for v in self.report.verdicts}
-            self.report.verdicts += [v for v in step.verdicts if v.reason and v.slot.id not in known]
+            again = {v.slot.id for v in step.verdicts}
+            kept = [v for v in self.report.verdicts if not (v.pending and v.slot.id in again)]
+            known = {v.slot.id for v in kept}
+            self.report.verdicts = [*kept, *(v for v in step.verdicts if v.reason and v.slot.id not in known)]
         return step
 
     def _get_ready(self, vm: Vm) -> None:

@@ -178,6 +178,14 @@ def _revision_above(case: Case) -> bool:
     return case.default is not None and case.known.numbers[-1] >> 12 & 0xF > case.default >> 12 & 0xF
 
 
+def _other_chip(case: Case) -> bool:
+    """Other bits than the revision differ."""
+    return case.default is not None and bool(case.known.differing(case.default) & ~_REVISION)
+
+
+_REVISION = 0xF000
+
+
 def _unequal_identity(case: Case) -> bool:
     return facts.differs(case) and constant(case)
 
@@ -254,6 +262,8 @@ RULES: tuple[Rule, ...] = (
          "arch/arm64/kvm/vgic/vgic-init.c kvm_vgic_finalize_idregs; measured: 6.12 keeps the 0, 7.2 does not",
          Kernel.TAKES),
     # interrupt controller
+    Rule("GICD_IIDR", _other_chip, _NOTICED, "{value}, this kernel's interrupt controller is {host}: another "
+         "implementation", "arch/arm64/kvm/vgic/vgic-mmio-v3.c vgic_mmio_uaccess_write_v3_misc"),
     Rule("GICD_IIDR", _revision_above, _NOTICED, "{value}, this kernel's interrupt controller is an older revision "
          "({host})", "Documentation/virt/kvm/devices/arm-vgic-v3.rst"),
     Rule("GICR_CTLR", saved_with("GICD_IIDR", _revision_above), _NOTICED,

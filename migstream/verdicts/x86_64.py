@@ -20,7 +20,7 @@ from migstream.verdicts.rule import Rule
 _FITS, _AS, _HARMLESS, _NOTICED, _REFUSED = Answer
 _X86 = "arch/x86/kvm/x86.c kvm_set_msr_common"
 _MSR_BITS = "profile: bits that KVM_SET_MSRS takes, by trial"
-_FLAGS = ("MSR_IA32_SPEC_CTRL MSR_IA32_FEAT_CTL MSR_IA32_MISC_ENABLE MSR_MISC_FEATURES_ENABLES MSR_IA32_XSS "
+FLAGS = ("MSR_IA32_SPEC_CTRL MSR_IA32_FEAT_CTL MSR_IA32_MISC_ENABLE MSR_MISC_FEATURES_ENABLES MSR_IA32_XSS "
           "MSR_IA32_TSX_CTRL MSR_IA32_ARCH_CAPABILITIES MSR_IA32_PERF_CAPABILITIES MSR_PLATFORM_INFO MSR_K7_HWCR "
           "MSR_KVM_POLL_CONTROL MSR_KVM_MIGRATION_CONTROL MSR_AMD64_DE_CFG MSR_VM_CR MSR_IA32_VMX_MISC "
           "MSR_IA32_VMX_EPT_VPID_CAP MSR_IA32_VMX_BASIC MSR_IA32_VMX_VMFUNC HV_X64_MSR_TSC_INVARIANT_CONTROL "
@@ -256,7 +256,7 @@ RULES: tuple[Rule, ...] = (
     Rule("MSR_IA32_CR_PAT", _bad_types, _REFUSED, "{value} has a memory type that there is not",
          f"{_X86} kvm_pat_valid"),
     Rule("MSR_EFER", _efer_refused, _REFUSED, "{value}: bits that this kernel does not take", "profile: efer_taken"),
-    Rule(_FLAGS, refuses_bits, _REFUSED, "{value}: bits that this kernel refuses: {bits}", _MSR_BITS),
-    Rule(_FLAGS, loses_bits, _NOTICED, "{value}: bits of it read back as here: {bits}", _MSR_BITS, Kernel.DROPS),
+    Rule(FLAGS, refuses_bits, _REFUSED, "{value}: bits that this kernel refuses: {bits}", _MSR_BITS),
+    Rule(FLAGS, loses_bits, _NOTICED, "{value}: bits of it read back as here: {bits}", _MSR_BITS, Kernel.DROPS),
 )
 

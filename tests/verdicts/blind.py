@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from migstream.backends.base import Backend, Vm
@@ -27,9 +27,14 @@ def load(path: str) -> tuple[StreamReader, list[Bank]]:
     return reader, [bank for bank in banks if not bank.update]
 
 
-def answers(backend: Backend, machine: Machine, banks: Sequence[Bank]) -> Rows:
-    """The kernel's answers. Raises: MigstreamError where it can't even make the VM."""
-    alone = [one for bank in banks for one in _alone(bank)]
+def answers(backend: Backend, machine: Machine, banks: Sequence[Bank], only: Container[int] | None = None) -> Rows:
+    """The kernel's answers. Raises: MigstreamError where it can't even make the VM.
+
+    Args:
+        only: registers to be written after the prologue; all where it isn't given.
+    """
+    alone = [one for bank in banks for one in _alone(bank)
+             if only is None or bank.layout.phase.prologue or one.layout.slots[0].id in only]
     with backend.create(machine) as vm:
         written = [row for one in alone for row in _write(vm, one)]
         found = {key: value for one in alone for key, value in _read(vm, one)}

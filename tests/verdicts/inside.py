@@ -117,15 +117,14 @@ def _blind(backend: Backend, file: str) -> dict[str, Any]:
 
 
 def _forged(backend: Backend, file: str, seed: str, times: int) -> list[dict[str, Any]]:
-    """The same with other values; what can't be forged and comes after the prologue is left out."""
+    """The same with other values; what is not forged and comes after the prologue is left out."""
     reader, banks = blind.load(file)
     assert reader.machine is not None
-    early = [bank for bank in banks if bank.layout.phase.prologue]
     out = []
     for n in range(times):
-        values = vary.forge(Random(f"{seed} {Path(file).stem} {n}"), early)
-        out.append({"values": {f"{id:#x}": value.hex() for id, value in values.items()},
-                    "registers": blind.answers(backend, reader.machine, vary.with_values(early, values))})
+        values = vary.forge(Random(f"{seed} {Path(file).stem} {n}"), banks)
+        answers = blind.answers(backend, reader.machine, vary.with_values(banks, values), values)
+        out.append({"values": {f"{id:#x}": value.hex() for id, value in values.items()}, "registers": answers})
     return out
 
 

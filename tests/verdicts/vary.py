@@ -21,6 +21,7 @@ from migstream.registers import arm64_ids, ids, vcpu_features
 from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import Field
 from migstream.registers.catalogue import Register, lookup
+from migstream.verdicts.x86_64 import FLAGS
 
 if TYPE_CHECKING:
     from migstream.model import Words
@@ -87,7 +88,7 @@ CHANGES: tuple[tuple[str, Change], ...] = (
     ("CCSIDR* CLIDR_EL1 MIDR_EL1 REVIDR_EL1 AIDR_EL1 MSR_*", _flip), ("*", _fields))
 """By register name, the first that fits. What is each vCPU's own place, or a structure, stays."""
 
-FORGED = ("PSTATE", "GICD_IIDR")
+FORGED = ("PSTATE", "GICD_IIDR", "MSR_IA32_CR_PAT", *FLAGS.split())
 """Registers of other classes that there are rules about, too."""
 
 MSRS = (
@@ -111,10 +112,12 @@ def altered(dice: Random, id: int, value: bytes) -> bytes:
 
 
 def eligible(id: int) -> bool:
-    """Whether a register's values are forged: a number that is pinned, or one that there are rules about."""
+    """Whether a register's values are forged: a number of the prologue that is pinned, or one with rules of its own."""
     row = lookup(id)
-    return ids.capability_number(id) is None and not (row.struct and row.name != "SVE_VLS") \
-        and (row.klass in PINNED or row.name in FORGED or row.bits == "PSTATE")
+    if row.name in FORGED:
+        return True
+    return row.klass in PINNED and row.phase.prologue and ids.capability_number(id) is None \
+        and (not row.struct or row.name == "SVE_VLS") and ids.msr_index(id) is None
 
 
 def forge(dice: Random, banks: Sequence[Bank]) -> dict[int, bytes]:
@@ -164,5 +167,6 @@ def _try(dice: Random, scratch: Scratch, slot: Slot, scope: Scope) -> bool:
 
 
 def _varied(id: int) -> bool:
-    name = lookup(id).name
-    return (lookup(id).klass in PINNED and eligible(id)) or any(fnmatch.fnmatchcase(name, glob) for glob in MSRS)
+    row = lookup(id)
+    pinned = row.klass in PINNED and row.name not in FORGED and eligible(id)
+    return pinned or any(fnmatch.fnmatchcase(row.name, glob) for glob in MSRS)
