@@ -187,12 +187,98 @@ static int64_t lapics_off_by_software(void)
 	return lapics_in_order();
 }
 
+/* Another VM with as many vCPUs, each made by `add_vcpu`. Its run pages are nobody's. */
+static void bare_vm(int split)
+{
+	struct kvm_enable_cap cap = {.cap = KVM_CAP_SPLIT_IRQCHIP, .args = {24}};
+	struct vm other = vm_new(0, 1 << 20, 0, !split);
+
+	if (split)
+		call(other.fd, KVM_ENABLE_CAP, &cap, "SPLIT_IRQCHIP");
+	for (int k = 0; k < vm.vcpus; k++) {
+		munmap(vm.pages[k], run_size);
+		close(vm.fds[k]);
+	}
+	close(vm.fd);
+	munmap(vm.memory, vm.memory_size);
+	vm.fd = other.fd;
+	vm.memory = other.memory;
+	free(other.fds);
+	free(other.pages);
+}
+
+static void add_vcpu(int k)
+{
+	vm.fds[k] = call(vm.fd, KVM_CREATE_VCPU, (void *)(long)k, "CREATE_VCPU");
+	vm.pages[k] = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vm.fds[k], 0);
+}
+
+static int64_t lapics_as_created(void) /* only the writes are timed */
+{
+	int64_t spent = 0;
+
+	bare_vm(0);
+	for (int k = 0; k < vm.vcpus; k++) {
+		add_vcpu(k);
+		int64_t start = now_ns();
+		set_lapic(k);
+		spent += now_ns() - start;
+	}
+	return spent;
+}
+
+static int64_t lapics_without_ioapic(void)
+{
+	bare_vm(1);
+	for (int k = 0; k < vm.vcpus; k++)
+		add_vcpu(k);
+	return lapics_in_order();
+}
+
+static int64_t lapics_as_msrs(void) /* without ISR, IRR and timer, which MSRs can't restore */
+{
+	static const uint16_t offsets[] = {0x08, 0x0f, 0x32, 0x33, 0x34, 0x35, 0x36, 0x37, 0x3e};
+	enum { COUNT = sizeof offsets / sizeof *offsets };
+	struct {
+		struct kvm_msrs head;
+		struct kvm_msr_entry entry[COUNT];
+	} list = {{COUNT, 0}, {{0}}};
+	static struct {
+		struct kvm_cpuid2 head;
+		struct kvm_cpuid_entry2 entry[256];
+	} cpuid;
+	int64_t start;
+
+	cpuid.head.nent = 256;
+	call(kvm_fd, KVM_GET_SUPPORTED_CPUID, &cpuid, "GET_SUPPORTED_CPUID");
+	for (int k = 0; k < vm.vcpus; k++) { /* before the pause: enabled, in x2APIC mode */
+		struct kvm_sregs2 sregs;
+
+		call(vm.fds[k], KVM_SET_CPUID2, &cpuid, "SET_CPUID2");
+		set_lapic(k);
+		call(vm.fds[k], KVM_GET_SREGS2, &sregs, "GET_SREGS2");
+		sregs.apic_base |= 0xc00;
+		call(vm.fds[k], KVM_SET_SREGS2, &sregs, "SET_SREGS2");
+	}
+	start = now_ns();
+	for (int k = 0; k < vm.vcpus; k++) {
+		for (int n = 0; n < COUNT; n++) {
+			list.entry[n].index = 0x800 + offsets[n];
+			list.entry[n].data = *(uint32_t *)(states[k].regs + offsets[n] * 16);
+		}
+		if (call(vm.fds[k], KVM_SET_MSRS, &list, "SET_MSRS") != COUNT)
+			fail("an x2APIC MSR was refused", "SET_MSRS");
+	}
+	return now_ns() - start;
+}
+
 static const struct {
 	const char *name;
 	int64_t (*run)(void);
 } hows[] = {{"in-order", lapics_in_order}, {"reversed", lapics_reversed}, {"again", lapics_again},
 	    {"while-disabled", lapics_while_disabled}, {"sregs-alone", sregs_alone}, {"threads", lapics_by_threads},
-	    {"32-threads", lapics_by_many}, {"software-off", lapics_off_by_software}};
+	    {"32-threads", lapics_by_many}, {"software-off", lapics_off_by_software},
+	    {"as-created", lapics_as_created}, {"without-ioapic", lapics_without_ioapic}, {"msrs", lapics_as_msrs}};
 
 static void make_vm(int vcpus)
 {

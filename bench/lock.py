@@ -57,6 +57,9 @@ LAPIC_WAYS = {
     "threads": "shared among a thread for each CPU",
     "32-threads": "shared among 32 threads: those that wait for the map's mutex leave the rebuild to one of them",
     "software-off": "in order, with APICs that their guest has not enabled (SPIV bit 8), as the demo's guest's",
+    "as-created": "each as soon as its vCPU is made, when there are few: no way for a pause, it shows the loop",
+    "without-ioapic": "in a VM with KVM_CAP_SPLIT_IRQCHIP: without the requests to all vCPUs to look at an IOAPIC",
+    "msrs": "nine registers of it as x2APIC MSRs: no map is made, but ISR, IRR and the timer are left out",
 }
 """Ways to write all LAPICs of a fresh VM, for `lock.c`."""
 

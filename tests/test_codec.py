@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from migstream import codec, limits
 from migstream.errors import Corrupt, LimitExceeded, StreamError, UsageError
+from migstream.native import compiled
 from tests import build, strategies
 
 RAW = bytes(range(200)) * 2
@@ -145,7 +146,7 @@ def test_any_bytes_decompress_or_are_refused(stored: bytes, raw_length: int) -> 
         assert error.exit_status == 1
 
 
-@pytest.mark.skipif(codec.compiled is None, reason="nothing compiled is here")
+@pytest.mark.skipif(compiled is None, reason="nothing compiled is here")
 @given(strategies.matrices(), st.data())
 def test_the_compiled_filter_and_python_agree(values: Any, data: st.DataObject) -> None:
     """The same bytes; and of bytes with a bit changed, the same matrix, or refused by both."""
@@ -154,7 +155,7 @@ def test_the_compiled_filter_and_python_agree(values: Any, data: st.DataObject) 
     bit = data.draw(st.integers(0, len(raw) * 8 - 1))
     raw[bit // 8] ^= 1 << bit % 8
     out = np.empty_like(values)
-    taken = codec.compiled is not None and codec.compiled.undelta(bytes(raw), *values.shape, out)
+    taken = compiled is not None and compiled.undelta(bytes(raw), *values.shape, out)
     try:
         in_python = codec._undelta(bytes(raw), *values.shape)
     except Corrupt:
