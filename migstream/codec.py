@@ -98,7 +98,7 @@ def filter_bank(values: Words, how: int) -> bytes | memoryview:
     if how == MAJOR:
         return values.T.tobytes()
     if compiled is not None and values.flags.c_contiguous:
-        return compiled.delta(values, *values.shape)  # type: ignore[no-any-return]
+        return compiled.delta(values, *values.shape)  # type: ignore[no-any-return]  # the compiled module has no types
     return _delta(values)
 
 

@@ -14,7 +14,8 @@ import pytest
 _SIMULATOR = re.compile(r"(^|/)(contract/|test_sim_)")
 """Places whose tests run a simulated kernel unless they are marked for a real one."""
 
-TIERS = ("unit", "simulator", "real KVM x86", "real KVM arm64", "kernel lab")
+LAB = "kernel lab"
+TIERS = ("unit", "simulator", "real KVM x86", "real KVM arm64", LAB)
 _counts: Counter[str] = Counter()
 _skipped: Counter[str] = Counter()
 
@@ -22,7 +23,7 @@ _skipped: Counter[str] = Counter()
 def tier(nodeid: str, markers: set[str]) -> str:
     """The tier that a test belongs to: what it needs decides, not where it lies."""
     if "lab" in markers:
-        return "kernel lab"
+        return LAB
     if "kvm_arm64" in markers:
         return "real KVM arm64"
     if "kvm" in markers:
@@ -33,7 +34,7 @@ def tier(nodeid: str, markers: set[str]) -> str:
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     outcome = yield
-    report = outcome.get_result()  # type: ignore[attr-defined]
+    report = outcome.get_result()  # type: ignore[attr-defined]  # pluggy's result has no types
     name = tier(item.nodeid, {mark.name for mark in item.iter_markers()})
     if report.skipped:
         _skipped[name] += 1
@@ -45,8 +46,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     lab = sys.modules.get("tests.lab.tier")
     for line in lab.in_guests if lab else ():
         terminalreporter.write_line(line)
-    terminalreporter.write_line("tiers: " + " · ".join(
-        f"{name}: {_counts[name]} ran{f', {_skipped[name]} skipped' if _skipped[name] else ''}" for name in TIERS))
+    terminalreporter.write_line(tiers_line(_counts, _skipped, lab.inside() if lab else ""))
+
+
+def tiers_line(counts: Counter[str], skipped: Counter[str], inside: str) -> str:
+    """How many tests of each tier ran and were skipped.
+
+    Of the lab's tier these are its own tests, most of them a row, which is a command in a guest; `inside` says how
+    many tests such commands ran.
+    """
+    parts = {name: [f"{counts[name]} ran", f"{skipped[name]} skipped" if skipped[name] else ""] for name in TIERS}
+    parts[LAB].append(inside)
+    return "tiers: " + " · ".join(f"{name}: {', '.join(filter(None, words))}" for name, words in parts.items())
 
 
 def kvm_problem() -> str:

@@ -155,7 +155,7 @@ def test_the_document_and_its_tables(host: Bench, tmp_path: Path, capsys: pytest
 def test_an_interrupted_run_keeps_what_it_measured_and_goes_on(host: Bench, tmp_path: Path) -> None:
     last = host.given[3]
     assert isinstance(last, Clockwork)
-    last.fails = KeyboardInterrupt()  # type: ignore[assignment]
+    last.fails = KeyboardInterrupt()  # type: ignore[assignment]  # no MigstreamError, on purpose
     first = blackout.run(options(tmp_path, *WORDS), tell)
     assert not first["complete"] and first["left_out"] and summary.point(first, "scoped", 1)
     kept = len((tmp_path / "samples.jsonl").read_text().splitlines()) - 1

@@ -102,7 +102,7 @@ def ram() -> Iterator[Any]:
     machine = run.machine(Arch.ARM64, 2, guest.min_memory(2))
     (region,) = machine.memory
     vm = Ram(machine, GuestMemory([(region, memoryview(bytearray(region.size)))]))
-    guest._load_ram(vm)  # type: ignore[arg-type]
+    guest._load_ram(vm)  # type: ignore[arg-type]  # all that is used of a VM
     yield vm
 
 

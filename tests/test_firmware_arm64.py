@@ -115,7 +115,7 @@ def processor() -> Processor:
 def test_every_question_has_its_answer() -> None:
     vm = processor()
     for _ in range(2):  # from its beginning whenever it is asked
-        (seen,) = guest.look(vm, guest.questions(), guest.ADDRESS)  # type: ignore[arg-type]
+        (seen,) = guest.look(vm, guest.questions(), guest.ADDRESS)  # type: ignore[arg-type]  # all that is used of a VM
         assert seen == {**{call.key: LAB_6_12.get(call, NO) for call in calls.CALLS}, **vm.system}
     assert vm.pstate == 0x3C5
     assert {row[2:] for row in vm.calls} == {(0, 0)}
@@ -123,7 +123,7 @@ def test_every_question_has_its_answer() -> None:
 
 def test_it_begins_again_behind_its_end() -> None:
     vm = processor()
-    (first,) = guest.look(vm, guest.questions(), guest.ADDRESS)  # type: ignore[arg-type]
+    (first,) = guest.look(vm, guest.questions(), guest.ADDRESS)  # type: ignore[arg-type]  # likewise
     vm.start()
     assert vm.reason == "KVM_EXIT_MMIO"
     assert vm.x[4] == next(iter(first.values()))
@@ -131,9 +131,9 @@ def test_it_begins_again_behind_its_end() -> None:
 
 def test_a_vcpu_that_does_not_answer_is_an_error() -> None:
     vm = processor()
-    vm.exits = lambda: {0: "KVM_EXIT_SHUTDOWN"}  # type: ignore[method-assign]
+    vm.exits = lambda: {0: "KVM_EXIT_SHUTDOWN"}  # type: ignore[method-assign]  # this VM alone
     with pytest.raises(BackendError, match="vCPU 0: KVM_RUN: a guest that asks its firmware: KVM_EXIT_SHUTDOWN"):
-        guest.look(vm, guest.questions(), guest.ADDRESS)  # type: ignore[arg-type]
+        guest.look(vm, guest.questions(), guest.ADDRESS)  # type: ignore[arg-type]  # likewise
 
 
 def test_questions_are_unique_and_change_nothing() -> None:

@@ -468,5 +468,5 @@ ALL = vcpu_features.DEFAULT | vcpu_features.PMU_V3 | vcpu_features.SVE | vcpu_fe
 ])
 def test_features_are_those_that_a_vcpu_can_be_made_with(refused: int, together: int, taken: int) -> None:
     host = Picky(refused, together)
-    assert arm64._taken(host, ALL) == taken  # type: ignore[arg-type]
+    assert arm64._taken(host, ALL) == taken  # type: ignore[arg-type]  # all that is used of a host
     assert host.open == 0

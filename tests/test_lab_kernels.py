@@ -72,8 +72,8 @@ def test_in_guest(kernel: kernels.Kernel, row: InGuest) -> None:
         raise outcomes
     outcome = outcomes[row.name]
     sys.stdout.write(outcome.output)
+    found = rows.summary(outcome.output) if "pytest" in row.command else None
+    if found:
+        tier.ran_in_guest(kernel, row.name, found, outcome.seconds)
     assert outcome.status == 0, f"{' '.join(row.command)} ended with {outcome.status} on {kernel.name}: {row.reason}"
-    if row.name == CONTRACT:
-        found = rows.summary(outcome.output)
-        tier.ran_in_guest(kernel, found, outcome.seconds)
-        assert found.counts.get("passed", 0) > 0, "nothing ran"
+    assert found is None or found.counts.get("passed", 0) > 0, "nothing ran"

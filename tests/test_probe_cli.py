@@ -132,6 +132,12 @@ def test_diff_shows_what_a_guest_was_told_and_leaves_out_what_runs() -> None:
     pit = profiles.load("x86_64-6.12")
     assert not [name for name, _ in changes(pit, profiles.load("x86_64-7.2")) if name == "KVM_PIT2"]
     defaults = {**pit.defaults, x86_64.PIT2.id: bytes(len(pit.defaults[x86_64.PIT2.id]))}
+    cpuid = bytearray(pit.cpuid)
+    ebx = 8 + 40 + 16  # of the second entry, which is leaf 1
+    for byte, seen in ((3, False), (1, True)):  # the APIC id; the size of a cache line
+        cpuid[ebx + byte] ^= 1
+        found = changes(pit, dataclasses.replace(pit, cpuid=bytes(cpuid)))
+        assert (("CPUID 0x1.0 EBX", "supported CPUID") in found) == seen
     assert ("KVM_PIT2", "default") in changes(pit, dataclasses.replace(pit, defaults=defaults))
 
 

@@ -307,7 +307,7 @@ class ClockOnly:
 def written(scope: Scope, phase: Phase, slot: Slot, rows: list[bytes]) -> Written:
     layout = Layout(scope, phase, (slot,))
     values = np.frombuffer(b"".join(row.ljust(slot.words * 8, b"\0") for row in rows), np.uint64).reshape(len(rows), -1)
-    return Written(None, layout, Bank(layout, 0, values), None)  # type: ignore[arg-type]
+    return Written(None, layout, Bank(layout, 0, values), None)  # type: ignore[arg-type]  # a step is not looked at
 
 
 def tsc_case(offsets: list[int], flags: int) -> list[Written]:
@@ -322,14 +322,14 @@ def tsc_case(offsets: list[int], flags: int) -> list[Written]:
 
 def test_equal_offsets_are_left_to_the_tsc_msr() -> None:
     vm, report = ClockOnly(0, 14, 0), Report()
-    restore_offsets(vm, tsc_case([-7, -7], 14), report)  # type: ignore[arg-type]
+    restore_offsets(vm, tsc_case([-7, -7], 14), report)  # type: ignore[arg-type]  # all that is used of a VM
     assert (vm.offsets, report.notes, report.writes) == ([], [], {})
 
 
 def test_different_offsets_are_moved_by_both_hosts_clocks() -> None:
     """2 GHz; the target's guest clock is 1 ms ahead of the saved one: 2 000 000 ticks; its host TSC is 300 lower."""
     vm, report = ClockOnly(5_001_000_000, 14, 999_999_700), Report()
-    restore_offsets(vm, tsc_case([-1000, -400], 14), report)  # type: ignore[arg-type]
+    restore_offsets(vm, tsc_case([-1000, -400], 14), report)  # type: ignore[arg-type]  # likewise
     assert vm.offsets == [-1000 + 300 + 2_000_000, -400 + 300 + 2_000_000]
     assert report.writes["clock"][Scope.VCPU] == 2
 
@@ -337,7 +337,7 @@ def test_different_offsets_are_moved_by_both_hosts_clocks() -> None:
 @pytest.mark.parametrize(("then", "now"), [(6, 14), (14, 6)])
 def test_different_offsets_without_a_host_tsc_are_reported(then: int, now: int) -> None:
     vm, report = ClockOnly(0, now, 0), Report()
-    restore_offsets(vm, tsc_case([1, 2], then), report)  # type: ignore[arg-type]
+    restore_offsets(vm, tsc_case([1, 2], then), report)  # type: ignore[arg-type]  # likewise
     assert vm.offsets == []
     assert "KVM_VCPU_TSC_OFFSET" in report.notes[0]
 

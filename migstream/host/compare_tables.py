@@ -48,13 +48,14 @@ def _forced(key: int) -> str:
     return _word((key >> 32, key >> 8 & 0xFF_FFFF, key & 0xFF))
 
 
-def _of_cpu(key: tuple[int, int, int]) -> bool:
-    """The APIC id of the CPU that happened to answer: leaf 1 EBX's highest byte, EDX of leaves 0xB and 0x1F."""
-    return key in ((1, 0, 1),) or (key[0] in (0xB, 0x1F) and key[2] == 3)
+_APIC_ID = {(1, 1): 0xFF00_0000, (0xB, 3): 0xFFFF_FFFF, (0x1F, 3): 0xFFFF_FFFF}
+"""By leaf and word: the APIC id of the CPU that happened to answer."""
 
 
 def _cpuid(profile: HostProfile) -> Mapping[tuple[int, int, int], int]:
-    return cpuid_words(profile.cpuid) if profile.cpuid else {}
+    """Supported CPUID without what differs from CPU to CPU of one host."""
+    words = cpuid_words(profile.cpuid) if profile.cpuid else {}
+    return {key: word & ~_APIC_ID.get((key[0], key[2]), 0) for key, word in words.items()}
 
 
 def _offered(profile: HostProfile) -> Mapping[int, int]:
@@ -72,7 +73,7 @@ def _errnos(values: tuple[int, ...]) -> str:
 
 TABLES: tuple[Compared, ...] = (
     Compared("found by trial", lambda p: p.behaviour, str),
-    Compared("supported CPUID", _cpuid, _word, apart=_of_cpu),
+    Compared("supported CPUID", _cpuid, _word),
     Compared("CPUID bits kept, bits set", lambda p: p.cpuid_forced, _forced, _pair),
     Compared("feature MSR offered", _offered, lambda index: name(ids.msr_id(index))),
     Compared("KVM_ENABLE_CAP takes", lambda p: p.enable_caps, lambda number: f"capability {number}"),

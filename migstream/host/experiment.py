@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from migstream.model import Klass
 from migstream.registers.catalogue import lookup
@@ -251,6 +251,11 @@ def _write(scratch: Scratch, id: int, trial: Trial, vcpu: int) -> tuple[int, int
     other = scratch.write(id, next(value for value in (*trial.works, trial.before) if value != now), vcpu)
     scratch.write(id, now, vcpu)
     return other, same_value
+
+
+UNTRIED: dict[str, Any] = {
+    name: {} for name in ("scopes", "scope_found", "register_bits", "bit_errnos", "readback", "after_run")}
+"""What `recorded` fills. A simulated host's profile has it already, which must not pass for found."""
 
 
 def recorded(profile: HostProfile, trials: Mapping[int, Trial], found: Mapping[int, Found],

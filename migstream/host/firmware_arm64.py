@@ -166,5 +166,5 @@ def ask(host: Host, asked: Sequence[Question] = ()) -> Mapping[int, int]:
     every = asked or questions()
     with scratch_vm(host) as scratch:
         vm = scratch.vm
-        install(vm.memory, every, ADDRESS)  # type: ignore[attr-defined]
-        return look(vm, every, ADDRESS)[0]  # type: ignore[arg-type]
+        install(vm.memory, every, ADDRESS)  # type: ignore[attr-defined]  # a scratch VM has RAM
+        return look(vm, every, ADDRESS)[0]  # type: ignore[arg-type]  # and stops by itself

@@ -47,7 +47,7 @@ def probe(host: Host, experiments: bool) -> HostProfile:
     full = _room(host, vcpu_features.DEFAULT | vcpu_features.together(base.vcpu_features))
     defaults = dict(plain.values)
     profile = dataclasses.replace(
-        base, scopes={}, feature_scopes={}, defaults=defaults, attributes=_attributes(host, full.features),
+        base, **_UNTRIED, defaults=defaults, attributes=_attributes(host, full.features),
         feature_defaults={id: value for id, value in full.values.items() if defaults.get(id) != value},
         refused={id: (no, 0) for id, no in {**full.refused, **plain.refused}.items()},
         features_refused=_features_refused(host), **_seen_by_a_guest(host))
@@ -56,8 +56,16 @@ def probe(host: Host, experiments: bool) -> HostProfile:
     return _with_features(host, _experiments(host, profile, plain, plain.values), full)
 
 
+_UNTRIED: dict[str, Any] = {**experiment.UNTRIED, "behaviour": {}, "feature_bits": {}, "feature_scopes": {}}
+
+
 def _seen_by_a_guest(host: Host) -> dict[str, Any]:
-    """`firmware` and `guest_registers`. Raises: BackendError."""
+    """`firmware` and `guest_registers`; a host that says them itself, a simulated one, isn't asked.
+
+    Raises: BackendError.
+    """
+    if host.profile().firmware:
+        return {}
     answers = firmware_arm64.ask(host)
     return {"firmware": {key: x0 for key, x0 in answers.items() if key in CALL_NAMES},
             "guest_registers": {key: value for key, value in answers.items() if key not in CALL_NAMES}}

@@ -26,7 +26,7 @@ def probe(host: Host, experiments: bool) -> HostProfile:
         defaults, unreadable = _defaults(fresh, base)
     with _ready(host, base) as ready:
         refused = _refusals(ready, defaults, unreadable)
-    found = dataclasses.replace(base, defaults=defaults, refused=refused)
+    found = dataclasses.replace(base, **experiment.UNTRIED, defaults=defaults, refused=refused)
     return _experiments(host, found) if experiments else found
 
 

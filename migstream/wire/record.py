@@ -19,9 +19,10 @@ class Record:
 
     def __init__(self, schema: Construct[Any, Any]) -> None:
         """Raises: TypeError for a schema with anything else in it."""
-        fields: list[Construct[Any, Any]] = schema.subcons  # type: ignore[attr-defined]
+        fields: list[Construct[Any, Any]] = schema.subcons  # type: ignore[attr-defined]  # a Struct's
         self._names = [str(field.name) for field in fields]
-        self._constants = {str(f.name): f.subcon.value for f in fields if isinstance(_bare(f), Const)}  # type: ignore[attr-defined]
+        constants = [f for f in fields if isinstance(_bare(f), Const)]
+        self._constants = {str(f.name): f.subcon.value for f in constants}  # type: ignore[attr-defined]  # a Renamed's
         self._struct = struct.Struct("<" + "".join(_code(_bare(field)) for field in fields))
         self.size = self._struct.size
         assert self.size == schema.sizeof()
@@ -41,7 +42,7 @@ class Record:
 
 
 def _bare(field: Construct[Any, Any]) -> Any:
-    return field.subcon  # type: ignore[attr-defined]
+    return field.subcon  # type: ignore[attr-defined]  # a Renamed's
 
 
 def _code(field: Any) -> str:

@@ -144,6 +144,6 @@ class OwnersHost(KvmBackend):
         super().__init__()
         self.owner = owner
 
-    def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> Vm:  # type: ignore[override]
+    def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> Vm:  # type: ignore[override]  # any VM, not a KvmVm
         """The owner's for the owner's machine; a scratch VM for any other: the host is asked what it offers."""
         return self.owner.attach() if machine == self.owner.wanted else super().create(machine, enabled_caps)

@@ -111,3 +111,11 @@ def test_capabilities_that_the_owner_enabled_travel(owner: Owner) -> None:
 def test_a_wrong_number_of_file_descriptors_is_a_mistake_of_the_caller(owner: Owner) -> None:
     with pytest.raises(UsageError, match="one fd a vCPU"):
         owner.attach(vcpus=3)
+
+
+@pytest.mark.parametrize("memory", [bytes(SIZE), bytearray(SIZE - 4096), bytearray(SIZE + 4096)],
+                         ids=["read-only", "too short", "too long"])
+def test_memory_that_is_not_the_guests_is_refused(owner: Owner, memory: bytes | bytearray) -> None:
+    made = Machine(Arch.X86_64, 2, (MemoryRegion(0, SIZE),), {"irqchip": True})
+    with pytest.raises(UsageError, match=f"RAM at 0x0 needs a writable buffer of {SIZE} bytes"):
+        KvmBackend.attach(owner.kvm, owner.vm, owner.vcpus, made, [memoryview(memory)])

@@ -119,7 +119,7 @@ class Counting(Backend):
             self.closed += 1
             close()
 
-        vm.write, vm.close = refusing, closing  # type: ignore[method-assign]
+        vm.write, vm.close = refusing, closing  # type: ignore[method-assign]  # this VM alone
         return vm
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 
@@ -14,11 +15,30 @@ in_guests: list[str] = []
 """Lines about test runs in guests, for the end of this run: counts, and what was skipped there and why."""
 
 
-def ran_in_guest(kernel: Kernel, found: Summary, seconds: float) -> None:
+totals: Counter[str] = Counter()
+"""Tests inside guests, of all kernels: how many passed, failed, …, in pytest's words and by its own count there."""
+
+kernels_with_tests: set[str] = set()
+_RAN = ("passed", "failed", "error")
+
+
+def ran_in_guest(kernel: Kernel, row: str, found: Summary, seconds: float) -> None:
     """Keep the summary of a test run in a guest."""
-    words = ", ".join(f"{number} {word}" for word, number in found.counts.items())
-    in_guests.append(f"in {kernel.name}: {words} in {seconds:.0f} s of the emulated clock")
+    words = ", ".join(f"{number} {word}" for word, number in found.counts.items()) or "no word about its tests"
+    in_guests.append(f"{row} in {kernel.name}: {words} in {seconds:.0f} s of the emulated clock")
     in_guests.extend(f"  {skip}" for skip in found.skips)
+    totals.update(found.counts)
+    kernels_with_tests.add(kernel.name)
+
+
+def inside() -> str:
+    """What the tier's own count leaves out: tests inside the kernels; "" where there were none."""
+    if not kernels_with_tests:
+        return ""
+    ran, passed = sum(totals[word] for word in _RAN), totals["passed"]
+    count = len(kernels_with_tests)
+    failed = f", {ran - passed} failed" if ran > passed else ""
+    return f"{ran} tests ran inside {count} kernel{'s' if count > 1 else ''}{failed}, {totals['skipped']} skipped there"
 
 
 REQUIRED_ENV = "MIGSTREAM_LAB_REQUIRED"

@@ -49,3 +49,11 @@ def version(profile: HostProfile) -> tuple[int, int]:
     """The kernel's release, for rules that came with one and that no capability tells; (0, 0) where it says none."""
     found = re.search(r"([0-9]+)[.]([0-9]+)", profile.kernel)
     return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+DE_CFG = 0xC001_1029
+
+
+def is_svm(profile: HostProfile) -> bool:
+    """Whether this is kvm-amd, which alone offers this feature MSR (svm_get_feature_msr)."""
+    return DE_CFG in profile.feature_msrs

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from migstream.backends.sim.msr_rule import is_svm, version
 from migstream.backends.sim.rules import U64, Absent, After, Keep, Refuse, Show, bits, mask
 from migstream.registers import x86_64
 
@@ -121,13 +122,24 @@ def update_priority(rows: Rows) -> None:
     rows.put(LAPIC, page)
 
 
+_SPLIT_ICR = (6, 12)
+"""Release since which kvm-amd keeps the halves apart; measured: 6.1 does not."""
+
+
+def _one_icr(rows: Rows) -> Mask:
+    """Where the ICR is one register of 64 bits, kept as such; kvm-amd keeps two halves (`x2apic_icr_is_split`)."""
+    profile = rows.guest.profile
+    split = is_svm(profile) and version(profile) >= _SPLIT_ICR
+    return _x2apic(rows) & np.bool_(not split)
+
+
 def _keep_lapic(rows: Rows, values: Words) -> Words:
     """A change to or from deadline mode stops the timer; version and processor priority are not stored."""
     old, out = rows.get(LAPIC), values.copy()
     _set_low(out, _VERSION, old[:, _VERSION])
     _set_low(out, _ID, np.where(_x2apic(rows), _numbers(rows), values[:, _ID]))
     _set_low(out, _PPR, _priority(values, old))
-    out[:, _ICR] = np.where(_x2apic(rows), values[:, _ICR] & _LOW | values[:, _ICR2] << np.uint64(32), values[:, _ICR])
+    out[:, _ICR] = np.where(_one_icr(rows), values[:, _ICR] & _LOW | values[:, _ICR2] << np.uint64(32), values[:, _ICR])
     was, now = (mask((page[:, _LVTT] & np.uint64(_TIMER_MODE)) == _DEADLINE) for page in (old, values))
     out[was != now, _TMICT] &= ~_LOW
     stopped = now | mask((out[:, _TMICT] & _LOW) == 0)
@@ -254,7 +266,7 @@ def _show_lapic(rows: Rows, values: Words) -> Words:
     shift = np.uint64(0 if _long_ids(rows) else 24)
     _set_low(out, _ID, np.where(on, values[:, _ID] << shift, values[:, _ID]))
     _set_low(out, _LDR, np.where(on, _logical(rows), values[:, _LDR]))
-    _set_low(out, _ICR2, np.where(on, values[:, _ICR] >> np.uint64(32), values[:, _ICR2]))
+    _set_low(out, _ICR2, np.where(_one_icr(rows), values[:, _ICR] >> np.uint64(32), values[:, _ICR2]))
     return out
 
 

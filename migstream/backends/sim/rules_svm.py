@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim import rules_devices
-from migstream.backends.sim.msr_rule import version
+from migstream.backends.sim.msr_rule import is_svm, version
 from migstream.backends.sim.rules import U64, After, Keep, Refuse, Show, bits, mask
 from migstream.registers import x86_64
 
@@ -19,17 +19,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from migstream.backends.sim.guest import Guest, Mask, Rows
-    from migstream.host.profile import HostProfile
     from migstream.model import Words
 
 SREGS, SREGS2, NESTED_STATE = x86_64.SREGS.id, x86_64.SREGS2.id, x86_64.NESTED_STATE.id
 EVENTS = x86_64.VCPU_EVENTS.id
-DE_CFG = 0xC001_1029
-
-
-def is_svm(profile: HostProfile) -> bool:
-    """Whether this is kvm-amd, which alone offers this feature MSR (svm_get_feature_msr)."""
-    return DE_CFG in profile.feature_msrs
 
 
 _DATA, _SS, _TR = (1, 2, 3, 4), 5, 6
