@@ -80,6 +80,7 @@ class Side(Protocol):
     def listed(self, vcpu: int, room: int) -> tuple[int, bytes]: ...
     def get(self, vcpu: int, id: int) -> tuple[int, bytes]: ...
     def set(self, vcpu: int, id: int, value: bytes) -> tuple[int, bytes]: ...
+    def plain(self, vcpu: int, ids: Sequence[int]) -> list[bytes]: ...
     def run(self, vcpu: int) -> tuple[int, bytes]: ...
     def load(self, address: int, code: bytes) -> None: ...
     def execute(self, vcpu: int, instructions: int) -> tuple[int, bytes]: ...
@@ -226,7 +227,11 @@ class Arm64Stage(Stage):
         if no:
             return {"errno": no}
         values = {}
-        for id in (*struct.unpack(f"<{len(listed) // 8}Q", listed), *_STRUCTS):
+        found = struct.unpack(f"<{len(listed) // 8}Q", listed)
+        plain = {id: _plain(self.profile, id) for id in found}
+        values_now = zip(found, self.side.plain(vcpu, found), strict=True)
+        as_made = [id for id, value in values_now if value and value == plain[id]]
+        for id in (*sorted({*found}.difference(as_made)), *_STRUCTS):
             answer = self.do_get(vcpu, id)
             if answer.get("value", "") not in (_made_with(self.profile, id), "runs"):
                 values[lookup(id).name] = answer
@@ -238,7 +243,11 @@ class Arm64Stage(Stage):
 
 
 def _made_with(profile: HostProfile, id: int) -> str:
-    return profile.defaults.get(id, profile.feature_defaults.get(id, b"")).hex()
+    return _plain(profile, id).hex()
+
+
+def _plain(profile: HostProfile, id: int) -> bytes:
+    return profile.defaults.get(id) or profile.feature_defaults.get(id, b"")
 
 
 class Arm64:

@@ -20,6 +20,7 @@ Answer = tuple[int, bytes]
 
 MEMORY = 1 << 20
 _VERBS = {"has": uapi.HAS_DEVICE_ATTR, "get": uapi.GET_DEVICE_ATTR, "set": uapi.SET_DEVICE_ATTR}
+_ONE_REG, _LARGEST = struct.Struct("<QQ"), 256
 _LIMIT_S, _LINES = 5.0, 4
 _EXIT_REASON = 8
 """Offset in struct kvm_run."""
@@ -88,6 +89,18 @@ class RealArm64:
         value = ctypes.create_string_buffer(1 << (id >> 52 & 15))
         no = self._call(self._vcpus[vcpu], uapi.GET_ONE_REG, bytearray(struct.pack("<QQ", id, ctypes.addressof(value))))
         return no, b"" if no else value.raw
+
+    def plain(self, vcpu: int, ids: Sequence[int]) -> list[bytes]:
+        """KVM_GET_ONE_REG of many, empty where it is refused: an emulated CPU runs little Python a second."""
+        fd, number, place = self._vcpus[vcpu], uapi.GET_ONE_REG.number, ctypes.create_string_buffer(_LARGEST)
+        address, out = ctypes.addressof(place), []
+        for id in ids:
+            try:
+                fcntl.ioctl(fd, number, _ONE_REG.pack(id, address))
+                out.append(ctypes.string_at(address, 1 << (id >> 52 & 15)))
+            except OSError:
+                out.append(b"")
+        return out
 
     def set(self, vcpu: int, id: int, value: bytes) -> Answer:
         """KVM_SET_ONE_REG."""

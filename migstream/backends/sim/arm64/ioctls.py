@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -59,6 +59,14 @@ class DeviceIoctls:
         if stopped == "KVM_EXIT_MMIO":
             self.guest.exited.add(vcpu)
         return 0, stopped.encode()
+
+    def plain(self, vcpu: int, ids: Sequence[int]) -> list[bytes]:
+        """KVM_GET_ONE_REG of many; empty where it is refused."""
+        return [self.get(vcpu, id)[1] for id in ids]
+
+    def get(self, vcpu: int, id: int) -> tuple[int, bytes]:
+        """KVM_GET_ONE_REG."""
+        raise NotImplementedError
 
     def set_counter_offset(self, offset: int, reserved: int) -> int:
         """KVM_ARM_SET_COUNTER_OFFSET."""
