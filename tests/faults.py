@@ -154,7 +154,7 @@ def _failed(fault: Fault, error: MigstreamError) -> str:
     assert (named, fault.vcpu) in lost | refused, f"{fault}: the report has {lost | refused}"
     if len(lost | refused) == 1:
         assert named in str(error), f"{fault}: {error}"
-    return f"destroyed, 11: {'read back different' if lost else 'refused'}"
+    return f"destroyed, 11: {'refused' if refused else 'read back different'}"
 
 
 def _said(fault: Fault, report: Report) -> bool:
