@@ -41,7 +41,7 @@ LSTAR = ids.msr_id(0xC000_0082)
     pytest.param("sim", 2, 1, marks=pytest.mark.sim),
     pytest.param("sim:x86_64-7.2", 1, 8, marks=pytest.mark.sim),
     pytest.param("sim:arm64-7.2", 1, 8, marks=pytest.mark.sim),
-    pytest.param("sim:arm64-5.10", 1, 16, marks=pytest.mark.sim),
+    pytest.param("sim:arm64-5.10", 1, 32, marks=pytest.mark.sim),
     pytest.param("kvm", 1, 1, marks=pytest.mark.kvm),
 ])
 def test_a_restore_under_every_single_fault_is_right_or_can_not_run(name: str, vcpus: int, every: int) -> None:

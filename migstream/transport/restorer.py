@@ -116,12 +116,16 @@ class Restorer:
         vm = self._with_vcpus(self._ready())
         with self.report.phase("clock (vcpu)"):
             restore_offsets(vm, self._written, self.report)
-        self._settle(vm)
+        refused = self._settle(vm)
         self.report.bytes = self.reader.frames.offset
         self.report.notes += [f"skipped unknown section {s.kind!r} version {s.version}" for s in self.reader.skipped]
         if self._readback:
             with self.report.phase("readback"):
                 check.compare(vm, self._written, self.report)
+        if refused:
+            more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+            raise RestoreFailed(f"the target refused {refused[0]}{more}; the VM was destroyed", self.report)
+        if self._readback:
             settle(self.report, self._policy)
         self._vm = None
         return vm, self.report
@@ -259,17 +263,15 @@ class Restorer:
             self.report.count("update", Scope.VM, 1)
             self._refused += [(no, now) for no in refused]
 
-    def _settle(self, vm: Vm) -> None:
-        """A refused write lost nothing where the register has the value anyway; else the restore has failed."""
+    def _settle(self, vm: Vm) -> list[str]:
+        """A refused write lost nothing where the register has the value anyway. Return the others, a line each."""
         fatal = []
         for refusal, done in self._refused:
             reason = _harmless(vm, refusal, done)
             self.report.refused.append((refusal, reason))
             if not reason:
                 fatal.append(str(refusal))
-        if fatal:
-            more = f" (and {len(fatal) - 1} more)" if len(fatal) > 1 else ""
-            raise RestoreFailed(f"the target refused {fatal[0]}{more}; the VM was destroyed", self.report)
+        return fatal
 
 
 def _harmless(vm: Vm, refusal: Refusal, done: Written) -> str:
