@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from migstream.bounds import bound, within
 from migstream.errors import DoesNotFit
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
@@ -73,6 +74,7 @@ class Plan:
         additions: feature registers that the saving kernel did not have, written after the prologue.
         notes: warnings, a line each.
         pair: the guest and the host that were judged; None where they are of two architectures.
+        foreseen: values of pending registers that were judged and fit as they are, by layout (`foresee`).
     """
 
     steps: tuple[Step, ...]
@@ -81,6 +83,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     pair: Pair | None = None
     policy: Policy = NO_POLICY
+    foreseen: dict[int, bytes] = field(default_factory=dict, compare=False)
 
     @cached_property
     def late(self) -> dict[int, Step]:
@@ -113,6 +116,8 @@ class Plan:
         step = self.steps[number]
         if self.pair is None or not (late := range(len(step.verdicts)) if bank.update else step.pending):
             return step
+        if not bank.update and self._is_known(number, bank):
+            return step
         pair = self.pair.knowing(LateColumns(bank, self.pair.saved.columns, late))
         new = {column: self._late(pair, step.verdicts[column]) for column in late}
         if all(v.plain and step.verdicts[column].target == v.target for column, v in new.items()) and not bank.update:
@@ -124,6 +129,18 @@ class Plan:
             raise DoesNotFit([f"{changed}; it was another value in the prologue"])
         return now
 
+
+    def foresee(self, number: int, bank: Bank) -> None:
+        """Judge values that may come with the pause, as a fresh vCPU has: if they do, it is not done again then."""
+        step = self.steps[number]
+        if step.pending and self.at_the_pause(number, bank) is step:
+            words = [word for column in step.pending for word in range(*step.source.offsets[column:column + 2])]
+            self.foreseen[number] = b"".join(bound(word, int(bank.values[0, word])) for word in words)
+
+    def _is_known(self, number: int, bank: Bank) -> bool:
+        """Whether all pending registers have the values that were judged before, on all vCPUs."""
+        known = self.foreseen.get(number)
+        return known is not None and within(bank.values, known)
 
     def _late(self, pair: Pair, verdict: Verdict) -> Verdict:
         slot = verdict.slot
