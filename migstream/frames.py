@@ -75,11 +75,12 @@ class Section(NamedTuple):
 _PREAMBLE, _HEADER, _END = Record(wire.PREAMBLE), Record(wire.SECTION_HEADER), Record(wire.END)
 
 
-def _parse(record: Record, data: bytes, offset: int, name: str) -> Any:
+def _parse(record: Record, data: bytes, offset: int, name: str, number: int = 0) -> Any:
     try:
         return record.parse(data)
     except ValueError as error:
-        raise Corrupt("constant or reserved bytes are wrong", offset=offset, section=name, field=str(error)) from error
+        raise Corrupt("constant or reserved bytes are wrong", offset=offset, section=name or f"#{number} header",
+                      field=str(error)) from error
 
 
 class FrameReader:
@@ -179,15 +180,15 @@ class FrameReader:
         offset = self._base
         data = self._take(wire.HEADER_SIZE)
         crc = int.from_bytes(data[-4:], "little")
-        name = f"#{self._count} header"
-        if crc32c(data[:-4]) != crc:
-            raise Corrupt("header checksum is wrong", offset=offset, section=name, field="header_crc",
-                          expected=f"{crc32c(data[:-4]):08x}", found=f"{crc:08x}")
-        header = _parse(_HEADER, data, offset, name)
-        _check_header(header, offset, f"#{self._count} {_kind_text(header.kind)}")
+        head = data[:-4]
+        if crc32c(head) != crc:
+            raise Corrupt("header checksum is wrong", offset=offset, section=f"#{self._count} header",
+                          field="header_crc", expected=f"{crc32c(head):08x}", found=f"{crc:08x}")
+        header = _parse(_HEADER, data, offset, "", self._count)
+        _check_header(header, offset, self._count)
         self._header = (header, offset)
         if header.kind != b"END ":
-            self._headers_crc = crc32c(data[:-4], self._headers_crc)
+            self._headers_crc = crc32c(head, self._headers_crc)
         return True
 
     def _read_payload(self) -> Section | None:
@@ -197,7 +198,7 @@ class FrameReader:
         if len(self._buffer) < _padded(length):
             return None
         section = _section(header, self._take(length), offset, self._count)
-        padding = self._take(_padded(length) - length)
+        padding = self._take(-length % wire.ALIGN)
         found = crc32c(section.stored)
         if found != header.payload_crc:
             raise Corrupt("payload checksum is wrong", offset=offset, section=section.title, field="payload_crc",
@@ -271,10 +272,11 @@ _HEADER_RULES: tuple[tuple[str, Callable[[Any], bool], type[StreamError], str], 
 )
 
 
-def _check_header(header: Any, offset: int, name: str) -> None:
+def _check_header(header: Any, offset: int, number: int) -> None:
     for field, good, error, what in _HEADER_RULES:
         if not good(header):
-            raise error(what, offset=offset, section=name, field=field, found=getattr(header, field))
+            raise error(what, offset=offset, section=f"#{number} {_kind_text(header.kind)}", field=field,
+                        found=getattr(header, field))
 
 
 def _section(header: Any, stored: bytes, offset: int, number: int) -> Section:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from migstream.bounds import bound, within
 from migstream.errors import DoesNotFit
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
@@ -84,6 +85,7 @@ class Plan:
         notes: warnings, a line each.
         pair: the guest and the host that were judged; None where they are of two architectures.
         came: banks since the pause, by layout: what came with one may decide of what comes with another.
+        foreseen: values of pending registers that were judged and fit as they are, by layout (`foresee`).
     """
 
     steps: tuple[Step, ...]
@@ -93,6 +95,7 @@ class Plan:
     pair: Pair | None = None
     policy: Policy = NO_POLICY
     came: dict[int, list[Bank]] = field(default_factory=dict, compare=False, repr=False)
+    foreseen: dict[int, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def late(self) -> dict[int, Step]:
@@ -125,8 +128,16 @@ class Plan:
         step = self.steps[number]
         known = self._known(number)
         self.came.setdefault(number, []).append(bank)
-        if self.pair is None or not (late := range(len(step.verdicts)) if bank.update else step.pending):
+        if self.pair is None or not (bank.update or step.pending):
             return step
+        if not bank.update and self._is_foreseen(number, bank):
+            return step
+        return self._again(step, bank, known)
+
+    def _again(self, step: Step, bank: Bank, known: Mapping[int, Column]) -> Step:
+        """The step with verdicts that know the bank's values; `step` itself where nothing changes. Raises: DoesNotFit."""
+        assert self.pair is not None
+        late = range(len(step.verdicts)) if bank.update else step.pending
         pair = self.pair.knowing(LateColumns([bank], known, late))
         new = {column: self._late(pair, step.verdicts[column]) for column in late}
         if all(v.plain and step.verdicts[column].target == v.target for column, v in new.items()) and not bank.update:
@@ -144,6 +155,31 @@ class Plan:
         for other, banks in self.came.items():
             known = known if other == number else LateColumns(banks, known)
         return known
+
+    def rehearse(self, number: int, bank: Bank) -> Step:
+        """As `at_the_pause`, and nothing is kept of it. Raises: DoesNotFit."""
+        step = self.steps[number]
+        return step if self.pair is None else self._again(step, bank, self.pair.saved.columns)
+
+    def _needs_more(self, step: Step, bank: Bank) -> bool:
+        assert self.pair is not None
+        pair = self.pair.knowing(LateColumns([bank], self.pair.saved.columns, step.pending))
+        return any(self._late(pair, step.verdicts[column]).pending for column in step.pending)
+
+    def foresee(self, number: int, bank: Bank) -> None:
+        """Judge values that may come with the pause, as a fresh vCPU has: if they do, it is not done again then.
+
+        Only what fits whatever else comes is foreseen: a verdict that needs another late value stays pending.
+        """
+        step = self.steps[number]
+        if step.pending and self.rehearse(number, bank) is step and not self._needs_more(step, bank):
+            words = [word for column in step.pending for word in range(*step.source.offsets[column:column + 2])]
+            self.foreseen[number] = b"".join(bound(word, int(bank.values[0, word])) for word in words)
+
+    def _is_foreseen(self, number: int, bank: Bank) -> bool:
+        """Whether all pending registers have the values that were judged before, on all vCPUs."""
+        known = self.foreseen.get(number)
+        return known is not None and within(bank.values, known)
 
     def _late(self, pair: Pair, verdict: Verdict) -> Verdict:
         slot = verdict.slot

@@ -16,6 +16,7 @@ import msgpack
 from construct import Construct, ConstructError
 
 from migstream import codec, limits
+from migstream.bounds import bound, within
 from migstream.contract import SECTION_FIELDS, Behaviour, behaviour_from_section, behaviour_to_section
 from migstream.errors import Corrupt, LimitExceeded, StreamError, TooNew, UsageError, printable
 from migstream.frames import Section
@@ -231,32 +232,27 @@ def _slots(body: memoryview) -> Iterable[Slot]:
 
 
 def check_bank(layout: Layout, values: Words) -> None:
-    """Refuse a bank by both checks below, all columns at once; only a bad one is looked at column by column.
+    """Refuse a bank by both checks below; only a bad one is looked at column by column.
 
     Raises: Corrupt.
     """
-    words, shifts, masks, lowest, highest = _bounds(layout)
-    found = values[:, words] >> shifts & masks
-    if ((found < lowest) | (found > highest)).any():
+    if not within(values, _bounds(layout)):
         check_padding(layout, values)
         check_values(layout, values)
 
 
 @lru_cache(maxsize=limits.MAX_LAYOUTS)
-def _bounds(layout: Layout) -> tuple[Words, Words, Words, Words, Words]:
-    """What `check_padding` and `check_values` ask, a number each: word, shift, mask, least and greatest value."""
-    import numpy as np
-
-    asked = [(layout.offsets[column + 1] - 1, 8 * used, 2**64 - 1, 0, 0) for column, used in layout.partial]
+def _bounds(layout: Layout) -> bytes:
+    """What `check_padding` and `check_values` ask."""
+    asked = [bound(layout.offsets[column + 1] - 1, 0, shift=8 * used) for column, used in layout.partial]
     for row, slot, word in _checked(layout):
         if row.selector is not None:
-            asked.append((word, 0, 0xFFFF_FFFF, row.selector, row.selector))
+            asked.append(bound(word, row.selector, mask=0xFFFF_FFFF))
         if row.struct in structs.COUNTS:
             count, minimum = structs.COUNTS[row.struct], structs.STRUCTS[row.struct].minimum
-            asked.append((word, count.offset * 8, 0xFFFF_FFFF, 0, _capacity(count, slot.size, minimum)))
-    words, *others = np.array(asked, np.uint64).reshape(-1, 5).T
-    shifts, masks, lowest, highest = others
-    return words.astype(np.intp), shifts, masks, lowest, highest
+            most = _capacity(count, slot.size, minimum)
+            asked.append(bound(word, 0, most, shift=count.offset * 8, mask=0xFFFF_FFFF))
+    return b"".join(asked)
 
 
 def check_padding(layout: Layout, values: Words) -> None:

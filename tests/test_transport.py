@@ -112,6 +112,27 @@ def test_what_is_done_ahead_of_the_pause_changes_nothing(vm: Vm) -> None:
     assert [d for d in report.differs if not d.reason] == []
 
 
+def test_a_value_that_was_not_foreseen_is_judged(vm: Vm) -> None:
+    """The plan has seen a fresh vCPU's PAT; one vCPU's other one, of no type that there is, is found at the pause."""
+    out, backend = io.BytesIO(), migstream.open_backend("sim")
+    pat = ids.msr_id(0x277)
+    saver = Saver(vm, out, host=backend.summary())
+    with Restorer(backend) as restorer:
+        saver.prologue()
+        feed(restorer, out.getvalue())
+        assert restorer.ready()
+        assert restorer._plan is not None
+        assert restorer._plan.foreseen
+        number, step = next((n, s) for n, s in restorer._plan.late.items() if pat in s.source.index)
+        values = np.zeros((3, step.source.row_words), np.uint64)
+        for row in range(3):
+            assert vm.read(step.source, row, values[row:row + 1]) == []
+        assert restorer._plan.at_the_pause(number, Bank(step.source, 0, values)) is step
+        values[2, step.source.offsets[step.source.index[pat]]] = 2
+        with pytest.raises(DoesNotFit, match="MSR_IA32_CR_PAT"):
+            restorer._plan.at_the_pause(number, Bank(step.source, 0, values))
+
+
 def feed(restorer: Restorer, data: bytes) -> None:
     restorer.reader.feed(data)
     while (found := restorer.reader.next()) is not None:

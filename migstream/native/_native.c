@@ -18,7 +18,7 @@
 #include <sys/ioctl.h>
 #include <time.h>
 
-#define VERSION 2
+#define VERSION 3
 
 /* ---- One row of a program: `migstream/backends/kvm/batch.py` packs it. ---- */
 
@@ -511,6 +511,44 @@ static PyObject *undelta(PyObject *module, PyObject *arguments)
     return wrong < 0 ? NULL : PyBool_FromLong(!wrong);
 }
 
+/* One question to a column: (word >> shift & mask) of every row is from `least` to `most`. */
+struct bound { uint64_t word, shift, mask, least, most; };
+
+static int within(const uint64_t *values, size_t rows, size_t words, const struct bound *bounds, size_t count)
+{
+    for (size_t k = 0; k < count; k++) {
+        const struct bound *b = bounds + k;
+        for (size_t row = 0; row < rows; row++) {
+            uint64_t found = values[row * words + b->word] >> b->shift & b->mask;
+            if (found < b->least || found > b->most)
+                return 0;
+        }
+    }
+    return 1;
+}
+
+/* bounded(values, rows, words, bounds) -> whether every value is within its bounds */
+static PyObject *bounded(PyObject *module, PyObject *arguments)
+{
+    Py_buffer values, bounds;
+    Py_ssize_t rows, words;
+    int good;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y*nny*", &values, &rows, &words, &bounds))
+        return NULL;
+    size_t count = (size_t)bounds.len / sizeof(struct bound);
+    const struct bound *b = bounds.buf;
+    good = rows >= 0 && words > 0 && (size_t)values.len == (size_t)rows * (size_t)words * 8;
+    for (size_t k = 0; good && k < count; k++)
+        good = b[k].word < (size_t)words && b[k].shift < 64;
+    if (!good)
+        PyErr_SetString(PyExc_ValueError, "the bounds do not fit the matrix");
+    PyObject *answer = good ? PyBool_FromLong(within(values.buf, (size_t)rows, (size_t)words, b, count)) : NULL;
+    PyBuffer_Release(&values);
+    PyBuffer_Release(&bounds);
+    return answer;
+}
+
 /* Whether an entry stays within its row, its indices and a run page. */
 static int fits(const struct entry *e, size_t width, size_t indices)
 {
@@ -582,6 +620,7 @@ static PyObject *warm(PyObject *module, PyObject *argument)
 static PyMethodDef functions[] = {
     { "run", run, METH_VARARGS, NULL },
     { "warm", warm, METH_O, NULL },
+    { "bounded", bounded, METH_VARARGS, NULL },
     { "delta", delta, METH_VARARGS, NULL },
     { "undelta", undelta, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },

@@ -92,11 +92,14 @@ class Restorer:
         with self.report.phase("ready"):
             vm = self._with_vcpus(self._vm)
             vm.take_stock([step.target for step in self._plan.late.values() if step.target is not None])
-            self._rehearse(self._plan)
+            self._rehearse(vm, self._plan)
         return True
 
-    def _rehearse(self, plan: Plan) -> None:
-        """Decode and judge a bank of zeros of each late layout, so that what the real one takes is made by then."""
+    def _rehearse(self, vm: Vm, plan: Plan) -> None:
+        """Decode and judge a bank of zeros of each late layout, so that what the real one takes is made by then.
+
+        A fresh vCPU's values are judged: those that the guest has not changed need not be looked at again.
+        """
         for number, step in plan.late.items():
             values = self._room.get(number)
             if values is None:
@@ -104,8 +107,10 @@ class Restorer:
             with suppress(MigstreamError):
                 section = sections.encode_bank(Bank(step.source, 0, values), number)
                 bank = sections.decode_bank(section, step.source).decode(values)
-                now = plan.at_the_pause(number, bank)
-                if now.target is not None:
+                fresh = Bank(step.source, 0, bank.values[:1].copy())
+                if step.as_saved and step.pending and not vm.read(step.source, 0, fresh.values):
+                    plan.foresee(number, fresh)
+                elif (now := plan.rehearse(number, bank)).target is not None:
                     now.fit(bank.values)
 
     def finish(self) -> tuple[Vm, Report]:

@@ -170,7 +170,7 @@ class Saver:
         """VM-wide registers that a guest may write are sent early and looked at again: changed ones go twice."""
         _fill(self.vm, [new for _, new in self._again])
         return [Bank(new.layout, 0, new.values, update=True) for old, new in self._again
-                if (old.values != new.values).any()]
+                if old.values.tobytes() != new.values.tobytes()]
 
     def _bank(self, bank: Bank) -> None:
         self.report.count(bank.layout.phase.name.lower(), bank.layout.scope, bank.rows * len(bank.layout.slots))

@@ -63,8 +63,17 @@ def open_rules(pair: Pair, slot: Slot) -> tuple[Rule, ...]:
 
 
 def judge_late(pair: Pair, slot: Slot, rules: tuple[Rule, ...]) -> Verdict:
-    """The verdict on a register that was pending, by its `open_rules`, once its value is there."""
-    return _by_rules(Case(pair, slot), lookup(slot.id), rules)
+    """The verdict on a register that was pending, by its `open_rules`, once its value is there.
+
+    What decides may come later still: then a register that is listed is the kernel's to judge, another is refused.
+    """
+    case = Case(pair, slot)
+    try:
+        return _by_rules(case, lookup(slot.id), rules)
+    except NotYet:
+        return Verdict(slot, Answer.FITS, slot, pending=True) if case.listed else _refuse(
+            slot, "not here, and what decides whether that is harmless comes later in the stream", "the stream's order",
+            Kernel.REFUSES)
 
 
 def _by_rules(case: Case, row: Register, rules: tuple[Rule, ...] | None = None) -> Verdict:

@@ -39,7 +39,7 @@ class Record:
     def build(self, fields: Mapping[str, Any]) -> bytes:
         """Return the bytes; constants fill themselves in."""
         every = {**fields, **self._constants}
-        return self._struct.pack(*(every[name] for name in self._names))
+        return self._struct.pack(*map(every.__getitem__, self._names))
 
 
 def _fields(names: list[str]) -> Any:

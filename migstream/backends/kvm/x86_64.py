@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from migstream.backends.base import SHORT_COUNT, Refusal
 from migstream.backends.kvm import uapi
 from migstream.backends.kvm.arch import ArchHost, ArchVm
-from migstream.backends.kvm.batch import Entry, Flag, Kind
+from migstream.backends.kvm.batch import Entry, Kind
 from migstream.backends.kvm.operations import (
     ATTRIBUTE,
     ByAddress,
@@ -29,6 +29,7 @@ from migstream.backends.kvm.operations import (
     Struct,
     register_list,
 )
+from migstream.backends.kvm.shared import IN_PAGE, SETTLED, Shared
 from migstream.backends.kvm.uapi import Request
 from migstream.errors import BackendError
 from migstream.host.profile import cpuid_word
@@ -46,20 +47,6 @@ _MSR_LIST_CAPACITY = 4096
 _CPUID_CAPACITY = 256
 _OWN_ATTRIBUTE = ids.attribute_id(0, 0, 0) >> 40
 """Ids of attributes of the vCPU's own file descriptor; bits 39:32 are the group."""
-
-
-class Shared(Struct):
-    """A struct that the batch may find in the run page, or leave out of a write: `_IN_PAGE`, `_SETTLED`."""
-
-    settled = False
-
-    def entry(self, writing: bool) -> Entry | None:
-        """As `Struct.entry`, with what else the batch has to know."""
-        entry = super().entry(writing)
-        if entry is None or writing:
-            return entry and replace(entry, flags=Flag.SETTLED if self.settled else 0)
-        page, size = _IN_PAGE.get(self.id, (0, 0))
-        return replace(entry, page=page, page_size=size, flags=Flag.GATE if self.id == rows.LAPIC.id else 0)
 
 
 class Counted(Struct):
@@ -252,20 +239,6 @@ _STRUCTS: dict[int, tuple[Request, Request]] = {
     rows.NESTED_STATE.id: (uapi.GET_NESTED_STATE, uapi.SET_NESTED_STATE),
 }
 
-_IN_PAGE = {
-    rows.REGS.id: (uapi.RUN_REGS, 144),
-    rows.SREGS.id: (uapi.RUN_SREGS, 312),
-    rows.SREGS2.id: (uapi.RUN_SREGS, 280),  # as kvm_sregs up to apic_base; then flags and PDPTRs, 0 but in PAE mode
-}
-"""struct kvm_sync_regs: where each begins in the run page, and how much of it is there."""
-
-_SETTLED = frozenset((rows.XCRS.id, rows.DEBUGREGS.id, rows.VCPU_EVENTS.id))
-"""Registers that no other register's write changes to another value than a fresh vCPU's. DR0 to DR7 and XCR0 are
-written by nothing else (kvm_vcpu_ioctl_x86_set_debugregs, _set_xcrs). KVM_SET_REGS and KVM_SET_SREGS only take pending
-events away, but for an interrupt that KVM_SREGS itself carries: the saved events have it then, and are written."""
-
-_SYNC_REGS, _SYNC_SREGS = 1, 2
-
 _COUNTED = {rows.CPUID2.id: (0, 8, CPUID_ENTRY, errno.E2BIG), rows.NESTED_STATE.id: (4, 0, 1, errno.EINVAL)}
 """Registers with a length of their own: where it is (a u32), what it counts (bytes before, bytes of each), and the
 errno for one that is too long."""
@@ -313,7 +286,7 @@ def operations(layout: Layout, capabilities: Mapping[str, int], told: dict[int, 
         column += len(run) or 1
     for operation in out if rows.NESTED_STATE.id not in layout.index else ():  # entering L2 loads debug registers
         if isinstance(operation, Shared):
-            operation.settled = operation.id in _SETTLED
+            operation.settled = operation.id in SETTLED
     return out
 
 
@@ -386,7 +359,7 @@ class X86Vm(ArchVm):
 
     def page_registers(self) -> int:
         """General and segment registers, as far as KVM_CAP_SYNC_REGS offers them."""
-        return int(self.vm.backend.profile().capabilities.get("SYNC_REGS", 0)) & (_SYNC_REGS | _SYNC_SREGS)
+        return int(self.vm.backend.profile().capabilities.get("SYNC_REGS", 0)) & IN_PAGE
 
     def read_order(self, layout: Layout, program: list[Operation]) -> list[Operation]:
         """MP_STATE first; see `read_order`."""
