@@ -135,7 +135,7 @@ class Plan:
         return self._again(step, bank, known)
 
     def _again(self, step: Step, bank: Bank, known: Mapping[int, Column]) -> Step:
-        """The step with verdicts that know the bank's values; `step` itself where nothing changes. Raises: DoesNotFit."""
+        """The step as judged with the bank's values; `step` itself where nothing changes. Raises: DoesNotFit."""
         assert self.pair is not None
         late = range(len(step.verdicts)) if bank.update else step.pending
         pair = self.pair.knowing(LateColumns([bank], known, late))

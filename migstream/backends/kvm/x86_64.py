@@ -6,20 +6,19 @@ refuses.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import fcntl
-import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from migstream.backends.base import SHORT_COUNT, Refusal
+from migstream.backends.kvm import offered_x86_64 as offered
 from migstream.backends.kvm import uapi
 from migstream.backends.kvm.arch import ArchHost, ArchVm
 from migstream.backends.kvm.batch import Entry, Kind
+from migstream.backends.kvm.offered_x86_64 import CPUID_CAPACITY, CPUID_ENTRY
 from migstream.backends.kvm.operations import (
     ATTRIBUTE,
     ByAddress,
@@ -32,7 +31,6 @@ from migstream.backends.kvm.operations import (
 from migstream.backends.kvm.shared import IN_PAGE, SETTLED, Shared
 from migstream.backends.kvm.uapi import Request
 from migstream.errors import BackendError
-from migstream.host.profile import cpuid_word
 from migstream.model import Arch, Layout, Phase, Scope
 from migstream.registers import ids
 from migstream.registers import x86_64 as rows
@@ -42,9 +40,6 @@ if TYPE_CHECKING:
     from migstream.backends.kvm.backend import KvmBackend, KvmVm
     from migstream.host.profile import HostProfile
 
-CPUID_ENTRY = 40
-_MSR_LIST_CAPACITY = 4096
-_CPUID_CAPACITY = 256
 _OWN_ATTRIBUTE = ids.attribute_id(0, 0, 0) >> 40
 """Ids of attributes of the vCPU's own file descriptor; bits 39:32 are the group."""
 
@@ -320,12 +315,12 @@ class X86Host(ArchHost):
     def complete(self, backend: KvmBackend, profile: HostProfile) -> HostProfile:
         """MSRs, CPUID and the sizes that the host tells. Raises: BackendError."""
         capabilities = profile.capabilities
-        features = _msr_list(backend.fd, uapi.GET_MSR_FEATURE_INDEX_LIST) if capabilities["GET_MSR_FEATURES"] else ()
-        return replace(profile, msrs=_msr_list(backend.fd, uapi.GET_MSR_INDEX_LIST),
-                       feature_msrs={index: _feature_msr(backend.fd, index) for index in features},
-                       sizes=_sizes(capabilities), cpuid=(cpuid := _supported_cpuid(backend.fd)),
-                       cpuid_forced=_forced_cpuid(backend.fd, cpuid),
-                       xsave_components=tuple(decode("XCR0", _xsave_mask(backend.fd, capabilities, cpuid))))
+        features = capabilities["GET_MSR_FEATURES"] and offered.msr_list(backend.fd, uapi.GET_MSR_FEATURE_INDEX_LIST)
+        return replace(profile, msrs=offered.msr_list(backend.fd, uapi.GET_MSR_INDEX_LIST),
+                       feature_msrs={index: offered.feature_msr(backend.fd, index) for index in features or ()},
+                       sizes=offered.sizes(capabilities), cpuid=(cpuid := offered.supported_cpuid(backend.fd)),
+                       cpuid_forced=offered.forced_cpuid(backend.fd, cpuid),
+                       xsave_components=tuple(decode("XCR0", offered.xsave_mask(backend.fd, capabilities, cpuid))))
 
     def vm(self, vm: KvmVm) -> X86Vm:
         """The x86-64 part of a VM."""
@@ -378,8 +373,8 @@ class X86Vm(ArchVm):
         """Bytes of the longest CPUID2 table of this VM's vCPUs."""
         longest = 0
         for k, fd in enumerate(self.vm.vcpu_fds):
-            buffer = bytearray(b"\xff") * (8 + CPUID_ENTRY * _CPUID_CAPACITY)
-            struct.pack_into("<II", buffer, 0, _CPUID_CAPACITY, 0)
+            buffer = bytearray(b"\xff") * (8 + CPUID_ENTRY * CPUID_CAPACITY)
+            struct.pack_into("<II", buffer, 0, CPUID_CAPACITY, 0)
             uapi.call(fd, uapi.GET_CPUID2, buffer, vcpu=k)
             longest = max(longest, _entries(buffer))
         return 8 + CPUID_ENTRY * longest
@@ -392,80 +387,6 @@ class X86Vm(ArchVm):
             return register_list(self.vm.vcpu_fds[0])
         except BackendError:
             return ()
-
-
-def _msr_list(fd: int, request: Request) -> tuple[int, ...]:
-    buffer = bytearray(4 + 4 * _MSR_LIST_CAPACITY)
-    struct.pack_into("<I", buffer, 0, _MSR_LIST_CAPACITY)
-    uapi.call(fd, request, buffer)
-    (count,) = struct.unpack_from("<I", buffer)
-    return struct.unpack_from(f"<{count}I", buffer, 4)
-
-
-def _feature_msr(fd: int, index: int) -> int:
-    buffer = bytearray(struct.pack("<IIIIQ", 1, 0, index, 0, 0))
-    uapi.call(fd, uapi.GET_FEATURE_MSRS, buffer, register=f"{index:#x}")
-    return int(struct.unpack_from("<Q", buffer, 16)[0])
-
-
-def _supported_cpuid(fd: int) -> bytes:
-    buffer = bytearray(8 + CPUID_ENTRY * _CPUID_CAPACITY)
-    struct.pack_into("<I", buffer, 0, _CPUID_CAPACITY)
-    uapi.call(fd, uapi.GET_SUPPORTED_CPUID, buffer)
-    (count,) = struct.unpack_from("<I", buffer)
-    return bytes(buffer[:8 + CPUID_ENTRY * count])
-
-
-def _forced_cpuid(kvm_fd: int, supported: bytes) -> dict[int, tuple[int, int]]:
-    """Bits that a vCPU of this KVM has though the supported table, which it was given, has not; on a scratch VM.
-
-    Bits that other bits' values or the vCPU's own state switch on may be among them; an experiment tells them apart.
-    """
-    vm_fd = uapi.call(kvm_fd, uapi.CREATE_VM, 0)
-    try:
-        vcpu_fd = uapi.call(vm_fd, uapi.CREATE_VCPU, 0)
-        try:
-            back = bytearray(supported)
-            uapi.call(vcpu_fd, uapi.SET_CPUID2, back)
-            uapi.call(vcpu_fd, uapi.GET_CPUID2, back)
-        finally:
-            os.close(vcpu_fd)
-    finally:
-        os.close(vm_fd)
-    return dict(_more_bits(supported, back))
-
-
-def _more_bits(given: bytes, back: bytes | bytearray) -> Iterator[tuple[int, tuple[int, int]]]:
-    for at in range(8, len(given) - CPUID_ENTRY + 1, CPUID_ENTRY):
-        function, index = struct.unpack_from("<2I", given, at)
-        for register in range(4):
-            place = at + 12 + 4 * register
-            before, after = (struct.unpack_from("<I", table, place)[0] for table in (given, back))
-            if after & ~before:
-                yield cpuid_word(function, index, register), (0xFFFF_FFFF, after & ~before)
-
-
-_XSAVE_LEAF, _XCOMP_GUEST_SUPP = 0xD, 0
-"""CPUID leaf; attribute of group 0 of the system fd."""
-
-
-def _xsave_mask(fd: int, capabilities: Mapping[str, int], cpuid: bytes) -> int:
-    """Components that guests may have: bits of XCR0 and IA32_XSS."""
-    mask = ctypes.c_uint64()
-    if capabilities["SYS_ATTRIBUTES"]:
-        argument = bytearray(ATTRIBUTE.pack(0, 0, _XCOMP_GUEST_SUPP, ctypes.addressof(mask)))
-        with contextlib.suppress(BackendError):
-            uapi.call(fd, uapi.GET_SYSTEM_ATTR, argument)
-    found = mask.value
-    for offset in range(8, len(cpuid), CPUID_ENTRY):
-        leaf, index, _, eax, _, ecx, edx = struct.unpack_from("<7I", cpuid, offset)
-        if leaf == _XSAVE_LEAF and index < 2:
-            found |= edx << 32 | (ecx if index else eax)
-    return found
-
-
-def _sizes(capabilities: Mapping[str, int]) -> dict[int, int]:
-    return {rows.XSAVE.id: max(capabilities["XSAVE2"], 4096), rows.NESTED_STATE.id: capabilities["NESTED_STATE"]}
 
 
 def _set_tss(fd: int, address: int) -> None:
