@@ -108,10 +108,16 @@ class Restorer:
                 section = sections.encode_bank(Bank(step.source, 0, values), number)
                 bank = sections.decode_bank(section, step.source).decode(values)
                 fresh = Bank(step.source, 0, bank.values[:1].copy())
-                if step.as_saved and step.pending and not vm.read(step.source, 0, fresh.values):
-                    plan.foresee(number, fresh)
+                if step.as_saved and step.pending:
+                    self._foresee(vm, plan, number, fresh)
                 elif (now := plan.rehearse(number, bank)).target is not None:
                     now.fit(bank.values)
+
+    def _foresee(self, vm: Vm, plan: Plan, number: int, fresh: Bank) -> None:
+        if refused := vm.read(fresh.layout, 0, fresh.values):
+            self.report.notes += [f"{no}: could not be looked at before the pause" for no in refused]
+        else:
+            plan.foresee(number, fresh)
 
     def finish(self) -> tuple[Vm, Report]:
         """Settle refusals, read back when asked, and hand over the VM: complete, paused, the caller's to close.
