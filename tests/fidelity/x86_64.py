@@ -180,7 +180,17 @@ class X86Stage(Stage):
         answer = self._put(register, vcpu, value.to_bytes(8, "little").ljust(self._size(register), b"\0"))["answer"]
         refused, now = self._get(register, vcpu, self._size(register))
         passed = int.from_bytes(now[:8], "little") - value
-        return {"answer": answer, "refused": refused, "goes_on": -_SYNCHRONISED <= passed <= _GOES_ON.get(register, 0)}
+        before, after = self._tolerated(register, vcpu)
+        return {"answer": answer, "refused": refused, "goes_on": -before <= passed <= after}
+
+    def _tolerated(self, register: int, vcpu: int) -> tuple[int, int]:
+        """How much less and more a clock may show than what was just written: a minute more; an offset, nothing.
+
+        A TSC within a second of the other vCPUs' is made the same as theirs (kvm_synchronize_tsc): a second less, as
+        long as the vCPU's own frequency says that it is.
+        """
+        khz = int.from_bytes(self._get(x86_64.TSC_KHZ.id, vcpu, 4)[1], "little")
+        return {x86_64.CLOCK.id: (10**9, 60 * 10**9), ids.msr_id(0x10): (1100 * khz, 60 * 10**10)}.get(register, (0, 0))
 
     def do_copy(self, source: int, vcpu: int) -> Answer:
         """Write everything that a save would read of one vCPU to another, or to itself, as a restore does."""
@@ -291,12 +301,6 @@ class X86Stage(Stage):
 
 _XSTATE_BV = 512
 """Its offset in struct kvm_xsave."""
-
-_GOES_ON = {x86_64.CLOCK.id: 60 * 10**9, ids.msr_id(0x10): 60 * 10**10}
-"""How much more a clock may show than what was just written: a minute in ns, or in ticks of 10 GHz."""
-
-_SYNCHRONISED = 10**10
-"""How much less: a TSC within a second of the other vCPUs' is made the same as theirs (kvm_synchronize_tsc)."""
 
 
 def _components(profile: HostProfile) -> int:

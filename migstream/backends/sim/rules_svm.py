@@ -120,7 +120,21 @@ def _look_for_interrupts(rows: Rows, values: Words, before: Words) -> None:
         rules_devices.update_priority(rows.where(looks))
 
 
+def _svm_off(rows: Rows, values: Words, before: Words) -> None:
+    """Clearing EFER.SVME sets GIF, and with it looks for interrupts."""
+    if not is_svm(rows.guest.profile):
+        return
+    off = bits(before[:, _EFER], _SVME) & ~bits(values[:, _EFER], _SVME)
+    chosen = rows.where(off)
+    if off.any():
+        head = chosen.get(NESTED_STATE).copy()
+        head[:, 0] |= np.uint64(_GIF)
+        chosen.put(NESTED_STATE, head)
+        _look_for_interrupts(chosen, head, head)
+
+
 AFTERS = (
+    After("GIF on with EFER.SVME off", (SREGS, SREGS2), _svm_off, "svm_set_efer: svm_set_gif"),
     After("GIF on: the processor priority", (NESTED_STATE,), _look_for_interrupts,
           "svm_set_gif: kvm_cpu_has_injectable_intr"),
 )
