@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -90,11 +91,12 @@ class Restorer:
         self._is_ready = True
         with self.report.phase("ready"):
             vm = self._with_vcpus(self._vm)
-            vm.take_stock([step.target for step in self._plan.late.values() if step.target is not None])
-            self._rehearse(vm, self._plan)
+            fresh = vm.take_stock([step.target for step in self._plan.late.values()
+                                   if step.target is not None and step.target.scope == Scope.VCPU])
+            self._rehearse(self._plan, fresh)
         return True
 
-    def _rehearse(self, vm: Vm, plan: Plan) -> None:
+    def _rehearse(self, plan: Plan, fresh: Mapping[Layout, Words]) -> None:
         """Decode and judge a bank of zeros of each late layout, so that what the real one takes is made by then.
 
         A fresh vCPU's values are judged: those that the guest has not changed need not be looked at again.
@@ -106,9 +108,8 @@ class Restorer:
             with suppress(MigstreamError):
                 section = sections.encode_bank(Bank(step.source, 0, values), number)
                 bank = sections.decode_bank(section, step.source).decode(values)
-                fresh = Bank(step.source, 0, bank.values[:1].copy())
-                if step.as_saved and step.pending and not vm.read(step.source, 0, fresh.values):
-                    plan.foresee(number, fresh)
+                if step.as_saved and step.source in fresh:
+                    plan.foresee(number, Bank(step.source, 0, fresh[step.source]))
                 elif (now := plan.at_the_pause(number, bank)).target is not None:
                     now.fit(bank.values)
 
