@@ -19,10 +19,9 @@ from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
 from migstream.registers import vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.verdicts.facts import Pair
-from migstream.verdicts.judge import Addition, additions, judge, judge_late, open_rules, unexplained
-from migstream.verdicts.model import Answer, LateColumns, Saved, Verdict
+from migstream.verdicts.judge import Addition, additions, judge, unexplained
+from migstream.verdicts.model import Answer, Saved, Verdict
 from migstream.verdicts.policy import NO_POLICY, Policy
-from migstream.verdicts.rule import Rule
 
 if TYPE_CHECKING:
     from migstream.contract import Contract
@@ -50,11 +49,6 @@ class Step:
     source: Layout
     target: Layout | None
     verdicts: tuple[Verdict, ...]
-
-    @cached_property
-    def pending(self) -> tuple[int, ...]:
-        """Columns whose verdict depends on a value that comes with the pause."""
-        return tuple(column for column, v in enumerate(self.verdicts) if v.pending)
 
     @cached_property
     def as_saved(self) -> bool:
@@ -85,11 +79,6 @@ class Plan:
     policy: Policy = NO_POLICY
     foreseen: dict[int, bytes] = field(default_factory=dict, compare=False)
 
-    @cached_property
-    def late(self) -> dict[int, Step]:
-        """The steps of the layouts whose values come with the pause, by number."""
-        return {number: step for number, step in enumerate(self.steps) if not step.source.phase.prologue}
-
     @property
     def verdicts(self) -> list[Verdict]:
         """All registers' verdicts, in restore order; additions last."""
@@ -114,45 +103,43 @@ class Plan:
         Raises: DoesNotFit.
         """
         step = self.steps[number]
-        if self.pair is None or not (late := range(len(step.verdicts)) if bank.update else step.pending):
+        if not bank.update and self._is_foreseen(number, bank):
             return step
-        if not bank.update and self._is_known(number, bank):
+        again = [bank.update or v.pending for v in step.verdicts]
+        if self.pair is None or not any(again):
             return step
-        pair = self.pair.knowing(LateColumns(bank, self.pair.saved.columns, late))
-        new = {column: self._late(pair, step.verdicts[column]) for column in late}
-        if all(v.plain and step.verdicts[column].target == v.target for column, v in new.items()) and not bank.update:
-            return step
-        verdicts = tuple(new.get(column, v) for column, v in enumerate(step.verdicts))
+        columns = {**self.pair.saved.columns, **Saved.of(self.pair.saved.machine, (), [bank]).columns}
+        pair = self.pair.knowing(columns)
+        verdicts = tuple(self.policy.apply(pair, judge(pair, v.slot)) if late else v
+                         for late, v in zip(again, step.verdicts, strict=True))
         now = Plan((_step(step.source, verdicts),)).require().steps[0]
         if bank.update and now.target != step.target:
             changed = next(v for old, v in zip(step.verdicts, verdicts, strict=True) if old.target != v.target)
             raise DoesNotFit([f"{changed}; it was another value in the prologue"])
         return now
 
-
     def foresee(self, number: int, bank: Bank) -> None:
-        """Judge values that may come with the pause, as a fresh vCPU has: if they do, it is not done again then."""
+        """Judge values that may come with the pause, as a fresh vCPU has: if they do, it is not done again then.
+
+        Only an answer that no other late value can change is kept. Raises: DoesNotFit, PolicyError.
+        """
         step = self.steps[number]
-        if step.pending and self.at_the_pause(number, bank) is step:
-            words = [word for column in step.pending for word in range(*step.source.offsets[column:column + 2])]
+        now = Plan(self.steps, pair=self.pair, policy=self.policy).at_the_pause(number, bank)
+        columns = [column for column, v in enumerate(step.verdicts) if v.pending]
+        if columns and now.as_saved and step.as_saved and not any(now.verdicts[c].pending or now.verdicts[c].reason
+                                                                  for c in columns):
+            words = [word for column in columns for word in range(*step.source.offsets[column:column + 2])]
             self.foreseen[number] = b"".join(bound(word, int(bank.values[0, word])) for word in words)
 
-    def _is_known(self, number: int, bank: Bank) -> bool:
+    def _is_foreseen(self, number: int, bank: Bank) -> bool:
         """Whether all pending registers have the values that were judged before, on all vCPUs."""
         known = self.foreseen.get(number)
         return known is not None and within(bank.values, known)
 
-    def _late(self, pair: Pair, verdict: Verdict) -> Verdict:
-        slot = verdict.slot
-        rules = self._open.get(slot.id)
-        now = judge(pair, slot) if rules is None else judge_late(pair, slot, rules)
-        return self.policy.apply(pair, now)
-
     @cached_property
-    def _open(self) -> dict[int, tuple[Rule, ...]]:
-        """What is still to be asked of pending registers, by id."""
-        assert self.pair is not None
-        return {v.slot.id: open_rules(self.pair, v.slot) for step in self.steps for v in step.verdicts if v.pending}
+    def in_the_pause(self) -> dict[int, Step]:
+        """The steps of the layouts whose values come with the pause, by number."""
+        return {number: step for number, step in enumerate(self.steps) if not step.source.phase.prologue}
 
 
 def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile, *, banks: Sequence[Bank] = (),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from migstream.backends.base import Refusal
@@ -27,21 +29,6 @@ class Difference:
     def __str__(self) -> str:
         where = "VM" if not self.vcpus else f"{len(self.vcpus)} vCPUs from {self.vcpus[0]}"
         return f"{lookup(self.register).name} ({where}): {self.reason or 'read back different, for no known reason'}"
-
-
-class Timed:
-    """Adds the time of a body to a table. A context manager, to be entered once."""
-
-    __slots__ = ("_name", "_start", "_times")
-
-    def __init__(self, times: dict[str, int], name: str) -> None:
-        self._times, self._name = times, name
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter_ns()
-
-    def __exit__(self, *_: object) -> None:
-        self._times[self._name] = self._times.get(self._name, 0) + time.perf_counter_ns() - self._start
 
 
 @dataclass
@@ -72,9 +59,14 @@ class Report:
     opaque: list[OpaqueState] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def phase(self, name: str) -> Timed:
-        """A context manager that adds the time of its body to phase `name`."""
-        return Timed(self.times, name)
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the body to phase `name`."""
+        start = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            self.times[name] = self.times.get(name, 0) + time.perf_counter_ns() - start
 
     def count(self, phase: str, scope: Scope, registers: int) -> None:
         """Add register writes or reads."""

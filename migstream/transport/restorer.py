@@ -91,7 +91,7 @@ class Restorer:
         self._is_ready = True
         with self.report.phase("ready"):
             vm = self._with_vcpus(self._vm)
-            fresh = vm.take_stock([step.target for step in self._plan.late.values()
+            fresh = vm.take_stock([step.target for step in self._plan.in_the_pause.values()
                                    if step.target is not None and step.target.scope == Scope.VCPU])
             self._rehearse(self._plan, fresh)
         return True
@@ -101,7 +101,7 @@ class Restorer:
 
         A fresh vCPU's values are judged: those that the guest has not changed need not be looked at again.
         """
-        for number, step in plan.late.items():
+        for number, step in plan.in_the_pause.items():
             values = self._room.get(number)
             if values is None:
                 continue
@@ -110,8 +110,8 @@ class Restorer:
                 bank = sections.decode_bank(section, step.source).decode(values)
                 if step.as_saved and step.source in fresh:
                     plan.foresee(number, Bank(step.source, 0, fresh[step.source]))
-                elif (now := plan.at_the_pause(number, bank)).target is not None:
-                    now.fit(bank.values)
+                elif step.target is not None:
+                    step.fit(bank.values)
 
     def finish(self) -> tuple[Vm, Report]:
         """Settle refusals, read back when asked, and hand over the VM: complete, paused, the caller's to close.
@@ -206,8 +206,8 @@ class Restorer:
             step = self._plan.at_the_pause(number, bank)
         except DoesNotFit as error:
             raise RestoreFailed(f"at the pause: {error.reasons[0]}; the VM was destroyed", self.report) from error
+        known = {v.slot.id for v in self.report.verdicts}
         if step is not self._plan.steps[number]:
-            known = {v.slot.id for v in self.report.verdicts}
             self.report.verdicts += [v for v in step.verdicts if v.reason and v.slot.id not in known]
         return step
 
@@ -216,7 +216,7 @@ class Restorer:
         import numpy as np
 
         assert self._plan is not None
-        late = self._plan.late
+        late = self._plan.in_the_pause
         vm.prepare([step.target for step in late.values() if step.target is not None])
         for number, step in late.items():
             shape = vm.machine.vcpus if step.source.scope == Scope.VCPU else 1, step.source.row_words

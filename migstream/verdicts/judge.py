@@ -35,25 +35,8 @@ def judge(pair: Pair, slot: Slot) -> Verdict:
                        kernel=Kernel.TAKES if case.listed else Kernel.REFUSES)
 
 
-def open_rules(pair: Pair, slot: Slot) -> tuple[Rule, ...]:
-    """For a pending register: the rules from the first on that asks for its value. The rest has been answered."""
-    case, rules = Case(pair, slot), rules_for(pair.arch, lookup(slot.id).name)
-    for number, rule in enumerate(rules):
-        try:
-            if rule.when(case):
-                return rules[number:]
-        except NotYet:
-            return rules[number:]
-    return ()
-
-
-def judge_late(pair: Pair, slot: Slot, rules: tuple[Rule, ...]) -> Verdict:
-    """The verdict on a register that was pending, by its `open_rules`, once its value is there."""
-    return _by_rules(Case(pair, slot), lookup(slot.id), rules)
-
-
-def _by_rules(case: Case, row: Register, rules: tuple[Rule, ...] | None = None) -> Verdict:
-    for rule in rules_for(case.pair.arch, row.name) if rules is None else rules:
+def _by_rules(case: Case, row: Register) -> Verdict:
+    for rule in rules_for(case.pair.arch, row.name):
         if rule.when(case):
             return rule.verdict(case)
     if is_id_register(case.pair.arch, row.name) and (verdict := id_fields.judge(case)) is not None:

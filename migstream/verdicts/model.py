@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -70,11 +70,6 @@ class Verdict:
         return self.answer in (Answer.NOTICED, Answer.REFUSED) and not self.tolerated
 
     @property
-    def plain(self) -> bool:
-        """True where there is nothing to say: the saved value is written."""
-        return self.answer is Answer.FITS and not self.reason and self.value is None
-
-    @property
     def loses(self) -> bool:
         """True where the guest may notice and the policy lets it."""
         return self.answer in (Answer.NOTICED, Answer.REFUSED) and bool(self.tolerated)
@@ -111,7 +106,7 @@ class Column:
     @cached_property
     def distinct(self) -> tuple[bytes, ...]:
         """Every value once, ascending as bytes; empty where not known."""
-        some, every = self.reduced
+        some, every = self._reduced
         if self.known and some == every:
             return (some.to_bytes(self.slot.words * 8, "little")[:self.slot.size],)
         rows = {row for part in self._parts or () for row in _rows(part)}
@@ -123,7 +118,7 @@ class Column:
         return tuple(int.from_bytes(value, "little") for value in self.distinct)
 
     @cached_property
-    def reduced(self) -> tuple[int, int]:
+    def _reduced(self) -> tuple[int, int]:
         """(bits that are 1 on some vCPU, bits that are 1 on all)."""
         import numpy as np
 
@@ -138,49 +133,13 @@ class Column:
 
     def differing(self, value: int) -> int:
         """Bits in which some vCPU's value differs from `value`."""
-        some, every = self.reduced
+        some, every = self._reduced
         full = (1 << 8 * self.slot.size) - 1
         return (some & ~value | ~every & value) & full
 
     def only(self, value: int) -> bool:
         """True where all vCPUs have this value."""
         return self.known and not self.differing(value)
-
-
-class LateColumns(Mapping[int, Column]):
-    """The columns of a bank that came with the pause, each made when it is asked for; then those known before."""
-
-    def __init__(self, bank: Bank, known: Mapping[int, Column], asked: Sequence[int] = ()) -> None:
-        """`asked` are the columns that will be looked at: those of one word are looked at together."""
-        self._bank, self._known, self._made = bank, known, dict[int, Column]()
-        if short := [column for column in asked if bank.layout.slots[column].words == 1]:
-            self._look(short)
-
-    def _look(self, short: list[int]) -> None:
-        import numpy as np
-
-        slots, at = self._bank.layout.slots, self._bank.layout.offsets
-        values = self._bank.values[:, [at[column] for column in short]]
-        some, every = np.bitwise_or.reduce(values, 0).tolist(), np.bitwise_and.reduce(values, 0).tolist()
-        for place, column in enumerate(short):
-            made = self._made[slots[column].id] = Column(slots[column], [values[:, place:place + 1]])
-            made.__dict__["reduced"] = some[place], every[place]
-
-    def __getitem__(self, id: int) -> Column:
-        place = self._bank.layout.index.get(id)
-        if place is None:
-            return self._known[id]
-        if id not in self._made:
-            at = self._bank.layout.offsets
-            slot = self._bank.layout.slots[place]
-            self._made[id] = Column(slot, [self._bank.values[:, at[place]:at[place + 1]]])
-        return self._made[id]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter({**self._known, **self._bank.layout.index})
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def _rows(part: Words) -> set[bytes]:

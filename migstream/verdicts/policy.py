@@ -68,7 +68,9 @@ class Policy:
 
     def apply(self, pair: Pair, verdict: Verdict) -> Verdict:
         """Return the verdict as the policy wants it. Raises: PolicyError."""
-        for verb in ("require", "ignore", "clamp", "tolerate") if self.clauses else ():
+        if not self.clauses:
+            return verdict
+        for verb in ("require", "ignore", "clamp", "tolerate"):
             clause = next((c for c in self.clauses if c.verb == verb and c.names(verdict.name)), None)
             if clause is not None:
                 changed = _APPLY[verb](pair, verdict, clause)
