@@ -65,19 +65,19 @@ class Plan:
     """The ordered steps of a restore, one a layout of the stream, and what stands in its way.
 
     Attributes:
+        foreseen: values of pending registers that were judged and fit as they are, by layout (`foresee`).
         additions: feature registers that the saving kernel did not have, written after the prologue.
         notes: warnings, a line each.
         pair: the guest and the host that were judged; None where they are of two architectures.
-        foreseen: values of pending registers that were judged and fit as they are, by layout (`foresee`).
     """
 
     steps: tuple[Step, ...]
+    foreseen: dict[int, bytes] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
     obstacles: tuple[str, ...] = field(default=())
     additions: tuple[Addition, ...] = ()
     notes: tuple[str, ...] = ()
     pair: Pair | None = None
     policy: Policy = NO_POLICY
-    foreseen: dict[int, bytes] = field(default_factory=dict, compare=False)
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -103,9 +103,9 @@ class Plan:
         Raises: DoesNotFit.
         """
         step = self.steps[number]
+        again = [bank.update or v.pending for v in step.verdicts]
         if not bank.update and self._is_foreseen(number, bank):
             return step
-        again = [bank.update or v.pending for v in step.verdicts]
         if self.pair is None or not any(again):
             return step
         columns = {**self.pair.saved.columns, **Saved.of(self.pair.saved.machine, (), [bank]).columns}

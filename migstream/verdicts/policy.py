@@ -68,8 +68,6 @@ class Policy:
 
     def apply(self, pair: Pair, verdict: Verdict) -> Verdict:
         """Return the verdict as the policy wants it. Raises: PolicyError."""
-        if not self.clauses:
-            return verdict
         for verb in ("require", "ignore", "clamp", "tolerate"):
             clause = next((c for c in self.clauses if c.verb == verb and c.names(verdict.name)), None)
             if clause is not None:
