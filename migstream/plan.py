@@ -7,7 +7,7 @@ is judged again then (`Plan.at_the_pause`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -19,20 +19,9 @@ from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
 from migstream.registers import vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.verdicts.facts import Pair
-from migstream.verdicts.judge import (
-    Addition,
-    additions,
-    caveats,
-    judge,
-    judge_late,
-    open_rules,
-    replace_saved,
-    unexplained,
-    unhidden,
-)
-from migstream.verdicts.model import Answer, Column, LateColumns, Saved, Verdict
+from migstream.verdicts.judge import Addition, additions, caveats, judge, replace_saved, unexplained, unhidden
+from migstream.verdicts.model import Answer, Saved, Verdict
 from migstream.verdicts.policy import NO_POLICY, Policy
-from migstream.verdicts.rule import Rule
 
 if TYPE_CHECKING:
     from migstream.contract import Contract
@@ -62,11 +51,6 @@ class Step:
     verdicts: tuple[Verdict, ...]
 
     @cached_property
-    def pending(self) -> tuple[int, ...]:
-        """Columns whose verdict depends on a value that comes with the pause."""
-        return tuple(column for column, v in enumerate(self.verdicts) if v.pending)
-
-    @cached_property
     def as_saved(self) -> bool:
         """True where the decoded matrix goes to the kernel as it is."""
         return self.target == self.source and all(v.value is None for v in self.verdicts)
@@ -84,7 +68,7 @@ class Plan:
         additions: feature registers that the saving kernel did not have, written after the prologue.
         notes: warnings, a line each.
         pair: the guest and the host that were judged; None where they are of two architectures.
-        came: banks since the pause, by layout: what came with one may decide of what comes with another.
+        came: banks since the pause: what came with one may decide of what comes with another.
         foreseen: values of pending registers that were judged and fit as they are, by layout (`foresee`).
     """
 
@@ -94,13 +78,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     pair: Pair | None = None
     policy: Policy = NO_POLICY
-    came: dict[int, list[Bank]] = field(default_factory=dict, compare=False, repr=False)
+    came: list[Bank] = field(default_factory=list, compare=False, repr=False)
     foreseen: dict[int, bytes] = field(default_factory=dict, compare=False, repr=False)
-
-    @cached_property
-    def late(self) -> dict[int, Step]:
-        """The steps of the layouts whose values come with the pause, by number."""
-        return {number: step for number, step in enumerate(self.steps) if not step.source.phase.prologue}
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
@@ -126,54 +105,35 @@ class Plan:
         Raises: DoesNotFit.
         """
         step = self.steps[number]
-        known = self._known(number)
-        self.came.setdefault(number, []).append(bank)
-        if self.pair is None or not (bank.update or step.pending):
-            return step
+        self.came.append(bank)
         if not bank.update and self._is_foreseen(number, bank):
             return step
-        return self._again(step, bank, known)
-
-    def _again(self, step: Step, bank: Bank, known: Mapping[int, Column]) -> Step:
-        """The step as judged with the bank's values; `step` itself where nothing changes. Raises: DoesNotFit."""
-        assert self.pair is not None
-        late = range(len(step.verdicts)) if bank.update else step.pending
-        pair = self.pair.knowing(LateColumns([bank], known, late))
-        new = {column: self._late(pair, step.verdicts[column]) for column in late}
-        if all(v.plain and step.verdicts[column].target == v.target for column, v in new.items()) and not bank.update:
+        again = [bank.update or v.pending for v in step.verdicts]
+        if self.pair is None or not any(again):
             return step
-        verdicts = tuple(new.get(column, v) for column, v in enumerate(step.verdicts))
+        columns = {**self.pair.saved.columns, **Saved.of(self.pair.saved.machine, (), self.came).columns}
+        pair = self.pair.knowing(columns)
+        verdicts = tuple(self.policy.apply(pair, judge(pair, v.slot)) if late else v
+                         for late, v in zip(again, step.verdicts, strict=True))
+        if lost := [v for v in verdicts if v.pending and v.target is None]:
+            raise DoesNotFit([f"{v}; what decides that comes later in the stream" for v in lost])
         now = Plan((_step(step.source, verdicts),)).require().steps[0]
         if bank.update and now.target != step.target:
             changed = next(v for old, v in zip(step.verdicts, verdicts, strict=True) if old.target != v.target)
             raise DoesNotFit([f"{changed}; it was another value in the prologue"])
         return now
 
-    def _known(self, number: int) -> Mapping[int, Column]:
-        """All columns that are known but those of layout `number`'s own banks."""
-        known: Mapping[int, Column] = self.pair.saved.columns if self.pair is not None else {}
-        for other, banks in self.came.items():
-            known = known if other == number else LateColumns(banks, known)
-        return known
-
-    def rehearse(self, number: int, bank: Bank) -> Step:
-        """As `at_the_pause`, and nothing is kept of it. Raises: DoesNotFit."""
-        step = self.steps[number]
-        return step if self.pair is None else self._again(step, bank, self.pair.saved.columns)
-
-    def _needs_more(self, step: Step, bank: Bank) -> bool:
-        assert self.pair is not None
-        pair = self.pair.knowing(LateColumns([bank], self.pair.saved.columns, step.pending))
-        return any(self._late(pair, step.verdicts[column]).pending for column in step.pending)
-
     def foresee(self, number: int, bank: Bank) -> None:
         """Judge values that may come with the pause, as a fresh vCPU has: if they do, it is not done again then.
 
-        Only what fits whatever else comes is foreseen: a verdict that needs another late value stays pending.
+        Only an answer that no other late value can change is kept. Raises: DoesNotFit, PolicyError.
         """
         step = self.steps[number]
-        if step.pending and self.rehearse(number, bank) is step and not self._needs_more(step, bank):
-            words = [word for column in step.pending for word in range(*step.source.offsets[column:column + 2])]
+        now = Plan(self.steps, pair=self.pair, policy=self.policy).at_the_pause(number, bank)
+        columns = [column for column, v in enumerate(step.verdicts) if v.pending]
+        if columns and now.as_saved and step.as_saved and not any(now.verdicts[c].pending or now.verdicts[c].reason
+                                                                  for c in columns):
+            words = [word for column in columns for word in range(*step.source.offsets[column:column + 2])]
             self.foreseen[number] = b"".join(bound(word, int(bank.values[0, word])) for word in words)
 
     def _is_foreseen(self, number: int, bank: Bank) -> bool:
@@ -181,17 +141,10 @@ class Plan:
         known = self.foreseen.get(number)
         return known is not None and within(bank.values, known)
 
-    def _late(self, pair: Pair, verdict: Verdict) -> Verdict:
-        slot = verdict.slot
-        rules = self._open.get(slot.id)
-        now = judge(pair, slot) if rules is None else judge_late(pair, slot, rules)
-        return self.policy.apply(pair, now)
-
     @cached_property
-    def _open(self) -> dict[int, tuple[Rule, ...]]:
-        """What is still to be asked of pending registers, by id."""
-        assert self.pair is not None
-        return {v.slot.id: open_rules(self.pair, v.slot) for step in self.steps for v in step.verdicts if v.pending}
+    def in_the_pause(self) -> dict[int, Step]:
+        """The steps of the layouts whose values come with the pause, by number."""
+        return {number: step for number, step in enumerate(self.steps) if not step.source.phase.prologue}
 
 
 def make_plan(machine: Machine, layouts: Sequence[Layout], host: HostProfile, *, banks: Sequence[Bank] = (),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from migstream.backends.base import MEASURED, WALL, Refusal, Stopwatch
@@ -30,23 +32,6 @@ class Difference:
         what = self.reason or "read back different, for no known reason"
         accepted = f" (tolerated: {self.tolerated})" if self.tolerated else ""
         return f"{lookup(self.register).name} ({where}): {what}{accepted}"
-
-
-class Timed:
-    """Adds the time of a body to a table. A context manager, to be entered once."""
-
-    __slots__ = ("_name", "_start", "_stopwatch", "_times")
-
-    def __init__(self, times: dict[str, int], name: str, stopwatch: Stopwatch) -> None:
-        self._times, self._name, self._stopwatch = times, name, stopwatch
-
-    def __enter__(self) -> None:
-        self._start = self._stopwatch.now_ns()
-
-    def __exit__(self, *_: object) -> None:
-        passed = self._stopwatch.now_ns() - self._start
-        if passed or self._stopwatch.kind == MEASURED:
-            self._times[self._name] = self._times.get(self._name, 0) + passed
 
 
 @dataclass
@@ -78,9 +63,16 @@ class Report:
     opaque: list[OpaqueState] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def phase(self, name: str) -> Timed:
-        """A context manager that adds the time of its body to phase `name`."""
-        return Timed(self.times, name, self.stopwatch)
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the body to phase `name`."""
+        start = self.stopwatch.now_ns()
+        try:
+            yield
+        finally:
+            passed = self.stopwatch.now_ns() - start
+            if passed or self.stopwatch.kind == MEASURED:
+                self.times[name] = self.times.get(name, 0) + passed
 
     def count(self, phase: str, scope: Scope, registers: int) -> None:
         """Add register writes or reads."""

@@ -25,8 +25,7 @@ from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.report import Report
 from migstream.sections import EncodedBank, encode, encode_opaque
-from migstream.transport import Restorer, capture_prologue, read_items, restore, save
-from migstream.transport.saver import Saver
+from migstream.transport import capture_prologue, read_items, restore, save
 from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written
 
@@ -86,57 +85,6 @@ def test_a_prologue_is_captured_after_the_pause_when_none_is_given(vm: Vm) -> No
     calls: list[str] = []
     save(vm, io.BytesIO(), host=migstream.open_backend("sim").summary(), pause=lambda: calls.append("pause"))
     assert calls == ["pause"]
-
-
-def test_what_is_done_ahead_of_the_pause_changes_nothing(vm: Vm) -> None:
-    """Both sides get ready between prologue and pause; the stream is the same, and the target has every value."""
-    host, backend = migstream.open_backend("sim").summary(), migstream.open_backend("sim")
-    put(vm, LSTAR, [0x1000, 0x2000, 0x3000])
-    plain, out = saved(vm, prologue=capture_prologue(vm)), io.BytesIO()
-    saver = Saver(vm, out, host=host)
-    with Restorer(backend, readback=True) as restorer:
-        assert not restorer.ready(), "nothing came yet"
-        saver.prologue()
-        feed(restorer, out.getvalue())
-        assert restorer.ready()
-        saver.ready()
-        early, registers = len(out.getvalue()), dict(restorer.report.writes)
-        assert restorer.ready(), "a second time is nothing"
-        assert restorer.report.writes == registers, "getting ready writes nothing"
-        saver.state()
-        feed(restorer, out.getvalue()[early:])
-        target, report = restorer.finish()
-    with target:
-        assert get(target, LSTAR) == [0x1000, 0x2000, 0x3000]
-    assert len(out.getvalue()) == len(plain)
-    assert [d for d in report.differs if not d.reason] == []
-
-
-def test_a_value_that_was_not_foreseen_is_judged(vm: Vm) -> None:
-    """The plan has seen a fresh vCPU's PAT; one vCPU's other one, of no type that there is, is found at the pause."""
-    out, backend = io.BytesIO(), migstream.open_backend("sim")
-    pat = ids.msr_id(0x277)
-    saver = Saver(vm, out, host=backend.summary())
-    with Restorer(backend) as restorer:
-        saver.prologue()
-        feed(restorer, out.getvalue())
-        assert restorer.ready()
-        assert restorer._plan is not None
-        assert restorer._plan.foreseen
-        number, step = next((n, s) for n, s in restorer._plan.late.items() if pat in s.source.index)
-        values = np.zeros((3, step.source.row_words), np.uint64)
-        for row in range(3):
-            assert vm.read(step.source, row, values[row:row + 1]) == []
-        assert restorer._plan.at_the_pause(number, Bank(step.source, 0, values)) is step
-        values[2, step.source.offsets[step.source.index[pat]]] = 2
-        with pytest.raises(DoesNotFit, match="MSR_IA32_CR_PAT"):
-            restorer._plan.at_the_pause(number, Bank(step.source, 0, values))
-
-
-def feed(restorer: Restorer, data: bytes) -> None:
-    restorer.reader.feed(data)
-    while (found := restorer.reader.next()) is not None:
-        restorer.take(*found)
 
 
 def test_the_clock_is_the_last_register_written(vm: Vm) -> None:

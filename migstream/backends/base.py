@@ -154,8 +154,15 @@ class Vm(ABC):
     def prepare(self, layouts: Sequence[Layout]) -> None:  # noqa: B027 - most backends have nothing to do
         """Make what reading and writing these layouts takes, so that it is not made while the guest stands still."""
 
-    def take_stock(self, layouts: Sequence[Layout]) -> None:  # noqa: B027
-        """Look at what registers of these layouts are now: the next write of one may leave out what has its value."""
+    def take_stock(self, layouts: Sequence[Layout]) -> dict[Layout, Words]:
+        """Look at what registers are now: the next write of a layout may leave out what has its value already.
+
+        Returns the first vCPU's row (or the VM's) of each layout that can be read.
+        """
+        import numpy as np
+
+        rows = {layout: np.zeros((1, layout.row_words), np.uint64) for layout in layouts}
+        return {layout: row for layout, row in rows.items() if not self.read(layout, 0, row)}
 
     def warm(self) -> None:  # noqa: B027
         """Have the threads awake: the next call is a read or write of many vCPUs."""

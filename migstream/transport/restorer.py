@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -91,33 +92,27 @@ class Restorer:
         self._is_ready = True
         with self.report.phase("ready"):
             vm = self._with_vcpus(self._vm)
-            vm.take_stock([step.target for step in self._plan.late.values() if step.target is not None])
-            self._rehearse(vm, self._plan)
+            fresh = vm.take_stock([step.target for step in self._plan.in_the_pause.values()
+                                   if step.target is not None and step.target.scope == Scope.VCPU])
+            self._rehearse(self._plan, fresh)
         return True
 
-    def _rehearse(self, vm: Vm, plan: Plan) -> None:
+    def _rehearse(self, plan: Plan, fresh: Mapping[Layout, Words]) -> None:
         """Decode and judge a bank of zeros of each late layout, so that what the real one takes is made by then.
 
         A fresh vCPU's values are judged: those that the guest has not changed need not be looked at again.
         """
-        for number, step in plan.late.items():
+        for number, step in plan.in_the_pause.items():
             values = self._room.get(number)
             if values is None:
                 continue
             with suppress(MigstreamError):
                 section = sections.encode_bank(Bank(step.source, 0, values), number)
                 bank = sections.decode_bank(section, step.source).decode(values)
-                fresh = Bank(step.source, 0, bank.values[:1].copy())
-                if step.as_saved and step.pending:
-                    self._foresee(vm, plan, number, fresh)
-                elif (now := plan.rehearse(number, bank)).target is not None:
-                    now.fit(bank.values)
-
-    def _foresee(self, vm: Vm, plan: Plan, number: int, fresh: Bank) -> None:
-        if refused := vm.read(fresh.layout, 0, fresh.values):
-            self.report.notes += [f"{no}: could not be looked at before the pause" for no in refused]
-        else:
-            plan.foresee(number, fresh)
+                if step.as_saved and step.source in fresh:
+                    plan.foresee(number, Bank(step.source, 0, fresh[step.source]))
+                elif step.target is not None:
+                    step.fit(bank.values)
 
     def finish(self) -> tuple[Vm, Report]:
         """Settle refusals, read back when asked, and hand over the VM: complete, paused, the caller's to close.
@@ -236,7 +231,7 @@ class Restorer:
         import numpy as np
 
         assert self._plan is not None
-        late = self._plan.late
+        late = self._plan.in_the_pause
         vm.prepare([step.target for step in late.values() if step.target is not None])
         for number, step in late.items():
             shape = vm.machine.vcpus if step.source.scope == Scope.VCPU else 1, step.source.row_words

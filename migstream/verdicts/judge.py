@@ -50,36 +50,10 @@ def _plain_fit(arch: Arch, slot: Slot) -> Verdict | None:
     return Verdict(slot, Answer.FITS, slot) if only_absent else None
 
 
-def open_rules(pair: Pair, slot: Slot) -> tuple[Rule, ...]:
-    """For a pending register: the rules from the first on that asks for its value. The rest has been answered."""
-    case, rules = Case(pair, slot), rules_for(pair.arch, lookup(slot.id).name)
-    for number, rule in enumerate(rules):
-        try:
-            if rule.when(case):
-                return rules[number:]
-        except NotYet:
-            return rules[number:]
-    return ()
-
-
-def judge_late(pair: Pair, slot: Slot, rules: tuple[Rule, ...]) -> Verdict:
-    """The verdict on a register that was pending, by its `open_rules`, once its value is there.
-
-    What decides may come later still: then a register that is listed is the kernel's to judge, another is refused.
-    """
-    case = Case(pair, slot)
-    try:
-        return _by_rules(case, lookup(slot.id), rules)
-    except NotYet:
-        return Verdict(slot, Answer.FITS, slot, pending=True) if case.listed else _refuse(
-            slot, "not here, and what decides whether that is harmless comes later in the stream", "the stream's order",
-            Kernel.REFUSES)
-
-
-def _by_rules(case: Case, row: Register, rules: tuple[Rule, ...] | None = None) -> Verdict:
+def _by_rules(case: Case, row: Register) -> Verdict:
     if (verdict := _behaves_so(case)) is not None:
         return verdict
-    for rule in rules_for(case.pair.arch, row.name) if rules is None else rules:
+    for rule in rules_for(case.pair.arch, row.name):
         if rule.when(case):
             return rule.verdict(case)
     if is_id_register(case.pair.arch, row.name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -84,11 +84,6 @@ class Verdict:
         return self.answer in (Answer.NOTICED, Answer.REFUSED) and not self.tolerated
 
     @property
-    def plain(self) -> bool:
-        """True where there is nothing to say: the saved value is written."""
-        return self.answer is Answer.FITS and not self.reason and self.value is None
-
-    @property
     def loses(self) -> bool:
         """True where the guest may notice and the policy lets it."""
         return self.answer in (Answer.NOTICED, Answer.REFUSED) and bool(self.tolerated)
@@ -125,7 +120,7 @@ class Column:
     @cached_property
     def distinct(self) -> tuple[bytes, ...]:
         """Every value once, ascending as bytes; empty where not known."""
-        some, every = self.reduced
+        some, every = self._reduced
         if self.known and some == every:
             return (some.to_bytes(self.slot.words * 8, "little")[:self.slot.size],)
         rows = {row for part in self._parts or () for row in _rows(part)}
@@ -137,7 +132,7 @@ class Column:
         return tuple(int.from_bytes(value, "little") for value in self.distinct)
 
     @cached_property
-    def reduced(self) -> tuple[int, int]:
+    def _reduced(self) -> tuple[int, int]:
         """(bits that are 1 on some vCPU, bits that are 1 on all)."""
         import numpy as np
 
@@ -152,49 +147,13 @@ class Column:
 
     def differing(self, value: int) -> int:
         """Bits in which some vCPU's value differs from `value`."""
-        some, every = self.reduced
+        some, every = self._reduced
         full = (1 << 8 * self.slot.size) - 1
         return (some & ~value | ~every & value) & full
 
     def only(self, value: int) -> bool:
         """True where all vCPUs have this value."""
         return self.known and not self.differing(value)
-
-
-class LateColumns(Mapping[int, Column]):
-    """The columns of one layout's banks that came with the pause, each made when asked for; then those known before."""
-
-    def __init__(self, banks: Sequence[Bank], known: Mapping[int, Column], asked: Sequence[int] = ()) -> None:
-        """`asked` are columns of a single bank that will be looked at: those of one word are looked at together."""
-        self._banks, self._layout, self._known = banks, banks[0].layout, known
-        self._made: dict[int, Column] = {}
-        if short := [column for column in asked if self._layout.slots[column].words == 1]:
-            self._look(short)
-
-    def _look(self, short: list[int]) -> None:
-        import numpy as np
-
-        slots, at = self._layout.slots, self._layout.offsets
-        values = self._banks[0].values[:, [at[column] for column in short]]
-        some, every = np.bitwise_or.reduce(values, 0).tolist(), np.bitwise_and.reduce(values, 0).tolist()
-        for place, column in enumerate(short):
-            made = self._made[slots[column].id] = Column(slots[column], [values[:, place:place + 1]])
-            made.__dict__["reduced"] = some[place], every[place]
-
-    def __getitem__(self, id: int) -> Column:
-        place = self._layout.index.get(id)
-        if place is None:
-            return self._known[id]
-        if id not in self._made:
-            at = slice(*self._layout.offsets[place:place + 2])
-            self._made[id] = Column(self._layout.slots[place], [bank.values[:, at] for bank in self._banks])
-        return self._made[id]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter({**self._known, **self._layout.index})
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def _rows(part: Words) -> set[bytes]:

@@ -21,12 +21,12 @@ class Record:
         """Raises: TypeError for a schema with anything else in it."""
         fields: list[Construct[Any, Any]] = schema.subcons  # type: ignore[attr-defined]  # a Struct's
         self._names = [str(field.name) for field in fields]
-        self._fields: Any = _fields(self._names)
         constants = [f for f in fields if isinstance(_bare(f), Const)]
         self._constants = {str(f.name): f.subcon.value for f in constants}  # type: ignore[attr-defined]  # a Renamed's
         self._struct = struct.Struct("<" + "".join(_code(_bare(field)) for field in fields))
         self.size = self._struct.size
         assert self.size == schema.sizeof()
+        self._fields = _fields(self._names)
 
     def parse(self, data: bytes | memoryview) -> Any:
         """Return the fields as attributes. Raises: ValueError naming the first constant that is wrong."""
@@ -42,10 +42,6 @@ class Record:
         return self._struct.pack(*map(every.__getitem__, self._names))
 
 
-def _fields(names: list[str]) -> Any:
-    return namedtuple("Fields", names)
-
-
 def _bare(field: Construct[Any, Any]) -> Any:
     return field.subcon  # type: ignore[attr-defined]  # a Renamed's
 
@@ -58,3 +54,7 @@ def _code(field: Any) -> str:
     if isinstance(field, Bytes):
         return f"{field.length}s"
     raise TypeError(f"no struct code for {field!r}")
+
+
+def _fields(names: list[str]) -> Any:
+    return namedtuple("Fields", names)  # its fields are the schema's

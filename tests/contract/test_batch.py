@@ -111,6 +111,13 @@ def test_a_vcpu_whose_apic_is_not_enabled_is_asked(vm: KvmVm) -> None:
     assert 0x5EED not in rax(vm)
 
 
+def test_a_kernel_that_offers_half_of_it_is_asked(vm: KvmVm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vm.backend.profile().capabilities, "SYNC_REGS", 1)
+    enable_apics(vm)
+    run_and_mark_pages(vm)
+    assert 0x5EED not in rax(vm)
+
+
 def test_what_was_written_since_is_not_taken_from_the_page(vm: KvmVm) -> None:
     enable_apics(vm)
     run_and_mark_pages(vm)

@@ -260,7 +260,7 @@ class KvmVm(Vm):
         for layout in layouts:
             self._program(layout)
 
-    def take_stock(self, layouts: Sequence[Layout]) -> None:
+    def take_stock(self, layouts: Sequence[Layout]) -> dict[Layout, Words]:
         """See `Vm.take_stock`. Only columns that no other write can change are looked at (`batch.Flag.SETTLED`)."""
         import numpy as np
 
@@ -271,6 +271,7 @@ class KvmVm(Vm):
             has = np.zeros((len(self.vcpu_fds), layout.row_words), np.uint64)
             if not table.run(self._rows(layout, 0, has), self._threads(len(has))):
                 self._there[layout] = has
+        return super().take_stock(layouts)
 
     def warm(self) -> None:
         """See `Vm.warm`."""

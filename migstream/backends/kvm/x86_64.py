@@ -353,8 +353,8 @@ class X86Vm(ArchVm):
         return operations(layout, self.vm.backend.profile().capabilities, self.vm.enabled_caps)
 
     def page_registers(self) -> int:
-        """General and segment registers, as far as KVM_CAP_SYNC_REGS offers them."""
-        return int(self.vm.backend.profile().capabilities.get("SYNC_REGS", 0)) & IN_PAGE
+        """General and segment registers, where KVM_CAP_SYNC_REGS offers both."""
+        return IN_PAGE if int(self.vm.backend.profile().capabilities.get("SYNC_REGS", 0)) & IN_PAGE == IN_PAGE else 0
 
     def read_order(self, layout: Layout, program: list[Operation]) -> list[Operation]:
         """MP_STATE first; see `read_order`."""
