@@ -247,7 +247,7 @@ def _contract(options: argparse.Namespace, seen: Survey) -> dict[str, Any]:
 
     contract = seen.contract()
     if contract is None:
-        raise UsageError(f"{options.file}: no machine, so no contract")
+        return {}  # there is an error, and it is said last
     if not options.json:
         show.print_pairs(show_contract.head(contract))
         show.print_table(show_contract.table(contract), 0)
@@ -271,11 +271,15 @@ def _registers(options: argparse.Namespace, seen: Survey) -> list[dict[str, Any]
     from migstream import show
     from migstream.model import Scope
 
-    vcpus = _vcpu_range(options.vcpu, seen.reader.machine.vcpus if seen.reader.machine else 0)
+    if seen.reader.machine is None:
+        return []  # likewise
+    vcpus = _vcpu_range(options.vcpu, seen.reader.machine.vcpus)
     scopes = [(Scope.VM, options.vm or not options.vcpu), (Scope.VCPU, bool(options.vcpu) or not options.vm)]
     pattern = "*" if options.reg is None else options.reg
     groups = [group for scope, wanted in scopes if wanted
               for group in show.register_groups(seen.banks, scope, vcpus, pattern)]
+    if not groups and seen.error:  # what is asked for may stand behind the fault: that is the answer
+        return []
     if not groups:
         raise UsageError(f"{options.file}: no register or field here matches {pattern!r}")
     if not options.json:
@@ -295,6 +299,8 @@ def _vcpu_range(text: str | None, count: int) -> range:
 def _section(options: argparse.Namespace, seen: Survey) -> dict[str, Any]:
     from migstream import codec, show
 
+    if seen.picked is None and seen.error:
+        return {}
     if seen.picked is None:
         raise UsageError(f"{options.file}: no section {options.section}; it has 0 to {seen.rows[-1].number}")
     section, item = seen.picked

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from migstream import filekind
-from migstream.errors import DoesNotFit, UsageError
+from migstream.errors import DoesNotFit, OutputError, ProfileError, ProfileLimit, UsageError
 
 if TYPE_CHECKING:
     from migstream.host.profile import HostProfile
@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
 def open_profile(name: str) -> HostProfile:
     """Return a captured file's profile, or a recorded one by name, under the optional rules that the name gives.
 
-    Raises: UsageError; BackendUnavailable for a rule that there is not.
+    Raises: UsageError for a name that there is not, and a file of another kind; ProfileError and below; OutputError for
+    a file that can't be read; BackendUnavailable for a rule that there is not.
     """
     from migstream.backends.sim.backend import recorded
     from migstream.backends.sim.validate import check
@@ -67,20 +68,31 @@ def open_profile(name: str) -> HostProfile:
     from migstream.host import profiles
     from migstream.host.profile import from_json
 
-    path = Path(name)
-    if not path.is_file() and MARK in name:
-        return recorded(name)[1]
-    if not path.is_file():
-        return profiles.load(name.removeprefix("sim:"))
+    if os.path.exists(name) or os.sep in name or name.endswith(".json"):
+        profile = from_json(_text_of(name), name)
+        check(profile, name)
+        return profile
+    return recorded(name)[1] if MARK in name else profiles.load(name.removeprefix("sim:"))
+
+
+def _text_of(name: str) -> str:
+    """The text of a profile's file, at most as long as the limit."""
+    from migstream.limits import MAX_PROFILE
+    from migstream.transport import open_source
+
+    with open_source(name) as file:
+        try:
+            data = file.read(MAX_PROFILE + 1)
+        except OSError as error:
+            raise OutputError(f"{name}: {error.strerror or error}") from error
+    if not data.lstrip().startswith(b"{") and (kind := filekind.of_bytes(data)):
+        raise UsageError(f"{name}: not a host profile{kind}")
+    if len(data) > MAX_PROFILE:
+        raise ProfileLimit(f"{name}: not a host profile: over {MAX_PROFILE} bytes")
     try:
-        data = path.read_bytes()
-        profile = from_json(data.decode("utf-8"), name)
-    except OSError as error:
-        raise UsageError(f"{name}: {error.strerror or error}") from error
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{name}: not a host profile: not UTF-8 text{filekind.of_bytes(data)}") from error
-    check(profile, name)
-    return profile
+        raise ProfileError(f"{name}: not a host profile: not UTF-8 text") from error
 
 
 def _capture(options: argparse.Namespace) -> int:

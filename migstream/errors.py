@@ -1,8 +1,8 @@
 """Every exception of the project on one page, each with the exit status that it gives the command line.
 
-Three families, so that a caller can tell who is to blame: *the stream is wrong* (`StreamError`), *the host
-can't* (`BackendError`, `DoesNotFit`), *you misused me* (`UsageError`). Each message is one line: where; what;
-expected; found. Text that came out of a stream is escaped before it gets into a message.
+Three families, so that a caller can tell who is to blame: *the file is wrong* (`StreamError`, `ProfileError`),
+*the host can't* (`BackendError`, `DoesNotFit`), *you misused me* (`UsageError`). Each message is one line: where;
+what; expected; found. Text that came out of a stream is escaped before it gets into a message.
 """
 
 from __future__ import annotations
@@ -114,6 +114,24 @@ class OutputError(MigstreamError):
     """A file or pipe could not be read or written."""
 
     exit_status = 74
+
+
+class ProfileError(MigstreamError):
+    """A host profile is wrong: no JSON, an old version, a field that is missing, damaged, or contradicts another."""
+
+    exit_status = 1
+
+
+class ProfileTooNew(ProfileError):
+    """A host profile of a version that this migstream doesn't know yet."""
+
+    exit_status = 3
+
+
+class ProfileLimit(ProfileError):
+    """A host profile above the limits of formats/SPEC.md."""
+
+    exit_status = 4
 
 
 class BackendUnavailable(MigstreamError):

@@ -1,6 +1,6 @@
 """The limits of format major 1, each with its reason and its worst case. A reader allocates nothing before them.
 
-They are the reader's own: nothing in a stream can raise one. formats/SPEC.md lists the same numbers.
+They are the reader's own: nothing in a file can raise one. formats/SPEC.md lists the same numbers.
 """
 
 from __future__ import annotations
@@ -55,3 +55,13 @@ MAX_ADDRESS = 1 << 52
 
 RAM_CHUNK = 4 << 20
 """Bytes of page data that a writer puts into one RAM section."""
+
+MAX_PROFILE = 4 << 20
+"""Bytes of a host profile's JSON, 20 times the largest recorded one; read whole before it is looked at."""
+
+MAX_PROFILE_ROWS = 8192
+"""Entries of one table or list of a host profile: as many as columns of a layout. Two such profiles are compared in
+seconds."""
+
+MAX_PROFILE_TEXT = 4096
+"""Characters of one text in a host profile."""

@@ -50,6 +50,22 @@ def document(capsys: Capture, *argv: object) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.parametrize("words", [["--reg", "PC"], ["--vcpu", "3"], ["--vm"], ["--section", "90"], ["--contract"]])
+@pytest.mark.parametrize("kept", [70, 300, 1200, None], ids=str)
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["", "json"])
+def test_a_broken_stream_is_the_answer_whatever_was_asked(capsys: Capture, stream: Path, tmp_path: Path, more: list[str],
+                                                          words: list[str], kept: int | None) -> None:
+    """What is asked for may stand behind the fault: it is not said to be missing."""
+    data = bytearray(stream.read_bytes())
+    if kept is None:
+        data[700] ^= 0xFF
+    path = tmp_path / "broken.mig"
+    path.write_bytes(data[:kept])
+    status, out, err = run(capsys, "inspect", path, *words, *more)
+    assert status == (1 if kept is None else 2) and err.count("\n") == 1
+    assert f"{path}: offset " in err and (not more or json.loads(out))
+
+
 def test_demo_counts_on_and_says_so_on_one_screen(capsys: Capture) -> None:
     status, out, err = run(capsys, "demo", "--backend", "sim", "--vcpus", "9", "--run", "0")
     assert (status, err) == (0, "")

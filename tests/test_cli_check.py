@@ -261,11 +261,11 @@ WRONG = (
     ("file", "deep", 64, "not a contract: not JSON"), ("file", "newer contract", 64, "contract version 2"),
     ("file", "newer stream", 3, ""), ("file", "folder", 74, "directory"), ("file", "none", 74, "No such file"),
     # as the host
-    ("host", "stream", 64, "not a host profile: not UTF-8 text (this is a stream)"),
+    ("host", "stream", 64, "not a host profile (this is a stream)"),
     ("host", "contract", 64, "no object with a field 'migstream_host_profile' (this is a contract)"),
-    ("host", "policy", 64, "not a host profile: "), ("host", "empty", 64, "not a host profile: "),
-    ("host", "deep", 64, "not a host profile: "), ("host", "newer profile", 64, "version 3; this migstream reads 2"),
-    ("host", "none", 64, "no host profile "), ("host", "folder", 64, "no host profile "),
+    ("host", "policy", 64, "not a host profile (this is a policy)"), ("host", "empty", 1, "not a host profile: "),
+    ("host", "deep", 1, "nested too deep"), ("host", "newer profile", 3, "version 3; this migstream reads 2"),
+    ("host", "none", 74, "No such file"), ("host", "folder", 74, "directory"),
     # as the policy
     ("policy", "stream", 64, "not a policy (this is a stream)"), ("policy", "contract", 64, "(this is a contract)"),
     ("policy", "profile", 64, "(this is a host profile)"), ("policy", "text", 64, "not a policy: not TOML"),

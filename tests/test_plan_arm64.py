@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,7 +79,8 @@ def test_machines_that_can_not_be_made(devices: dict[str, Any], reason: str) -> 
 
 
 def test_a_profile_survives_json() -> None:
-    assert from_json(to_json(HOST)) == HOST
+    host = replace(HOST, defaults={X0: bytes(8)})
+    assert from_json(to_json(host)) == host
 
 
 def test_a_profile_without_a_list_judges_no_register_by_it() -> None:

@@ -47,7 +47,7 @@ def test_diff_names_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
                                   '{"migstream_host_profile": 1, "arch": "arm64", "scopes": {"0x1": "world"}}'])
 def test_a_bad_profile_is_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.json").write_text(text)
-    assert main(["host", "show", str(tmp_path / "bad.json")]) == 64
+    assert main(["host", "show", str(tmp_path / "bad.json")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -62,7 +62,7 @@ def test_misuse(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_field_that_is_damaged_is_named(field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(to_json(profiles.load("arm64-6.1")))
     (tmp_path / "bad.json").write_text(json.dumps({**data, field: 5.5}))
-    assert main(["host", "diff", str(tmp_path / "bad.json"), "arm64-6.1"]) == 64
+    assert main(["host", "diff", str(tmp_path / "bad.json"), "arm64-6.1"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"field '{field}'" in line and "bad.json" in line
 
@@ -76,14 +76,14 @@ def test_an_older_or_newer_profile_says_so(change: dict[str, object], words: str
                                            capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(to_json(profiles.load("arm64-6.1")))
     (tmp_path / "old.json").write_text(json.dumps({**data, **change}))
-    assert main(["host", "show", str(tmp_path / "old.json")]) == 64
+    assert main(["host", "show", str(tmp_path / "old.json")]) == (3 if "version 3" in words else 1)
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
 
 
 def test_a_field_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bare.json").write_text('{"migstream_host_profile": 2, "arch": "arm64", "cpu": "", "backend": ""}')
-    assert main(["host", "show", str(tmp_path / "bare.json")]) == 64
+    assert main(["host", "show", str(tmp_path / "bare.json")]) == 1
     assert "no field 'kernel'" in capsys.readouterr().err
 
 

@@ -7,12 +7,15 @@ by the plan, and as the ground truth of the simulator.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from migstream import filekind
-from migstream.errors import UsageError
+from migstream import filekind, limits
+from migstream.errors import ProfileError, ProfileLimit, ProfileTooNew, UsageError
+from migstream.host import profile_rules
+from migstream.host import profile_values as values
 from migstream.model import Arch, Scope
 from migstream.registers import vcpu_features
 from migstream.registers.catalogue import lookup
@@ -214,101 +217,100 @@ def _key(key: int | str) -> str:
 
 
 def from_json(text: str, name: str = "profile") -> HostProfile:
-    """Return the profile in JSON text. Raises: UsageError naming `name` and the field."""
+    """Return the profile in JSON text. Raises: ProfileError and below naming `name` and the field; UsageError for a
+    file of ours that is of another kind."""
     try:
-        data = json.loads(text)
-        if not isinstance(data, dict) or "migstream_host_profile" not in data:
-            raise ValueError(f"no object with a field 'migstream_host_profile'{filekind.of_object(data)}")
-        _check_version(data.pop("migstream_host_profile"))
-        read = {key: _read(key, value) for key, value in data.items()}
-        if missing := [key for key in _REQUIRED if key not in read]:
-            raise ValueError(f"no field {missing[0]!r}")
-        return HostProfile(**read)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{name}: not a host profile: {error}") from error
+        return _profile(values.document(text), name)
+    except values.OverLimit as error:
+        raise ProfileLimit(f"{name}: not a host profile: {error}") from error
+    except ValueError as error:
+        raise ProfileError(f"{name}: not a host profile: {error}") from error
 
 
-def _check_version(version: Any) -> None:
-    if version != PROFILE_VERSION:
-        older = "; capture it again" if isinstance(version, int) and version < PROFILE_VERSION else ""
-        raise ValueError(f"field 'migstream_host_profile': version {version!r}; this migstream reads "
-                         f"{PROFILE_VERSION}{older}")
+def _profile(data: Any, name: str) -> HostProfile:
+    if not isinstance(data, dict) or "migstream_host_profile" not in data:
+        kind = filekind.of_object(data)
+        wrong = UsageError if kind else ProfileError
+        raise wrong(f"{name}: not a host profile: no object with a field 'migstream_host_profile'{kind}")
+    _check_version(data.pop("migstream_host_profile"), name)
+    read = {key: _read(key, value) for key, value in data.items()}
+    if missing := [key for key in _REQUIRED if key not in read]:
+        raise ValueError(f"no field {missing[0]!r}")
+    profile = HostProfile(**read)
+    profile_rules.check(profile, read.keys())
+    return profile
+
+
+def _check_version(version: Any, name: str) -> None:
+    if type(version) is int and version == PROFILE_VERSION:
+        return
+    new = type(version) is int and version > PROFILE_VERSION
+    older = "; capture it again" if type(version) is int and not new else ""
+    raise (ProfileTooNew if new else ProfileError)(
+        f"{name}: not a host profile: field 'migstream_host_profile': version {values.shown(version)}; this migstream "
+        f"reads {PROFILE_VERSION}{older}")
 
 
 _REQUIRED = ("arch", "kernel", "cpu", "backend")
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r:.60} is no text")
-    return value
-
-
-def _int(value: Any) -> int:
-    if not isinstance(value, int):
-        raise ValueError(f"{value!r:.60} is no whole number")
-    return value
-
-
 def _arch(value: Any) -> Arch:
-    return next(arch for arch in Arch if arch.label == value)
+    for arch in Arch:
+        if arch.label == value:
+            return arch
+    raise ValueError(f"no architecture {values.shown(value)}")
 
 
-def _byte_pairs(value: Any) -> dict[int, tuple[bytes, bytes]]:
-    return {int(key, 16): (bytes.fromhex(pair[0]), bytes.fromhex(pair[1])) for key, pair in value.items()}
+def _scope(value: Any) -> str:
+    if value not in ("vm", "vcpu", FIXED):
+        raise ValueError(f"no scope {values.shown(value)}")
+    return str(value)
 
 
-def _scope_names(value: Any) -> dict[int, str]:
-    if unknown := sorted(set(value.values()) - {"vm", "vcpu", FIXED}):
-        raise ValueError(f"no scope {unknown[0]!r}")
-    return {int(key, 16): name for key, name in value.items()}
+_u32, _u64, _errno = values.whole(0, values.U32), values.whole(0, values.U64), values.whole(0, 4095)
+_result, _trial = values.whole(0, (1 << 31) - 1), values.whole(-1, 4095)
+_id, _key32 = values.hexadecimal(values.U64), values.hexadecimal(values.U32)
+_id_list = values.listing(_id, ascending=True)
+_raws = values.table(_id, values.raw)
+_raw_pairs = values.table(_id, values.pair(values.raw, values.raw))
+_bit_pairs = values.pair(_u64, _u64)
 
-
-def _ids(value: Any) -> tuple[int, ...]:
-    return tuple(int(number, 16) for number in value)
-
-
-def _pairs(value: Any) -> dict[int, tuple[int, int]]:
-    return {int(key, 16): (_int(pair[0]), _int(pair[1])) for key, pair in value.items()}
-
-
-_READERS: dict[str, Any] = {
-    "arch": _arch, "kernel": _text, "cpu": _text, "backend": _text, "made_by": _text,
-    "capabilities": lambda v: {str(k): _int(n) for k, n in v.items()},
-    "msrs": lambda v: tuple(_int(n) for n in v),
-    "feature_msrs": lambda v: {int(k, 16): _int(n) for k, n in v.items()},
-    "sizes": lambda v: {int(k, 16): _int(n) for k, n in v.items()},
-    "cpuid": bytes.fromhex,
-    "defaults": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
-    "refused": _pairs, "msr_bits": _pairs, "cpuid_forced": _pairs,
-    "enable_caps": lambda v: {int(k, 16): _int(n) for k, n in v.items()},
-    "behaviour": lambda v: {str(k): _int(n) for k, n in v.items()},
-    "registers": _ids,
-    "feature_registers": lambda v: {int(k, 16): _ids(listed) for k, listed in v.items()},
-    "vcpu_features": _int,
-    "devices": lambda v: tuple(_text(n) for n in v),
-    "writable_masks": lambda v: {int(k, 16): int(n, 16) for k, n in v.items()},
-    "scopes": _scope_names,
-    "scope_found": lambda v: {int(k, 16): _text(n) for k, n in v.items()},
-    "scope_flags": _ids,
-    "attributes": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
-    "xsave_components": lambda v: tuple(_text(n) for n in v),
-    "feature_defaults": lambda v: {int(k, 16): bytes.fromhex(b) for k, b in v.items()},
-    "features_refused": lambda v: {int(k, 16): _int(n) for k, n in v.items()},
-    "register_bits": _byte_pairs, "feature_bits": _byte_pairs, "feature_scopes": _scope_names,
-    "firmware": lambda v: {int(k, 16): int(n, 16) for k, n in v.items()},
-    "guest_registers": lambda v: {int(k, 16): int(n, 16) for k, n in v.items()},
-    "readback": _byte_pairs, "after_run": _pairs,
-    "bit_errnos": lambda v: {int(k, 16): tuple(_int(n) for n in errnos) for k, errnos in v.items()},
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "arch": _arch, "kernel": values.text, "cpu": values.text, "backend": values.text, "made_by": values.text,
+    "capabilities": values.table(values.text, _result),
+    "msrs": values.listing(_u32),
+    "feature_msrs": values.table(_key32, _u64),
+    "sizes": values.table(_id, values.whole(0, limits.MAX_ROW)),
+    "cpuid": values.raw,
+    "defaults": _raws,
+    "refused": values.table(_id, values.pair(_trial, _trial)),
+    "msr_bits": values.table(_key32, _bit_pairs), "cpuid_forced": values.table(_id, _bit_pairs),
+    "enable_caps": values.table(_key32, _u64),
+    "behaviour": values.table(values.text, _u64),
+    "registers": _id_list,
+    "feature_registers": values.table(_key32, _id_list),
+    "vcpu_features": _u32,
+    "devices": values.listing(values.text),
+    "writable_masks": values.table(_id, _id),
+    "scopes": values.table(_id, _scope),
+    "scope_found": values.table(_id, values.text),
+    "scope_flags": _id_list,
+    "attributes": _raws,
+    "xsave_components": values.listing(values.text),
+    "feature_defaults": _raws,
+    "features_refused": values.table(_key32, _errno),
+    "register_bits": _raw_pairs, "feature_bits": _raw_pairs, "feature_scopes": values.table(_id, _scope),
+    "firmware": values.table(_id, _id),
+    "guest_registers": values.table(_id, _id),
+    "readback": _raw_pairs, "after_run": values.table(_id, values.pair(_errno, _errno)),
+    "bit_errnos": values.table(_id, values.listing(_trial)),
 }
 
 
 def _read(key: str, value: Any) -> Any:
     if key not in _READERS:
-        raise ValueError(f"unknown field {key!r}")
+        raise ValueError(f"unknown field {values.shown(key)}")
     try:
         return _READERS[key](value)
-    except StopIteration as error:
-        raise ValueError(f"field {key!r}: no architecture {value!r:.60}") from error
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise ValueError(f"field {key!r}: {error}") from error
+    except ValueError as error:
+        raise type(error)(f"field {key!r}: {error}") from error

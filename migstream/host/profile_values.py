@@ -1,0 +1,156 @@
+"""Values of a host profile's JSON, each read strictly: what is not exactly of its form is refused, with its place.
+
+A reader takes a value as JSON gives it and returns ours. Raises: ValueError; OverLimit for too many or too long.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+from migstream import limits
+
+T = TypeVar("T")
+K = TypeVar("K")
+Reader = Callable[[Any], T]
+
+U32, U64 = (1 << 32) - 1, (1 << 64) - 1
+_DIGITS = 21
+"""Characters of the longest number of 64 bits, with its sign."""
+
+_HEX = re.compile("0x(?:0|[1-9a-f][0-9a-f]{0,15})")
+_BYTES = re.compile("(?:[0-9a-f]{2})*")
+
+
+class OverLimit(ValueError):
+    """Above one of the limits of formats/SPEC.md."""
+
+
+def document(text: str) -> Any:
+    """The value of a JSON text. A key that stands there twice, NaN and numbers above 64 bits are refused."""
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_int=_parse_int, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON that anybody wrote: nested too deep") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{shown(twice)} is there twice")
+    return found
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits; 64 bits are the most")
+    return int(digits)
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def shown(value: object) -> str:
+    """A value for a message: short, and safe for a terminal."""
+    plain = ascii(value)
+    return plain if len(plain) <= 60 else f"{plain[:59]}…"
+
+
+def text(value: Any) -> str:
+    """A string without control characters."""
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is no text")
+    if len(value) > limits.MAX_PROFILE_TEXT:
+        raise OverLimit(f"a text of {len(value)} characters; {limits.MAX_PROFILE_TEXT} are the most")
+    if not value.isprintable():
+        raise ValueError(f"{shown(value)} holds a control character")
+    return value
+
+
+def whole(least: int, most: int) -> Reader[int]:
+    """A whole number from `least` to `most`."""
+    def read(value: Any) -> int:
+        if type(value) is not int:
+            raise ValueError(f"{shown(value)} is no whole number")
+        return _between(value, least, most, shown(value))
+
+    return read
+
+
+def _between(number: int, least: int, most: int, words: str) -> int:
+    if not least <= number <= most:
+        raise ValueError(f"{words} is not from {least} to {most:#x}")
+    return number
+
+
+def hexadecimal(most: int) -> Reader[int]:
+    """A number up to `most`, as a string: `0x`, small letters, no zero in front."""
+    def read(value: Any) -> int:
+        if not isinstance(value, str) or not _HEX.fullmatch(value):
+            raise ValueError(f"{shown(value)} is no number of 64 bits in hexadecimal, as in '0x1f'")
+        return _between(int(value, 16), 0, most, value)
+
+    return read
+
+
+def raw(value: Any) -> bytes:
+    """Bytes, as a string of hexadecimal digits; as many as a bank's row may have."""
+    if not isinstance(value, str) or not _BYTES.fullmatch(value):
+        raise ValueError(f"{shown(value)} is no string of pairs of hexadecimal digits")
+    if len(value) > 2 * limits.MAX_ROW:
+        raise OverLimit(f"{len(value) // 2} bytes; {limits.MAX_ROW} are the most")
+    return bytes.fromhex(value)
+
+
+def pair(first: Reader[T], second: Reader[T]) -> Reader[tuple[T, T]]:
+    """A list of two."""
+    def read(value: Any) -> tuple[T, T]:
+        if not isinstance(value, list) or len(value) != 2:
+            raise ValueError(f"{shown(value)} is no pair")
+        return first(value[0]), second(value[1])
+
+    return read
+
+
+def listing(item: Reader[T], ascending: bool = False) -> Reader[tuple[T, ...]]:
+    """A list; none is there twice where they are ascending."""
+    def read(value: Any) -> tuple[T, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"{shown(value)} is no list")
+        found = tuple(map(item, _few(value)))
+        if ascending and any(a >= b for a, b in itertools.pairwise(found)):  # type: ignore[operator]
+            raise ValueError("not in ascending order, or one is there twice")
+        return found
+
+    return read
+
+
+def table(key: Reader[K], value: Reader[T]) -> Reader[dict[K, T]]:
+    """An object; what is wrong is said with its key."""
+    def read(found: Any) -> dict[K, T]:
+        if not isinstance(found, dict):
+            raise ValueError(f"{shown(found)} is no object")
+        out: dict[K, T] = {}
+        for name, item in _few(found).items():
+            at = key(name)
+            try:
+                out[at] = value(item)
+            except ValueError as error:
+                raise type(error)(f"{name}: {error}") from error
+        return out
+
+    return read
+
+
+def _few(many: Any) -> Any:
+    if len(many) > limits.MAX_PROFILE_ROWS:
+        raise OverLimit(f"{len(many)} entries; {limits.MAX_PROFILE_ROWS} are the most")
+    return many
