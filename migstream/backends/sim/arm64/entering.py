@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64 import ids
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access
 from migstream.backends.sim.arm64.rules import mask, since
@@ -110,8 +111,18 @@ def through_cpu(guest: Guest, vcpus: NDArray[np.intp]) -> None:
     for id, bits in CPU_KEEPS.items():
         if id in listed and not (id == ids.CSSELR and since(guest.profile, *_CACHES_EMULATED)):
             guest.column(id)[vcpus] &= mask(bits)
+    if guest.vgic:
+        _interface(guest, vcpus)
     for id in (ids.TIMER_CTL, ids.PTIMER_CTL):
         _save_status(Access(guest, id, vcpus, vcpus))
+
+
+def _interface(guest: Guest, vcpus: NDArray[np.intp]) -> None:
+    """The GIC's CPU interface of the lab's `-cpu max`: 5 priority bits, binary points of at least 2 and 3 (measured)."""
+    for name, least in chip.LEAST_POINTS.items():
+        column, start = guest.column(chip.ICC[name]), np.uint64(chip.rule(guest, chip.ICC[name]).start)
+        column[vcpus] = np.maximum(column[vcpus] ^ start, np.uint64(least)) ^ start
+    guest.column(chip.ICC["ICC_PMR_EL1"])[vcpus] &= np.uint64(0xF8)
 
 
 _ENABLE, _ISTATUS = np.uint64(1), np.uint64(4)

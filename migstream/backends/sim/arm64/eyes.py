@@ -62,6 +62,8 @@ _PSCI_1_0 = 0x1_0000
 _SINCE_PSCI = {0xC400_0012: 0x1_0001, 0x8400_0012: 0x1_0001, 0xC400_0015: 0x1_0003, 0x8400_0015: 0x1_0003}
 """Functions that PSCI_FEATURES knows from a version on: kvm_psci_1_x_call()."""
 
+_PV_FEATURES, _PV_TIME_ST = 0xC500_0020, 0xC500_0021
+_WORKAROUND_2, NOT_REQUIRED = 0x8000_7FFF, (1 << 64) - 2
 _SYSTEM_SUSPEND, _SUSPEND_CAPABILITY = 0xC400_000E, 216
 
 
@@ -95,12 +97,22 @@ class Eyes:
         """What X0 is after HVC; NOT_SUPPORTED for what nobody answers."""
         if function >> 24 == 0x84 and function < 0x8400_0050:
             return self._psci(function, argument)
+        if function == _PV_FEATURES and self.vcpu in self.guest.steal_time and argument in (_PV_FEATURES, _PV_TIME_ST):
+            return 0 if self._allowed(GATES[function]) else NOT_SUPPORTED
+        if function == _ARCH_FEATURES and argument == _WORKAROUND_2 and self._register(ids.WORKAROUND_2) > self._host():
+            return NOT_REQUIRED
         gate = GATES.get(argument & 0xFFFF_FFFF if function == _ARCH_FEATURES else function)
-        if gate and gate.register in self._listed and not self._register(gate.register) >> gate.bit & 1:
+        if gate and not self._allowed(gate):
             return NOT_SUPPORTED
         if function == _KVM_FEATURES and gate and gate.register in self._listed:
             return self._register(gate.register)
         return self._answer(function, argument)
+
+    def _allowed(self, gate: Gate) -> bool:
+        return gate.register not in self._listed or bool(self._register(gate.register) >> gate.bit & 1)
+
+    def _host(self) -> int:
+        return self.guest.initial(ids.WORKAROUND_2, int(self.guest.features[self.vcpu]))
 
     def _answer(self, function: int, argument: int) -> int:
         """As the profile's guest had it: with and without the argument, of which most calls have none."""

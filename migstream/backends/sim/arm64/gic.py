@@ -110,12 +110,20 @@ def _bpr1_kept(guest: Guest, rows: slice, old: Column, new: Column) -> Column:
 
 
 def _of(guest: Guest, rows: slice, name: str) -> Column:
-    id = _ICC[name]
+    id = ICC[name]
     return guest.column(id)[rows, 0] ^ np.uint64(rule(guest, id).start)
 
 
-_ICC = {name: ids.attribute_id(gic.GICV3, gic.CPU_INTERFACE, 3 << 14 | 12 << 7 | crm << 3 | op2)
-        for name, crm, op2 in (("ICC_CTLR_EL1", 12, 4), ("ICC_BPR0_EL1", 8, 3))}
+ICC = {name: ids.attribute_id(gic.GICV3, gic.CPU_INTERFACE, 3 << 14 | crn << 7 | crm << 3 | op2)
+       for name, crn, crm, op2 in (("ICC_CTLR_EL1", 12, 12, 4), ("ICC_BPR0_EL1", 12, 8, 3), ("ICC_BPR1_EL1", 12, 12, 3),
+                                   ("ICC_PMR_EL1", 4, 6, 0))}
+LEAST_POINTS = {"ICC_BPR0_EL1": 2, "ICC_BPR1_EL1": 3}
+
+
+def _not_the_timers(guest: Guest, rows: slice, old: Column, new: Column) -> Column:
+    """vgic_hw_irq_change_active(): once a vCPU has run its timers' interrupts are the hardware's, which has the state."""
+    lines = sum(1 << guest.timer_line(n) for n in range(2))
+    return np.where(guest.ran[rows], new & np.uint64(~lines & _HALF), new)
 
 
 def _spi_levels(id: int) -> Callable[[Guest, slice, Column], Column]:
@@ -153,6 +161,7 @@ RULES: dict[str, GicRule] = {
     "GICD_IROUTER": GicRule(0, 0xFF_FFFF, "vgic_mmio_write_irouter: Aff2 to Aff0"),
     "GICD_IPRIORITYR": GicRule(0, 0xF8F8_F8F8, "vgic_mmio_write_priority: VGIC_PRI_BITS is 5"),
     "GICR_IPRIORITYR": GicRule(0, 0xF8F8_F8F8, "vgic_mmio_write_priority: VGIC_PRI_BITS is 5"),
+    "GICR_ISACTIVER0": GicRule(0, _HALF, "vgic_mmio_uaccess_write_sactive", keep=_not_the_timers),
     "GICR_ISENABLER0": GicRule(0xFFFF, 0xFFFF_FFFF, "kvm_vgic_vcpu_init: SGIs are enabled"),
     "GICR_CTLR": GicRule(6, 1, "vgic_mmio_write_v3r_ctlr: LPIs on, where there is an ITS; IR and CES since 5.19"),
     "GICR_PENDBASER": GicRule(0, _ALL, "vgic_mmio_write_pendbase: PTZ reads 0", keep=_table_base("GICR_PENDBASER")),

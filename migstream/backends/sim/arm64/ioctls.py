@@ -110,9 +110,10 @@ class DeviceIoctls:
         assert row is not None
         if vgic is None:
             return errno.EBADF, b""
-        at = 0 if row.scope == Scope.VM else self._with_affinity(vcpu)
+        at = 0 if row.group == gic.DISTRIBUTOR else self._with_affinity(0 if row.scope == Scope.VM else vcpu)
         if at is None:
             return errno.EINVAL, b""
+        at = 0 if row.scope == Scope.VM else at
         if not vgic.initialized and not (since(self.profile, 6, 17) and row.name in chip.BEFORE_INIT):
             return errno.EBUSY, b""
         rows, values = slice(at, at + 1), np.full((1, 1), value, np.uint64)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim.arm64 import ids
-from migstream.backends.sim.arm64.rules import Rule, invalid, mask, refused, registers, taken
+from migstream.backends.sim.arm64.rules import Rule, invalid, mask, refused, registers, since, taken
 from migstream.registers import vcpu_features
 
 if TYPE_CHECKING:
@@ -53,12 +53,25 @@ _AVAIL, _ENABLED = 2, 1 << 4
 
 def _ssb_level(at: Access, values: Words) -> Errnos:
     """0 and 1 want nothing, 2 and 3 a host that needs no workaround (its level is 3)."""
-    words, host = values[:, 0], at.initials()
+    words, host = values[:, 0], _host_ssb(at)
     level = words & np.uint64(0xF)
     wanted = np.where(level >= _AVAIL, np.uint64(3), np.uint64(0))
     enabled = words & np.uint64(_ENABLED) != 0
     unknown = words & mask(~(0xF | _ENABLED)) != 0
     return invalid(unknown | (enabled & (level != _AVAIL)) | (level > 3) | (host < wanted))
+
+
+def _host_ssb(at: Access) -> NDArray[np.uint64]:
+    """Where the VM's ID_AA64PFR1_EL1 was told to have no SSBS, a host that is not vulnerable says so: 3."""
+    level = at.initials()
+    if not since(at.guest.profile, 6, 12):
+        return level
+    ssbs = at.of(ids.ID_AA64PFR1).word() >> np.uint64(4) & np.uint64(0xF)
+    return np.where(ssbs == 0, np.uint64(3), level)
+
+
+def _show_ssb(at: Access, values: Words) -> Words:
+    return _host_ssb(at)[:, np.newaxis]
 
 
 def _host_level(at: Access, values: Words) -> Words:
@@ -92,8 +105,10 @@ RULES: tuple[Rule, ...] = (
          refuse=_level),
     Rule("a level of speculative store bypass that the host has", registers(ids.WORKAROUND_2), "kvm_arm_set_fw_reg()",
          refuse=_ssb_level),
-    Rule("the host's level, whatever was written", registers(*ids.WORKAROUNDS), "get_kernel_wa_level()",
-         show=_host_level),
+    Rule("the host's level, whatever was written", registers(ids.WORKAROUND_1, ids.WORKAROUND_3),
+         "get_kernel_wa_level()", show=_host_level),
+    Rule("the host's, and the VM's SSBS", registers(ids.WORKAROUND_2), "get_kernel_wa_level(), kvm_has_feat() since 6.12; "
+         "measured: 6.12", show=_show_ssb),
     Rule("bits that the kernel knows", _has_bitmap, "kvm_arm_set_fw_reg_bmap(): before the check of a run",
          refuse=_bitmap_bits),
     Rule("final after the first run", _has_bitmap, "kvm_arm_set_fw_reg_bmap()", refuse=_bitmap_busy),

@@ -12,6 +12,7 @@ import numpy as np
 from migstream.backends.sim.arm64 import ids
 from migstream.backends.sim.arm64.rules import About, Rule, invalid, kept, mask, refused, registers, since
 from migstream.backends.sim.arm64.rules import taken as taken_bits
+from migstream.backends.sim.msr_rule import version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +34,7 @@ class Field:
 
     Attributes:
         values: bit v set where value v is taken whatever the host has; below: lower ones are, too, from `lowest` on.
-        since: only where the register's writable bits reach that far (they differ by kernel). why: the field.
+        since: release from which the row counts. why: the field.
     """
 
     register: int
@@ -42,6 +43,7 @@ class Field:
     why: str
     below: bool = True
     lowest: int = 0
+    since: tuple[int, int] = (0, 0)
 
 
 FIELDS: tuple[Field, ...] = (
@@ -59,8 +61,8 @@ FIELDS: tuple[Field, ...] = (
     Field(ids.ID_AA64MMFR0, 32, 1 << 1, "TGRAN16_2: the host's, or none", below=False),
     Field(ids.ID_AA64MMFR0, 36, 1 << 1, "TGRAN64_2: the host's, or none", below=False),
     Field(ids.ID_AA64MMFR0, 40, 1 << 1, "TGRAN4_2: the host's, or none", below=False),
-    Field(ids.ID_AA64PFR0, 0, 0, "EL0: not without AArch64", lowest=1),
-    Field(ids.ID_AA64PFR0, 4, 0, "EL1: not without AArch64", lowest=1),
+    Field(ids.ID_AA64PFR0, 0, 0, "EL0: not without AArch64", lowest=1, since=(6, 16)),
+    Field(ids.ID_AA64PFR0, 4, 0, "EL1: not without AArch64", lowest=1, since=(6, 16)),
     Field(ids.CTR, 12, 1 << 8, "L1Ip: the host's, or VIPT", below=False),
 )
 """Source: measured; the kernel's own table is arch/arm64/kernel/cpufeature.c (FTR_SIGNED, FTR_HIGHER_SAFE, FTR_EXACT),
@@ -82,15 +84,16 @@ def writable(profile: HostProfile, id: int) -> int:
 
 
 @cache
-def allowed(id: int, limit: int, may: int) -> tuple[int, ...]:
+def allowed(id: int, limit: int, may: int, release: tuple[int, int]) -> tuple[int, ...]:
     """Per nibble a mask of the values that it may have, where `limit` is the host's value of the register."""
-    return tuple(_nibble(id, low, limit >> low & 0xF, may >> low & 0xF) for low in range(0, 64, 4))
+    return tuple(_nibble(id, low, limit >> low & 0xF, may >> low & 0xF, release) for low in range(0, 64, 4))
 
 
-def _nibble(id: int, low: int, host: int, may: int) -> int:
+def _nibble(id: int, low: int, host: int, may: int, release: tuple[int, int]) -> int:
     if not may:
         return 1 << host
     field = _FIELDS.get((id, low))
+    field = field if field and release >= field.since else None
     if field is None or (may != 0xF and field.below):
         return sum(1 << v for v in range(16) if v & ~may == host & ~may and v & may <= host & may)
     lower = sum(1 << v for v in range(field.lowest, host)) if field.below else 0
@@ -104,7 +107,7 @@ def _fields(at: Access, values: Words) -> Errnos:
     for limit, chosen in _groups(at):
         fixed = mask(~sum(0xF << 4 * n for n in range(16) if may >> 4 * n & 0xF))
         bad = (words ^ np.uint64(limit)) & fixed != 0
-        for n, values_allowed in enumerate(allowed(at.id, limit, may)):
+        for n, values_allowed in enumerate(allowed(at.id, limit, may, version(at.guest.profile))):
             if may >> 4 * n & 0xF and values_allowed != _ALL:
                 nibble = words >> np.uint64(4 * n) & np.uint64(0xF)
                 bad |= np.uint64(values_allowed) >> nibble & np.uint64(1) == 0

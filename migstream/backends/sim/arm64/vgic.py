@@ -56,7 +56,7 @@ class Vgic:
     def get(self, group: int, attribute: int) -> tuple[int, int]:
         """(errno, value) of an attribute that makes it."""
         if group == gic.IRQ_COUNT:
-            return 0, self.irqs
+            return 0, max(self.irqs, gic.PRIVATE_IRQS)
         if group != gic.ADDRESSES:
             return errno.ENXIO, 0
         if attribute == DISTRIBUTOR:
@@ -77,7 +77,7 @@ class Vgic:
 
     def _count(self, value: int) -> int:
         """vgic_set_common_attr()."""
-        if value < gic.PRIVATE_IRQS + 32 or value > gic.MOST_IRQS or value & 31:
+        if value < gic.PRIVATE_IRQS + 32 or value >= gic.MOST_IRQS or value & 31:
             return errno.EINVAL
         if self.ready or self.irqs:
             return errno.EBUSY
@@ -92,7 +92,7 @@ class Vgic:
 
     def _range(self, address: int, size: int) -> int:
         """vgic_check_iorange() since 5.16, vgic_check_ioaddr() before, with the size first and looking at no end."""
-        last = address + size if self.release >= (5, 16) else address
+        last = address + max(size, 1) - 1 if self.release >= (5, 16) else address
         big, crooked = bool(last >> self.address_bits), bool(address % _FRAME)
         if self.release < (5, 16) and big:
             return errno.E2BIG
