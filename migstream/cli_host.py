@@ -57,10 +57,17 @@ def run(options: argparse.Namespace) -> int:
 def open_profile(name: str) -> HostProfile:
     """Return a captured file's profile, or a recorded one by name, under the optional rules that the name gives.
 
-    Raises: UsageError; BackendUnavailable for a rule that there is not.
+    Raises: UsageError, also for a file that was edited to nonsense; BackendUnavailable for a rule that there is not.
     """
-    from migstream.backends.sim.backend import recorded
     from migstream.backends.sim.validate import check
+
+    profile = _opened(name)
+    check(profile, name)
+    return profile
+
+
+def _opened(name: str) -> HostProfile:
+    from migstream.backends.sim.backend import recorded
     from migstream.backends.sim.variants import MARK
     from migstream.host import profiles
     from migstream.host.profile import from_json
@@ -71,9 +78,7 @@ def open_profile(name: str) -> HostProfile:
     if not path.is_file():
         return profiles.load(name.removeprefix("sim:"))
     try:
-        profile = from_json(path.read_text(encoding="utf-8"), name)
-        check(profile, name)
-        return profile
+        return from_json(path.read_text(encoding="utf-8"), name)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{name}: not a host profile: {error}") from error
 
