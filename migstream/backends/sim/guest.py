@@ -32,7 +32,8 @@ class Guest:
 
     Attributes:
         profile: the kernel. machine: what was created. vcpus: how many there are by now.
-        ran: whether a vCPU has ever run, one element each. has_cpuid: whether it was given a table, be it empty. told: capabilities enabled, with their arguments.
+        ran: whether a vCPU has ever run, one element each. has_cpuid: whether it was given a table, be it empty.
+        told: capabilities enabled, with their arguments.
         clock: the VM's kvmclock. tsc_offsets: what is added to the host's TSC, ticks, one element a vCPU.
     """
 
