@@ -94,6 +94,8 @@ ROWS = (
     Recorded(LAB, (vm(1, {}), cpuid(), change(SREGS, (264, "word", 0x1000)), change(NESTED, (1, "byte", 0)),
                    change(SREGS, (264, "word", 0)), call("read", register=NESTED, vcpu=0)),
              {"value.0": "0x8000010100"}, "clearing EFER.SVME sets GIF"),
+    Recorded((V612,), (vm(1, {}), call("cpuid", vcpu=0, clear=[], entries=0), change(SREGS, (248, "word", 0x800))),
+             {"answer": refused("KVM_SREGS", "KVM_SET_SREGS", "EINVAL")}, "an empty table has no UMIP"),
     Recorded((PVM,), (vm(), change(MP_STATE, (0, "byte", 2)), change(EVENTS, (25, "byte", 1), (9, "byte", 255))),
              {"answer": refused("KVM_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", "EINVAL"), "value.1": "0xff00"},
              "6.18 without SMM refuses it at the end, whatever the vCPU waits for"),

@@ -26,7 +26,7 @@ ABSENT = by_register(rules_devices.ABSENT)
 REFUSALS = by_register((*cpuid.REFUSALS, *rules_cpu.REFUSALS, *rules_fpu.REFUSALS, *rules_devices.REFUSALS,
                         *rules_svm.REFUSALS))
 KEEPS = by_register((*cpuid.KEEPS, *rules_cpu.KEEPS, *rules_fpu.KEEPS, *rules_devices.KEEPS, *rules_svm.KEEPS))
-AFTERS = by_register((*rules_cpu.AFTERS, *rules_devices.AFTERS, *rules_svm.AFTERS))
+AFTERS = by_register((*cpuid.AFTERS, *rules_cpu.AFTERS, *rules_devices.AFTERS, *rules_svm.AFTERS))
 SHOWS = by_register((*cpuid.SHOWS, *rules_cpu.SHOWS, *rules_fpu.SHOWS, *rules_devices.SHOWS, *rules_svm.SHOWS))
 
 _LOW = np.uint64(0xFFFF_FFFF)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from migstream.backends.sim.rules import Keep, Refuse, Show, mask
+from migstream.backends.sim.rules import After, Keep, Refuse, Show, mask
 from migstream.registers import x86_64
 
 if TYPE_CHECKING:
@@ -181,6 +181,15 @@ KEEPS = (
     Keep("leaf 0xd, where the kernel makes it itself", (ID,), _with_xstate,
          "measured on pvm, whose `cpuid_forced` has the whole leaf; upstream keeps the table as long as it is"),
     Keep("bits that the kernel sets itself", (ID,), _forced, "measured: `cpuid_forced` of the profile"),
+)
+
+
+def _given(rows: Rows, values: Words, before: Words) -> None:
+    rows.guest.has_cpuid[rows.numbers] = True
+
+
+AFTERS = (
+    After("an empty table is a table", (ID,), _given, "kvm_vcpu_after_set_cpuid: cr4_guest_rsvd_bits"),
 )
 
 

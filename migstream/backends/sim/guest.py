@@ -32,7 +32,8 @@ class Guest:
 
     Attributes:
         profile: the kernel. machine: what was created. vcpus: how many there are by now.
-        ran: whether a vCPU has ever run, one element each. told: capabilities enabled, with their arguments.
+        ran: whether a vCPU has ever run, one element each. has_cpuid: whether it was given a table, be it empty.
+        told: capabilities enabled, with their arguments.
         clock: the VM's kvmclock. tsc_offsets: what is added to the host's TSC, ticks, one element a vCPU.
     """
 
@@ -40,6 +41,7 @@ class Guest:
         self.profile, self.machine = profile, machine
         self.vcpus = 0
         self.ran: Mask = np.zeros(0, np.bool_)
+        self.has_cpuid: Mask = np.zeros(0, np.bool_)
         self.told: dict[int, tuple[int, ...]] = {}
         self.clock = GuestClock(host)
         self.tsc_offsets = np.zeros(0, np.uint64)
@@ -54,6 +56,7 @@ class Guest:
                 self._columns[id] = np.vstack([column, self._fresh(id, numbers)])
         self.vcpus += count
         self.ran = np.append(self.ran, np.zeros(count, np.bool_))
+        self.has_cpuid = np.append(self.has_cpuid, np.zeros(count, np.bool_))
         self.tsc_offsets = np.append(self.tsc_offsets, np.zeros(count, np.uint64))
 
     def has(self, device: str) -> bool:

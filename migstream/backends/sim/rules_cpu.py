@@ -76,8 +76,8 @@ def _not_offered(rows: Rows, register: NDArray[np.uint64], features: tuple[tuple
 
 
 def _looks_at_cpuid(rows: Rows) -> Mask:
-    """Before 6.14 nothing is checked against the CPUID of a vCPU that has none yet (kvm_arch_vcpu_create)."""
-    return mask(bits(rows.get(cpuid.ID)[:, 0], 0xFFFF_FFFF) | (version(rows.guest.profile) >= (6, 14)))
+    """Before 6.14 nothing is checked against the CPUID of a vCPU that was given none (kvm_arch_vcpu_create)."""
+    return mask(rows.guest.has_cpuid[rows.numbers] | (version(rows.guest.profile) >= (6, 14)))
 
 
 def _cr4(rows: Rows, values: Words) -> Mask:
