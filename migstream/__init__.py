@@ -6,10 +6,10 @@ the version pays for nothing else. Real KVM is in `migstream.backends.kvm`, so t
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing's, whose import would be half of this package's: `__main__` comes behind it
 if TYPE_CHECKING:
+    from typing import Any
+
     from migstream.backends import open_backend
     from migstream.errors import (
         BackendError,
@@ -52,4 +52,6 @@ __all__ = [  # noqa: RUF022 - in the order in which a reader meets them
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'migstream' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOME[name]), name)

@@ -1,7 +1,18 @@
-"""`python -m migstream`."""
+"""The program's entry: `migstream`, or `python -m migstream`. It answers signals before anything else is imported."""
 
+import os
+import signal
 import sys
 
-from migstream.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line. Ctrl-C while it is being imported ends it at once: there is nothing to clean up yet."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
+    from migstream import cli
+
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

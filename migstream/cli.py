@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from migstream import __version__, cli_check, cli_convert, cli_host, filekind, native
 from migstream.cli_host import BACKENDS, Parser, open_profile
@@ -25,40 +25,75 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status (`errors.EXIT_STATUS`)."""
+    """Run a command and return its exit status (`errors.EXIT_STATUS`); 130 and the like where a signal said stop."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    told = _Told()
     if argv is None:
-        _clean_up_when_told_to_stop()
+        told.listen()
     try:
-        if sys.stdout is None:
-            raise OutputError("standard output is closed")
-        options = _parser().parse_args(arguments)
-        status = int(options.run(options))
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        return 130
-    except MigstreamError as error:
-        if debug:
+        status = _run(arguments)
+    except BaseException as error:
+        if not told.status and ("--debug" in arguments or isinstance(error, SystemExit)):
             raise
-        return _say(error, "--json" in arguments)
-    except OSError as error:
-        if debug:
-            raise
+        status = told.status or _why(error, "--json" in arguments)
+    told.rest()
+    return told.status or status
+
+
+def _run(arguments: list[str]) -> int:
+    if sys.stdout is None:
+        raise OutputError("standard output is closed")
+    options = _parser().parse_args(arguments)
+    status = int(options.run(options))
+    sys.stdout.flush()
+    return status
+
+
+def _why(error: BaseException, as_json: bool) -> int:
+    """Say in one line what went wrong; its exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, MigstreamError):
+        return _say(error, as_json)
+    if isinstance(error, OSError):
         return _no_output(error)
-    except Exception as error:
-        if debug:
-            raise
-        print(f"migstream: a bug of ours: {type(error).__name__}: {error}; please report it with the output of --debug",
-              file=sys.stderr)
-        return 70
+    print(f"migstream: a bug of ours: {type(error).__name__}: {error}; please report it with the output of --debug",
+          file=sys.stderr)
+    return 70
 
 
-def _clean_up_when_told_to_stop() -> None:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does: temporary files go, VMs are closed."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+class _Told:
+    """Which signal said stop: SIGTERM and SIGHUP end a command as Ctrl-C does, and unwind it: files go, VMs are closed.
+
+    Whatever is raised after one follows from it, under whatever name it comes: an interrupted import is a RuntimeError,
+    views that an interrupted frame holds are a BufferError.
+
+    Attributes:
+        status: the exit status then; 0 while none came.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0
+        self._numbers: list[int] = []
+
+    def __call__(self, number: int, frame: object) -> NoReturn:
+        """The handler."""
+        self.status = self.status or 128 + number
+        raise KeyboardInterrupt
+
+    def listen(self) -> None:
+        """From here on. What is ignored (nohup, a script's background) stays ignored."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self)
+                self._numbers.append(number)
+        shown = sys.unraisablehook
+        sys.unraisablehook = lambda what: None if self.status else shown(what)
+
+    def rest(self) -> None:
+        """What comes while the interpreter ends just ends it, without a traceback."""
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _no_output(error: OSError) -> int:

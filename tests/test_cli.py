@@ -53,8 +53,8 @@ def document(capsys: Capture, *argv: object) -> dict[str, Any]:
 @pytest.mark.parametrize("words", [["--reg", "PC"], ["--vcpu", "3"], ["--vm"], ["--section", "90"], ["--contract"]])
 @pytest.mark.parametrize("kept", [70, 300, 1200, None], ids=str)
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["", "json"])
-def test_a_broken_stream_is_the_answer_whatever_was_asked(capsys: Capture, stream: Path, tmp_path: Path, more: list[str],
-                                                          words: list[str], kept: int | None) -> None:
+def test_a_broken_stream_is_the_answer_whatever_was_asked(capsys: Capture, stream: Path, tmp_path: Path,
+                                                          more: list[str], words: list[str], kept: int | None) -> None:
     """What is asked for may stand behind the fault: it is not said to be missing."""
     data = bytearray(stream.read_bytes())
     if kept is None:

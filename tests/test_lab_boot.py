@@ -72,10 +72,10 @@ class Emulator:
         return [sys.executable, str(self._program)]
 
     def run(self, *, time_limit_s: float = LONG_S, boot_limit_s: float = LONG_S,
-            on_stdout: boot.Sink = boot.ignore) -> boot.Result:  # fmt: skip
+            on_stdout: boot.Sink = boot.ignore, console_log: Path | None = None) -> boot.Result:  # fmt: skip
         """As the lab runs QEMU."""
         return boot.converse(self.command, time_limit_s=time_limit_s, boot_limit_s=boot_limit_s,
-                             on_stdout=on_stdout)  # fmt: skip
+                             on_stdout=on_stdout, console_log=console_log)  # fmt: skip
 
     def sign_of_life(self) -> bytes:
         """What it writes to its lifeline, b"" when all its processes have ended; waits a minute at most."""
@@ -163,10 +163,23 @@ hang()
         with pytest.raises(TimeLimitError) as caught:
             emulator.run(time_limit_s=50, boot_limit_s=40, on_stdout=lambda data: clock.advance(51))
         first, *rest = str(caught.value).splitlines()
-        assert first == "not done in 50 s; raise --time-limit if it is only slow"
+        assert first == ("not done in 50 s; raise --time-limit if it is only slow; "
+                         "no file that the command wrote comes back")
         assert rest == ["console:", *(f"  line {number}" for number in range(85, 100))]
         assert caught.value.status == 124
         assert emulator.gone()
+
+    @acts("""say("console", b"[    0.1] booting\\n"); hang()""")
+    @pytest.mark.parametrize(("log", "why"), [("/dev/full", "No space left"), ("/nonexist/x", "No such file"),
+                                              ("/", "Is a directory")])
+    def test_a_console_log_that_can_not_be_written(self, emulator: Emulator, log: str, why: str) -> None:
+        with pytest.raises(LabError, match=rf"^--console {log}: {why}[^\n]*$"):
+            emulator.run(time_limit_s=50, boot_limit_s=40, console_log=Path(log))
+
+    @pytest.mark.parametrize("talk", [False, True])
+    def test_the_kernel_talks_where_its_console_is_kept(self, talk: bool) -> None:
+        arguments = boot.emulator_arguments(kernels.kernel("arm64", "6.12"), boot.Machine(), Path("k"), Path("i"), talk)
+        assert ("quiet" in arguments[-1].split()) is not talk
 
     @pytest.mark.parametrize(
         ("emulator", "message"),
@@ -257,6 +270,8 @@ class TestCommandLine:
             ("run --arch arm64 --kernel 4.19 -- true", "no kernel 'arm64-4.19'; there are: arm64-5.10"),
             ("run --arch arm64 --kernel 6.1 --memory 0 -- true", "'0' is not a number above 0"),
             ("run --arch arm64 --kernel 6.1 -- true", "not fetched; run: python -m tests.lab fetch --a"),
+            ("run --arch arm64 --kernel 6.1 --out /proc/none -- true", "--out /proc/none can't be written to: "),
+            ("run --arch arm64 --kernel 6.1 --out /dev/null/x -- true", "--out /dev/null/x can't be written to: "),
             ("fetch --kernel 4.19", "no kernel fits '4.19'"),
             ("boot", "invalid choice: 'boot'"),
         ],

@@ -404,6 +404,32 @@ class TestFiles:
         with pytest.raises(LabError, match="damaged"):
             files.unpack(archive({"a": b"b"})[:60])
 
+    def test_a_name_that_is_no_utf8_comes_out_as_it_went_in(self, tmp_path: Path) -> None:
+        name = os.fsdecode(b"caf\xe9")
+        out = io.BytesIO()
+        writer = cpio.CpioWriter(out)
+        writer.file(name, b"x")
+        writer.close()
+        files.save(files.unpack(out.getvalue()), tmp_path)
+        assert os.listdir(os.fsencode(tmp_path)) == [b"caf\xe9"]
+
+    @pytest.mark.parametrize("wrong", ["b", "sub/c", "new/d/e"])
+    def test_all_files_are_written_or_none(self, wrong: str, tmp_path: Path) -> None:
+        """A folder where a file goes, a file where a folder goes, a file that is a folder, too."""
+        (tmp_path / "b").mkdir()
+        (tmp_path / "sub").write_bytes(b"mine")
+        sent = [GuestFile(PurePosixPath(name), b"x") for name in ("a", wrong, "z", *(["new/d"] * ("new" in wrong)))]
+        with pytest.raises(LabError, match=r"is in the way; nothing was written; .*--out"):
+            files.save(sent, tmp_path)
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["b", "sub"]
+        assert (tmp_path / "sub").read_bytes() == b"mine"
+
+    def test_files_have_the_mode_of_any_other(self, tmp_path: Path) -> None:
+        files.save([GuestFile(PurePosixPath("a/b"), b"x")], tmp_path / "new")
+        (tmp_path / "plain").write_bytes(b"")
+        assert (tmp_path / "new/a/b").stat().st_mode == (tmp_path / "plain").stat().st_mode
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+
     def test_a_link_out_of_the_folder_is_not_followed(self, tmp_path: Path) -> None:
         (tmp_path / "outside").mkdir()
         (tmp_path / "out").mkdir()

@@ -78,9 +78,10 @@ def test_what_is_damaged_is_named(name: str, field: str, value: Any, status: int
 
 # (what stands in the file, status, words)
 TEXTS = (
-    ("", 1, "not JSON"), ("{", 1, "not JSON"), ("[]", 1, "no object with a field"), ("[" * 100_000, 1, "nested too deep"),
+    ("", 1, "not JSON"), ("{", 1, "not JSON"), ("[]", 1, "no object with a field"),
+    ("[" * 100_000, 1, "nested too deep"), ('{"migstream_contract": 1}', 64, "is a contract"),
     ('{"a": 1, "a": 2}', 1, "'a' is there twice"), ('{"migstream_host_profile": NaN}', 1, "NaN"),
-    ('{"migstream_host_profile": ' + "9" * 5000 + "}", 1, "64 bits"), ('{"migstream_contract": 1}', 64, "is a contract"),
+    ('{"migstream_host_profile": ' + "9" * 5000 + "}", 1, "64 bits"),
     ("\ufeff{}", 1, "not JSON"), ('{"migstream_host_profile": 2, "\\u001b": 1}', 1, "unknown field '\\x1b'"),
 )
 

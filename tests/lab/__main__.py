@@ -20,6 +20,8 @@ from tests.lab.errors import LabError
 
 LIST_FORMAT = 1
 _INTERRUPTED = 130
+_STATUS = ("exit status: the command's own; 124 when its time was over, and then no file of it comes back; "
+           "125 when the lab failed")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Nobody reads any more; the interpreter must not find that out a second time when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return LabError.status
+    except OSError as error:
+        print(f"lab: {error}", file=sys.stderr)
         return LabError.status
 
 
@@ -88,6 +93,7 @@ def _row(item: fetch.Item) -> dict[str, Any]:
 def _run(options: argparse.Namespace, command: list[str]) -> int:
     if not command:
         raise LabError("no command; put it after --, as in: run --arch arm64 --kernel 6.1 -- uname -a")
+    files.require_folder(options.out)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     features = tuple(name for name in options.features.split(",") if name)
@@ -140,6 +146,7 @@ def _parser() -> _Parser:
     listing.set_defaults(act=_list)
 
     _add_run(actions.add_parser("run", usage="%(prog)s --arch A --kernel K [options] -- COMMAND...",
+                                epilog=_STATUS,
                                 help="boot a kernel and run a command there"))  # fmt: skip
     return parser
 

@@ -37,7 +37,11 @@ _LIMITS: dict[bool, tuple[type[LabError], str, str]] = {
     True: (LabError, "the kernel did not boot", "--boot-limit"),
     False: (TimeLimitError, "not done", "--time-limit"),
 }
-_KERNEL_ARGS = "console={console} quiet panic=-1 rdinit=/init {mode}"
+_MORE = {
+    True: "--console FILE has all that the kernel says",
+    False: "no file that the command wrote comes back",
+}
+_KERNEL_ARGS = "console={console} {quiet} panic=-1 rdinit=/init {mode}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def run(
         image.write(kernel, command, environment(kernel, machine), initrd, bring)
         initrd.flush()
         path = Path(f"/dev/fd/{initrd.fileno()}")
-        emulator = [arch.emulator, *emulator_arguments(kernel, machine, vmlinuz, path)]
+        emulator = [arch.emulator, *emulator_arguments(kernel, machine, vmlinuz, path, console_log is not None)]
         return converse(emulator, time_limit_s=time_limit_s, boot_limit_s=boot_limit_s, on_stdout=on_stdout,
                         on_stderr=on_stderr, console_log=console_log, inherit=(initrd.fileno(),))  # fmt: skip
 
@@ -156,10 +160,14 @@ def command_line(kernel: Kernel, machine: Machine) -> str:
     return shlex.join([*words, "--"])
 
 
-def emulator_arguments(kernel: Kernel, machine: Machine, vmlinuz: Path, initrd: Path) -> list[str]:
-    """QEMU's command line, but for the channels; raises LabError for a feature or mode that there is not."""
+def emulator_arguments(kernel: Kernel, machine: Machine, vmlinuz: Path, initrd: Path, talk: bool = False) -> list[str]:
+    """QEMU's command line, but for the channels; raises LabError for a feature or mode that there is not.
+
+    With `talk` the kernel says all on its console from its first line on, else only what is wrong: that is faster.
+    """
     arch = kernels.arch(kernel.arch)
-    kernel_args = _KERNEL_ARGS.format(console=arch.console, mode=kernels.mode_arguments(kernel, machine.mode))
+    kernel_args = _KERNEL_ARGS.format(console=arch.console, quiet="" if talk else "quiet",
+                                      mode=kernels.mode_arguments(kernel, machine.mode))
     return [
         *arch.machine_args, "-accel", "tcg",
         "-cpu", kernels.cpu_argument(arch, machine.cpu, machine.features),
@@ -268,7 +276,7 @@ def _pump(streams: Mapping[int, Sink], guest: _Guest, started: float,
 
 def _too_late(guest: _Guest, booting: bool, limit_s: float) -> LabError:
     kind, what, option = _LIMITS[booting]
-    advice = f"raise {option} if it is only slow"
+    advice = f"raise {option} if it is only slow; {_MORE[booting]}"
     return kind(f"{what} in {limit_s:g} s; {advice}\n{guest.console.last_lines()}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tests.lab.errors import LabError
+
 # Enough for a panic with its registers and call trace.
 _KEPT = 64 << 10
 _SHOWN_LINES = 15
@@ -23,14 +25,24 @@ class Console:
 
     def __init__(self, log: Path | None = None) -> None:
         self._kept = bytearray()
-        self._log = log.open("wb", buffering=0) if log else None
+        self._path = log
+        try:
+            self._log = log.open("wb", buffering=0) if log else None
+        except OSError as error:
+            raise self._failed(error) from error
 
     def feed(self, data: bytes) -> None:
         """Take what came."""
         self._kept += data
         del self._kept[:-_KEPT]
-        if self._log:
-            self._log.write(data)
+        try:
+            if self._log:
+                self._log.write(data)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> LabError:
+        return LabError(f"--console {self._path}: {error.strerror}")
 
     def close(self) -> None:
         """Close the log file."""

@@ -24,7 +24,10 @@ _MTIME = 0
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of an archive that was read; the name is as it stands there, checked by nobody."""
+    """One entry of an archive that was read; the name is as it stands there, checked by nobody.
+
+    Bytes of it that are no UTF-8 are escaped as `os.fsdecode` does.
+    """
 
     name: str
     inode: int
@@ -42,7 +45,7 @@ def read(archive: bytes) -> Iterator[Entry]:
         numbers = [int(header[start : start + 8], 16) for start in range(len(_MAGIC), _HEADER, 8)]
         inode, mode, size, name_size = numbers[0], numbers[1], numbers[6], numbers[11]
         start = _aligned(at + _HEADER + name_size)
-        name = archive[at + _HEADER : at + _HEADER + name_size].rstrip(b"\0").decode()
+        name = archive[at + _HEADER : at + _HEADER + name_size].rstrip(b"\0").decode(errors="surrogateescape")
         if name == _TRAILER:
             return
         if start + size > len(archive):
@@ -90,7 +93,7 @@ class CpioWriter:
 
     def _record(self, name: str, mode: int, data: bytes) -> None:
         self._inode += 1
-        raw = name.encode() + b"\0"
+        raw = name.encode(errors="surrogateescape") + b"\0"
         # inode, mode, uid, gid, links, mtime, size, major, minor, device major, minor, name size, checksum
         numbers = (self._inode, mode, 0, 0, 1, _MTIME, len(data), 0, 0, 0, 0, len(raw), 0)
         self._padded(_MAGIC + b"".join(b"%08X" % number for number in numbers) + raw)

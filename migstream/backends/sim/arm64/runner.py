@@ -36,7 +36,7 @@ class Runner:
         """`only`: these vCPUs, where not all run."""
         self._guest, self._only = guest, only
         self.exits: dict[int, str] = {}
-        self._stop = threading.Event()
+        self._stop = False  # no Event: a set() that Ctrl-C interrupts may keep its lock
         self._error: BaseException | None = None
         self._cpus = self._load(memory)
         self._thread = threading.Thread(target=self._run, name="migstream-sim", daemon=True)
@@ -58,7 +58,7 @@ class Runner:
 
     def pause(self) -> None:
         """Stop between two instructions and put the registers back. Raises: what went wrong in the thread."""
-        self._stop.set()
+        self._stop = True
         self._thread.join()
         self._store()
         if self._error:
@@ -84,9 +84,9 @@ class Runner:
     def _run(self) -> None:
         running = {k: cpu for k, cpu in self._cpus.items() if k not in self.exits}
         try:
-            while running and not self._stop.is_set():
+            while running and not self._stop:
                 for k, cpu in tuple(running.items()):
-                    if self._stop.is_set() or self._turn(k, cpu):
+                    if self._stop or self._turn(k, cpu):
                         running.pop(k)
         except BaseException as error:
             self._error = error
