@@ -86,7 +86,8 @@ class Guest:
         uniform: the features of all vCPUs where they are the same, else None. notes: what else the VM was told.
         ignored: bits of a register's id that mean nothing. vgic: the interrupt controller. pmu_made: whether each
             vCPU's PMU was initialized. lines_fixed: whether the timers' interrupts are. timers_on:
-            vCPUs whose timers were enabled, by a first run that may have failed after that. steal_time: address by vCPU.
+            vCPUs whose timers a first run enabled, which may have failed after that.
+            steal_time: address by vCPU.
         left_over, off: features by vCPU that a refused KVM_ARM_VCPU_INIT left, and POWER_OFF, before 6.5.
         exited: vCPUs whose last exit was MMIO, which the next KVM_RUN completes: PC goes on then.
         dead: a VM that the kernel gave up.
