@@ -135,7 +135,7 @@ def _set_timer(guest: Guest, vcpu: int, attribute: int, line: int) -> int:
     """A PPI, for all vCPUs, until timers were first enabled."""
     if not guest.vgic or not _FIRST_PPI <= line < _FIRST_SPI:
         return errno.EINVAL
-    fixed = guest.lines_fixed if since(guest.profile, 6, 4) else guest.ran[vcpu]
+    fixed = guest.lines_fixed if since(guest.profile, 6, 4) else vcpu in guest.timers_on
     if fixed:
         return errno.EBUSY
     if no := has(guest, vcpu, TIMER, attribute):

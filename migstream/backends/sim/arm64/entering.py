@@ -66,7 +66,7 @@ def _first(guest: Guest, vcpu: int) -> int:
         return no
     if not guest.vgic and not guest.entered and since(guest.profile, 6, 12):
         _hide_gic(guest)
-    if no := _timers(guest):
+    if no := _timers(guest, vcpu):
         return no
     return _pmu(guest, vcpu)
 
@@ -78,7 +78,7 @@ def _hide_gic(guest: Guest) -> None:
         at.store(at.load() & mask(~field))
 
 
-def _timers(guest: Guest) -> int:
+def _timers(guest: Guest, vcpu: int) -> int:
     """timer_irqs_are_valid(): each timer its own PPI; from then on they stay."""
     if not guest.vgic:
         return 0
@@ -86,6 +86,7 @@ def _timers(guest: Guest) -> int:
     if lines[0] == lines[1]:
         return errno.EINVAL
     guest.lines_fixed = True
+    guest.timers_on.add(vcpu)
     return 0
 
 
@@ -118,7 +119,7 @@ def through_cpu(guest: Guest, vcpus: NDArray[np.intp]) -> None:
 
 
 def _interface(guest: Guest, vcpus: NDArray[np.intp]) -> None:
-    """The GIC's CPU interface of the lab's `-cpu max`: 5 priority bits, binary points of at least 2 and 3 (measured)."""
+    """The GIC's CPU interface of the lab's `-cpu max`: 5 priority bits, points of at least 2 and 3 (measured)."""
     for name, least in chip.LEAST_POINTS.items():
         column, start = guest.column(chip.ICC[name]), np.uint64(chip.rule(guest, chip.ICC[name]).start)
         column[vcpus] = np.maximum(column[vcpus] ^ start, np.uint64(least)) ^ start

@@ -121,7 +121,7 @@ LEAST_POINTS = {"ICC_BPR0_EL1": 2, "ICC_BPR1_EL1": 3}
 
 
 def _not_the_timers(guest: Guest, rows: slice, old: Column, new: Column) -> Column:
-    """vgic_hw_irq_change_active(): once a vCPU has run its timers' interrupts are the hardware's, which has the state."""
+    """vgic_hw_irq_change_active(): once a vCPU has run, its timers' interrupts are the hardware's."""
     lines = sum(1 << guest.timer_line(n) for n in range(2))
     return np.where(guest.ran[rows], new & np.uint64(~lines & _HALF), new)
 

@@ -85,7 +85,9 @@ class Guest:
         offsets: of the virtual and the physical counter, ticks. counter_offset: struct kvm_arm_counter_offset if told.
         uniform: the features of all vCPUs where they are the same, else None. notes: what else the VM was told.
         ignored: bits of a register's id that mean nothing. vgic: the interrupt controller. pmu_made: whether each
-            vCPU's PMU was initialized. lines_fixed: whether the timers' interrupts are. steal_time: address by vCPU.
+            vCPU's PMU was initialized. lines_fixed: whether the timers' interrupts are. timers_on:
+            vCPUs whose timers a first run enabled, which may have failed after that.
+            steal_time: address by vCPU.
         left_over, off: features by vCPU that a refused KVM_ARM_VCPU_INIT left, and POWER_OFF, before 6.5.
         exited: vCPUs whose last exit was MMIO, which the next KVM_RUN completes: PC goes on then.
         dead: a VM that the kernel gave up.
@@ -106,6 +108,7 @@ class Guest:
         self.vgic: Vgic | None = None
         self.pmu_made: Mask = np.zeros(0, np.bool_)
         self.lines_fixed = False
+        self.timers_on: set[int] = set()
         self.steal_time: dict[int, int] = {}
         self.left_over: dict[int, int] = {}
         self.off: dict[int, int] = {}

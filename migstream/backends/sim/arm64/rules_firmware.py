@@ -107,8 +107,8 @@ RULES: tuple[Rule, ...] = (
          refuse=_ssb_level),
     Rule("the host's level, whatever was written", registers(ids.WORKAROUND_1, ids.WORKAROUND_3),
          "get_kernel_wa_level()", show=_host_level),
-    Rule("the host's, and the VM's SSBS", registers(ids.WORKAROUND_2), "get_kernel_wa_level(), kvm_has_feat() since 6.12; "
-         "measured: 6.12", show=_show_ssb),
+    Rule("the host's, and the VM's SSBS", registers(ids.WORKAROUND_2),
+         "get_kernel_wa_level(); measured: 6.12 looks at the VM's ID register", show=_show_ssb),
     Rule("bits that the kernel knows", _has_bitmap, "kvm_arm_set_fw_reg_bmap(): before the check of a run",
          refuse=_bitmap_bits),
     Rule("final after the first run", _has_bitmap, "kvm_arm_set_fw_reg_bmap()", refuse=_bitmap_busy),
