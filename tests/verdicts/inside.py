@@ -123,6 +123,8 @@ def _forged(backend: Backend, file: str, seed: str, times: int) -> list[dict[str
     out = []
     for n in range(times):
         values = vary.forge(Random(f"{seed} {Path(file).stem} {n}"), banks)
+        if not values:
+            break
         answers = blind.answers(backend, reader.machine, vary.with_values(banks, values), values)
         out.append({"values": {f"{id:#x}": value.hex() for id, value in values.items()}, "registers": answers})
     return out

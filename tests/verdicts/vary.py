@@ -21,7 +21,6 @@ from migstream.registers import arm64_ids, ids, vcpu_features
 from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import Field
 from migstream.registers.catalogue import Register, lookup
-from migstream.verdicts.x86_64 import FLAGS
 
 if TYPE_CHECKING:
     from migstream.model import Words
@@ -88,9 +87,6 @@ CHANGES: tuple[tuple[str, Change], ...] = (
     ("CCSIDR* CLIDR_EL1 MIDR_EL1 REVIDR_EL1 AIDR_EL1 MSR_*", _flip), ("*", _fields))
 """By register name, the first that fits. What is each vCPU's own place, or a structure, stays."""
 
-FORGED = ("PSTATE", "GICD_IIDR", "MSR_IA32_CR_PAT", *FLAGS.split())
-"""Registers of other classes that there are rules about, too."""
-
 MSRS = (
     "MSR_IA32_SPEC_CTRL", "MSR_IA32_MISC_ENABLE", "MSR_IA32_XSS", "MSR_IA32_TSX_CTRL", "MSR_MISC_FEATURES_ENABLES",
     "MSR_K7_HWCR", "MSR_KVM_POLL_CONTROL", "MSR_KVM_MIGRATION_CONTROL", "MSR_VM_CR", "MSR_IA32_CR_PAT",
@@ -112,10 +108,9 @@ def altered(dice: Random, id: int, value: bytes) -> bytes:
 
 
 def eligible(id: int) -> bool:
-    """Whether a register's values are forged: a number of the prologue that is pinned, or one with rules of its own."""
+    """Whether a register's values are forged: a number of the prologue that is pinned. x86-64 has none: MSRs are state.
+    """
     row = lookup(id)
-    if row.name in FORGED:
-        return True
     return row.klass in PINNED and row.phase.prologue and ids.capability_number(id) is None \
         and (not row.struct or row.name == "SVE_VLS") and ids.msr_index(id) is None
 
@@ -168,5 +163,5 @@ def _try(dice: Random, scratch: Scratch, slot: Slot, scope: Scope) -> bool:
 
 def _varied(id: int) -> bool:
     row = lookup(id)
-    pinned = row.klass in PINNED and row.name not in FORGED and eligible(id)
+    pinned = row.klass in PINNED and eligible(id)
     return pinned or any(fnmatch.fnmatchcase(row.name, glob) for glob in MSRS)
