@@ -54,7 +54,7 @@ FEATURE_FIELDS: tuple[tuple[int, int, int, str], ...] = (
 class Survivors:
     """Registers that a second KVM_ARM_VCPU_INIT leaves alone, on kernels from `first` to before `last`.
 
-    `ran`: only those of a vCPU that has run.
+    `ran`: only those of a vCPU that has run; `finalized`: that was finalized.
     """
 
     ids: frozenset[int]
@@ -62,10 +62,12 @@ class Survivors:
     first: tuple[int, int] = (0, 0)
     last: tuple[int, int] = (99, 0)
     ran: bool = False
+    finalized: bool = False
 
 
 _SURVIVES_RESET = (
-    Survivors(frozenset((*ids.CCSIDR_IDS, ids.SVE_VLS, *ids.CLOCKS)), "kvm_reset_vcpu() does not touch it"),
+    Survivors(frozenset((*ids.CCSIDR_IDS, *ids.CLOCKS)), "kvm_reset_vcpu() does not touch it"),
+    Survivors(frozenset((ids.SVE_VLS,)), "kvm_reset_vcpu() sets the host's where it is not final", finalized=True),
     Survivors(frozenset((ids.SP_EL1, ids.ELR_EL1, ids.SPSR_EL1)),
               "core registers to userspace, to the kernel system registers without a reset"),
     Survivors(frozenset((ids.TIMER_CVAL, ids.PTIMER_CVAL)), "kvm_timer_vcpu_reset() resets the control alone; "
@@ -141,14 +143,15 @@ class Guest:
         """Give vCPUs their features and the values that they are made with (kvm_reset_vcpu)."""
         self.features[first:first + count] = features
         self.uniform = features if (self.features == features).all() else None
-        survivors = self._survivors(bool(self.ran[first:first + count].any()))
+        survivors = self._survivors(*(bool(of[first:first + count].any()) for of in (self.ran, self.finalized)))
         for id, column in self._columns.items():
             if not self.shared(id) and id not in survivors and id not in gic.LINES and gic.access(id) is None:
                 column[first:first + count] = self._fresh(id, range(first, first + count))
 
-    def _survivors(self, ran: bool) -> frozenset[int]:
+    def _survivors(self, ran: bool, finalized: bool) -> frozenset[int]:
         release = version(self.profile)
         return frozenset(id for row in _SURVIVES_RESET if row.first <= release < row.last and (ran or not row.ran)
+                         and (finalized or not row.finalized)
                          for id in row.ids)
 
     def listed(self, features: int) -> frozenset[int]:

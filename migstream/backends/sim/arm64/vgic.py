@@ -26,7 +26,7 @@ class Vgic:
     Attributes:
         vcpus: how many the VM has. address_bits: of guest-physical addresses. release: of the kernel. irqs: with the 32
             private ones, 0 where not told. distributor, redistributors: addresses. initialized: its registers are
-            there. ready: a vCPU has run.
+            there. ready: a vCPU has run. placed: each vCPU knows its redistributor's address.
     """
 
     vcpus: int
@@ -37,12 +37,16 @@ class Vgic:
     redistributors: int = UNDEFINED
     initialized: bool = False
     ready: bool = False
+    placed: bool = False
+
+    def __post_init__(self) -> None:
+        self.placed = self.redistributors != UNDEFINED
 
     def map_resources(self) -> int:
         """kvm_vgic_map_resources() at the first run of a vCPU."""
         if self.ready:
             return 0
-        if UNDEFINED in (self.redistributors, self.distributor):
+        if not self.placed or self.distributor == UNDEFINED:
             return errno.ENXIO
         if not self.initialized:
             return errno.EBUSY
@@ -50,7 +54,7 @@ class Vgic:
         return 0
 
     def destroy(self) -> None:
-        """__kvm_vgic_destroy(): it stays the VM's, with nothing set."""
+        """__kvm_vgic_destroy(): it stays the VM's, with nothing set; vCPUs keep where their redistributors were."""
         self.irqs, self.initialized, self.redistributors = 0, False, UNDEFINED
 
     def get(self, group: int, attribute: int) -> tuple[int, int]:
@@ -114,5 +118,5 @@ class Vgic:
         end = value + self.vcpus * _REDISTRIBUTOR_SIZE
         if self.distributor != UNDEFINED and value < self.distributor + _FRAME and end > self.distributor:
             return errno.EINVAL
-        self.redistributors = value
+        self.redistributors, self.placed = value, True
         return 0
