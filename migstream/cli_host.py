@@ -30,7 +30,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the verbs."""
     verbs = sub.add_subparsers(metavar="VERB", required=True, dest="verb", parser_class=Parser)
     capture = verbs.add_parser("capture", help="ask a backend what it offers, on scratch VMs; JSON")
-    capture.add_argument("--backend", default="kvm", metavar="NAME", help=BACKENDS)
+    capture.add_argument("--backend", default="kvm", metavar="NAME",
+                         help="kvm (this: no simulator is taken in its place), auto, sim, or sim:NAME, with +RULE")
     capture.add_argument("-o", dest="output", default="-", metavar="FILE")
     capture.add_argument("--made-by", metavar="TEXT", help="what the profile says it was made by (this command)")
     capture.add_argument("--no-experiment", action="store_true", help="only what the host tells and reads")
@@ -159,7 +160,7 @@ def _show(options: argparse.Namespace) -> int:
 
 def _diff(options: argparse.Namespace) -> int:
     from migstream import show, show_host
-    from migstream.host.compare import differences
+    from migstream.host.compare import calibrated, differences
 
     left, right = open_profile(options.left), open_profile(options.right)
     if left.arch != right.arch:
@@ -167,11 +168,15 @@ def _diff(options: argparse.Namespace) -> int:
                          "they have no register in common")
     changes = differences(left, right)
     if options.json:
-        show.print_json("host diff", {"changes": [show_host.change_json(change) for change in changes]})
-    elif changes:
+        show.print_json("host diff", {"changes": [show_host.change_json(change) for change in changes],
+                                      "calibrated": calibrated(left, right)})
+        return 0
+    if changes:
         show.print_table(show_host.changes_table(changes, options.left, options.right), 0)
     else:
         print("no difference")
+    if names := calibrated(left, right):
+        print(f"not compared: {', '.join(names)}: the TSC's frequency as each kernel measured it at its boot")
     return 0
 
 

@@ -225,7 +225,11 @@ def added_bank(added: Sequence[Addition], scope: Scope, vcpus: int) -> tuple[Ste
 
 
 def _other_arch(machine: Machine, host: HostProfile) -> str:
-    return "" if machine.arch == host.arch else f"the stream is {machine.arch.label}, this host is {host.arch.label}"
+    if machine.arch == host.arch:
+        return ""
+    there = machine.arch.label
+    hint = f"; `migstream host list` names simulated ones, sim:{there}-…" if host.backend.startswith("sim:") else ""
+    return f"the stream is {there}, this host is {host.arch.label}{hint}"
 
 
 def _too_many_vcpus(machine: Machine, host: HostProfile) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from migstream.errors import errno_name
-from migstream.host.compare import Change, Entry, full_words, mask_words, scope_counts, show_value
+from migstream.host.compare import Change, Entry, full_words, mask_words, show_value
 from migstream.host.profile import HostProfile
+from migstream.host.scope_table import VCPUS, ScopeRow, scope_rows
 from migstream.registers import vcpu_features
 from migstream.show import Table
 
@@ -36,13 +36,10 @@ def _lists(profile: HostProfile) -> str:
 
 
 def _scope_pairs(profile: HostProfile) -> list[tuple[str, str]]:
-    if not profile.scopes:
-        return [("scope", "no experiment")]
-    if not profile.registers:
-        return [("scope", _counts(scope_counts(profile)))]
-    base, full = replace(profile, feature_scopes={}), profile.with_all_features()
-    return [(title, _counts(scope_counts(host, host.registers)))
-            for title, host in (("scope, PSCI_0_2", base), ("scope, all", full))]
+    rows = list(scope_rows(profile))
+    out = [(f"scope, {row.features}", f"{_counts(row.counts)}; {VCPUS} vCPUs: {row.each_on_each} writes, each register "
+            f"on each; {row.late} after the pause, each at its scope") for row in rows]
+    return out or [("scope", "no experiment")]
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -55,13 +52,18 @@ def _run_pairs(profile: HostProfile) -> list[tuple[str, str]]:
     return out if profile.after_run else []
 
 
+_WHOLE = "no bit of its default alone, but other values as a whole"
+
+
 def entry_lines(entry: Entry) -> list[str]:
     """One register with all that is known of it."""
     head = f"{entry.name}  {entry.id:#018x}  {show_value(entry.default)}"
     lines = [head + (f"  ({', '.join(entry.bits)})" if entry.bits else "")]
     lines.append(f"    scope: {entry.scope or 'unknown'}: {entry.how}")
     if entry.writable is not None:
-        lines.append(f"    writable, by trial: {mask_words(entry.id, entry.writable)}")
+        whole = not entry.writable and entry.scope in ("vm", "vcpu")  # PSCI_VERSION: a version, or EINVAL
+        words = _WHOLE if whole else mask_words(entry.id, entry.writable)
+        lines.append(f"    writable, by trial: {words}")
     if entry.told is not None:
         lines.append(f"    writable, says the kernel: {mask_words(entry.id, entry.told)}")
     if words := full_words(entry):
@@ -92,9 +94,14 @@ def profile_json(profile: HostProfile) -> dict[str, Any]:
     """The first screen for machines."""
     return {"kernel": profile.kernel, "cpu": profile.cpu, "arch": profile.arch.label, "backend": profile.backend,
             "made_by": profile.made_by, "xsave_components": list(profile.xsave_components),
-            "max_vcpus": profile.max_vcpus, "scopes": scope_counts(profile),
+            "max_vcpus": profile.max_vcpus, "scopes": [_scope_json(row) for row in scope_rows(profile)],
             "features_refused": {", ".join(vcpu_features.names(mask)): no
                                  for mask, no in profile.features_refused.items()}}
+
+
+def _scope_json(row: ScopeRow) -> dict[str, Any]:
+    return {"features": row.features, **row.counts, "vcpus": VCPUS, "writes_each_on_each": row.each_on_each,
+            "writes_after_pause": row.late}
 
 
 def changes_table(changes: list[Change], left: str, right: str) -> Table:

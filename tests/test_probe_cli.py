@@ -176,3 +176,87 @@ def test_diff_shows_what_features_change_and_attributes(capsys: pytest.CaptureFi
     assert "XSAVE components" in capsys.readouterr().out
     assert main(["host", "show", "arm64-6.12", "--reg", "ID_AA64PFR0_EL1"]) == 0
     assert "with all vCPU features: 0x1101001121110222; writable: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["arm64-6.12", "x86_64-7.2"])
+def test_scope_counts_are_by_feature_set_in_both_forms(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the README's table has them, each number on the screen, too."""
+    assert main(["host", "show", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["scopes"]
+    assert main(["host", "show", name]) == 0
+    text = capsys.readouterr().out
+    cells = [(f"{row['vm']} VM-scoped, {row['vcpu']} vCPU-scoped, {row['fixed']} fixed", row["writes_each_on_each"],
+              row["writes_after_pause"]) for row in found]
+    assert [row["features"] for row in found] == (["PSCI_0_2", "all"] if "arm64" in name else ["MSRs"])
+    for counts, each, late in cells:
+        assert f"{counts}, by experiment; 64 vCPUs: {each} writes, each register on each; {late} after the pause" in text
+
+
+def test_a_frequency_that_each_boot_measures_anew_is_no_difference(capsys: pytest.CaptureFixture[str],
+                                                                   tmp_path: Path) -> None:
+    """A count in a line, not a row; another CPU's frequency is a difference."""
+    plain, khz = profiles.load("x86_64-6.12"), x86_64.TSC_KHZ.id
+    now = int.from_bytes(plain.defaults[khz], "little")
+    for factor, said in ((1.0001, "no difference\nnot compared: KVM_TSC_KHZ: "), (1.2, "KVM_TSC_KHZ")):
+        other = dataclasses.replace(plain, defaults={**plain.defaults, khz: int(now * factor).to_bytes(4, "little")})
+        path = tmp_path / f"{factor}.json"
+        path.write_text(to_json(other))
+        assert main(["host", "diff", "x86_64-6.12", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert said in out and ("not compared" in out) == (factor < 1.01)
+        assert main(["host", "diff", "x86_64-6.12", str(path), "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert (document["changes"] == [], document["calibrated"] == ["KVM_TSC_KHZ"]) == (factor < 1.01,) * 2
+
+
+def test_a_default_without_named_bits_is_not_shown_as_absent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["host", "diff", "arm64-6.1", "arm64-6.12", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["changes"]
+    (found,) = [row for row in rows if (row["name"], row["what"]) == ("CCSIDR[0]", "default")]
+    assert found["left"].startswith("Associativity=") and found["right"] == "0x2"
+
+
+def test_a_register_that_takes_whole_values_alone_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """5.10's PSCI_VERSION: another version is taken, and no version is one bit away from 1.0."""
+    assert main(["host", "show", "arm64-5.10", "--reg", "PSCI_VERSION"]) == 0
+    assert "no bit of its default alone, but other values as a whole" in capsys.readouterr().out
+
+
+def test_another_architectures_profile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="is of arch arm64, this host is x86_64"):
+        profiles.load("x86_64-6.12").measured_by(profiles.load("arm64-6.12"))
+
+
+def test_capture_has_real_kvm_as_its_default_and_says_so(monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    def none(name: str) -> Any:
+        assert name == "kvm"
+        raise BackendUnavailable("no /dev/kvm")
+
+    monkeypatch.setattr(backends, "open_backend", none)
+    assert main(["host", "capture"]) == 69
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["host", "capture", "--help"])
+    assert "kvm (this: no simulator is taken in its place)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    ("ptrauth_address", "needs ptrauth_generic"), ("sve,ptrauth_generic", "needs ptrauth_generic"),
+    ("el1_32bit", "such a vCPU is AArch32's")])
+def test_vcpu_features_that_the_demo_can_not_have_say_why(words: str, why: str,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--backend", "sim:arm64-6.12", "--vcpu-features", words]) == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert why in line and "--vcpu-features" in line
+
+
+def test_a_stream_of_the_other_architecture_is_shown_where_to_go(tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    stream = str(tmp_path / "v.mig")
+    assert main(["demo", "--backend", "sim:arm64-6.12", "--vcpus", "1", "-o", stream]) == 0
+    capsys.readouterr()
+    assert main(["replay", stream, "--backend", "sim"]) == 11
+    assert "sim:arm64-" in capsys.readouterr().err
+    assert main(["replay", stream, "--backend", "sim:arm64-6.12+nosuch"]) == 69
+    assert "`migstream host list` names all" in capsys.readouterr().err

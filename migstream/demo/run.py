@@ -17,6 +17,7 @@ from migstream.contract import Contract
 from migstream.errors import BackendError, MigstreamError, UsageError
 from migstream.model import PAGE, Arch, Machine, MemoryRegion, OpaqueState
 from migstream.registers import x86_64
+from migstream.registers.vcpu_features import EL1_32BIT, PTRAUTH
 from migstream.report import Report
 from migstream.transport import Sink, apply_contract, capture_prologue, save
 
@@ -69,6 +70,9 @@ def machine(arch: Arch, vcpus: int, memory: int, vcpu_features: int = 0) -> Mach
 
     Raises: UsageError for a size that the guest can't use.
     """
+    for refuses, why in _FEATURES if arch == Arch.ARM64 else ():
+        if refuses(vcpu_features):
+            raise UsageError(f"--vcpu-features: {why}")
     board, smallest = BOARDS[arch], guest_for(arch).min_memory(vcpus)
     if memory % PAGE or not smallest <= memory <= sum(most for _, most in board.ram):
         raise UsageError(f"--memory: whole pages of {PAGE} bytes, at least {smallest} bytes for {vcpus} vCPUs")
@@ -79,6 +83,14 @@ def machine(arch: Arch, vcpus: int, memory: int, vcpu_features: int = 0) -> Mach
             left -= min(left, most)
     features = {"vcpu_features": vcpu_features} if vcpu_features else {}
     return Machine(arch, vcpus, tuple(regions), {**board.devices, **features})
+
+
+_FEATURES: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (lambda mask: mask & PTRAUTH not in (0, PTRAUTH),
+     "ptrauth_address needs ptrauth_generic and the other way round: KVM takes both or neither; `ptrauth` is both"),
+    (lambda mask: bool(mask & EL1_32BIT), "el1_32bit: such a vCPU is AArch32's, the demo's guest 64-bit code"),
+)
+"""(whether these features can't be, why)."""
 
 
 @dataclass(frozen=True)

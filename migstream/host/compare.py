@@ -13,9 +13,11 @@ from migstream.model import Klass
 from migstream.registers import ids, vcpu_features
 from migstream.registers.bit_tables import BITS, decode
 from migstream.registers.catalogue import lookup, running
+from migstream.registers.x86_64 import TSC_KHZ
 
 SCOPES = ("vm", "vcpu", FIXED)
 _UNTRIED = "not tried"
+HV_X64_MSR_TSC_FREQUENCY = 0x4000_0022
 _NUMBER_BYTES = 8
 
 
@@ -164,8 +166,27 @@ def _there(entry: Entry | None) -> str:
 
 
 def _default_differs(left: Entry, right: Entry) -> bool:
-    """Running clocks always do; what of other registers runs is not compared."""
-    return lookup(left.id).klass != Klass.CLOCK and _still(left) != _still(right)
+    """Running clocks always do; what of other registers runs is not compared, nor what one host calibrates anew."""
+    return lookup(left.id).klass != Klass.CLOCK and _still(left) != _still(right) and not _calibrated(left, right)
+
+
+_FREQUENCIES = frozenset((TSC_KHZ.id, ids.msr_id(HV_X64_MSR_TSC_FREQUENCY)))
+_SAME_PPM = 1000
+"""A kernel measures the TSC's frequency at its boot; the same CPU gives another one each time, a few ppm apart."""
+
+
+def _calibrated(left: Entry, right: Entry) -> bool:
+    if left.id not in _FREQUENCIES or left.default is None or right.default is None:
+        return False
+    ours, theirs = (int.from_bytes(entry.default or b"", "little") for entry in (left, right))
+    return ours != theirs and abs(ours - theirs) * 1_000_000 <= _SAME_PPM * max(ours, theirs)
+
+
+def calibrated(left: HostProfile, right: HostProfile) -> list[str]:
+    """Registers that `differences` leaves out because they only say what a host's kernel measured at its boot."""
+    ours, theirs = entries(left), entries(right)
+    return [ours[id].name for id in sorted(_FREQUENCIES & ours.keys() & theirs.keys())
+            if _calibrated(ours[id], theirs[id])]
 
 
 def _still(entry: Entry) -> int | bytes | None:
@@ -180,9 +201,12 @@ def _still(entry: Entry) -> int | bytes | None:
 def _defaults(left: Entry, right: Entry) -> tuple[str, str]:
     """Only the bits that one has and the other hasn't, by name; the values where they have no names."""
     ours, theirs = left.bits, right.bits
+    if not ours or not theirs:
+        return show_value(left.default), show_value(right.default)
     only = [name for name in ours if name not in theirs], [name for name in theirs if name not in ours]
     if any(only):
-        return _words(only[0]), _words(only[1])
+        return (_words(only[0]) if only[0] else show_value(left.default),
+                _words(only[1]) if only[1] else show_value(right.default))
     return show_value(left.default), show_value(right.default)
 
 

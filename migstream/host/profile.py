@@ -134,7 +134,7 @@ class HostProfile:
         if other is None:
             return self
         for name in ("arch", "kernel", "cpu"):
-            here, there = getattr(self, name), getattr(other, name)
+            here, there = (one.arch.label if name == "arch" else getattr(one, name) for one in (self, other))
             if here != there:
                 raise UsageError(f"the host profile is of {name} {there}, this host is {here}; capture it here")
         return replace(self, scopes=other.scopes, scope_found=other.scope_found, feature_scopes=other.feature_scopes)

@@ -34,7 +34,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature(8, "HAS_EL2_E2H0", "ARM_EL2_E2H0"),
 )
 
-PSCI_0_2, PMU_V3, SVE = 1 << 2, 1 << 3, 1 << 4
+EL1_32BIT, PSCI_0_2, PMU_V3, SVE = 1 << 1, 1 << 2, 1 << 3, 1 << 4
 PTRAUTH = 1 << 5 | 1 << 6
 """Address and generic: KVM wants both or neither."""
 

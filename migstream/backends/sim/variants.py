@@ -99,7 +99,8 @@ def _find(title: str, arch: Arch, word: str) -> _Chosen:
             return rule, argument, word
     titles = {rule.name: rule.title for rule in known}
     near = difflib.get_close_matches(re.split("[=0-9]", word)[0], titles, n=3, cutoff=0.4) or sorted(titles)
-    raise BackendUnavailable(f"no rule {word!r} for sim:{title}; near: {', '.join(MARK + titles[one] for one in near)}")
+    raise BackendUnavailable(f"no rule {word!r} for sim:{title}; near: "
+                             f"{', '.join(MARK + titles[one] for one in near)}; `migstream host list` names all")
 
 
 def _pairs(chosen: list[_Chosen]) -> Iterator[tuple[_Chosen, _Chosen]]:
