@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +30,12 @@ def tier(nodeid: str, markers: set[str]) -> str:
     if "kvm" in markers:
         return "real KVM x86"
     return "simulator" if "sim" in markers or _SIMULATOR.search(nodeid) else "unit"
+
+
+def pytest_configure() -> None:
+    """A run in the background of a shell script was started with SIGINT ignored, and its children would be, too."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(hookwrapper=True)
