@@ -173,7 +173,7 @@ DEVICE_ROWS = (
     Recorded((V612,), (*vm(), put(ids.ID_AA64PFR0, PFR0 & ~0xF0)), {"set": {"errno": 0}}, "6.12: no AArch64 at EL1"),
     Recorded((V72,), (*vm(), put(ids.ID_AA64PFR0, PFR0 & ~0xF0)), {"set": {"errno": 22}}, "7.2: AArch64 at EL1"),
     Recorded((V612,), (*vm(), put(ids.ID_AA64PFR1, 0x01), get(ids.WORKAROUND_2)), word(3), "no SSBS: not vulnerable"),
-    Recorded((V61, *NEW), (*vm(), *GIC, RUN, gic_get(chip(ICC, 0xC643))), shows(2, 8), "a binary point of the CPU"),
+    Recorded((V61, V612), (*vm(), *GIC, RUN, gic_get(chip(ICC, 0xC643))), shows(2, 8), "a binary point of the CPU"),
     Recorded((V61, V612), (*vm(), line(0, 0x8000, group=2), sees(0xC500_0020 << 32 | 0xC500_0020)),
              {"PV_TIME_FEATURES(PV_TIME_FEATURES)": saw(0)}, "PV time, once the vCPU has a page for it"),
     Recorded(ALL, (*vm(), *GIC[:1], making(gic.IRQ_COUNT, 0, 1024)), {"errno": 22}, "1024 interrupts are too many"),

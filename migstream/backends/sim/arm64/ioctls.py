@@ -87,6 +87,8 @@ class DeviceIoctls:
             return errno.EEXIST
         if self.guest.ran.any():
             return errno.EBUSY
+        if since(self.profile, 6, 17):
+            entering.show_gic(self.guest)
         self.guest.vgic = Vgic(self.guest.vcpus, release=version(self.profile))
         return 0
 

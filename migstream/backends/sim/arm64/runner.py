@@ -108,5 +108,5 @@ class Runner:
         for id, name in ((ids.PC, "pc"), (ids.SP_EL1, "sp"), (ids.PSTATE, "pstate")):
             self._guest.column(id)[chosen, 0] = [getattr(self._cpus[k], name) for k in chosen.tolist()]
         if len(chosen):
-            through_cpu(self._guest, chosen)
+            through_cpu(self._guest, chosen, inside=True)
         self._cpus = {}
