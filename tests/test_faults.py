@@ -48,7 +48,8 @@ def test_a_restore_under_every_single_fault_is_right_or_can_not_run(name: str, v
     """Of the larger ones a part, another in each run; `python -m tests.faults` takes all."""
     counts = try_all(name, vcpus, every, random.SystemRandom().randrange(1 << 32) if every > 1 else 0)
     assert sum(counts.values()) > 100
-    assert counts["lie", "destroyed, 11: read back different"] > 0 and counts["lie", RIGHT] > 0
+    if every == 1:  # in a small part there may be none of a kind
+        assert counts["lie", "destroyed, 11: read back different"] > 0 and counts["lie", RIGHT] > 0
     assert counted("slow", counts) == {RIGHT}
 
 
