@@ -27,6 +27,8 @@ class InGuest:
     kernels: tuple[kernels.Kernel, ...]
     limit_s: float
     reason: str
+    may_find: bool = False
+    """It looks for what is not known yet: what it finds (status 1) is told at the run's end, and is no failure."""
 
 
 IN_GUEST = [
@@ -41,8 +43,10 @@ IN_GUEST = [
             "every register that KVM can list for a guest of ours holds a mark"),
     InGuest(CONTRACT, (*PYTEST, "kvm_arm64"), ARM64, 300, "what all backends have in common holds here, too"),
     InGuest(CONTRACT, (*PYTEST, "kvm"), X86_64, 300, "what all backends have in common holds here, too"),
-    InGuest("fidelity", ("python3", "-m", "tests.fidelity.guest", "fresh", "40"), ARM64 + X86_64, 300,
-            "random calls on the simulator and on the kernel, with a new seed each time: it keeps looking"),
+    InGuest("fidelity", ("python3", "-m", "tests.fidelity.guest", "fresh", "40", "401"), ARM64 + X86_64, 300,
+            "random calls on the simulator and on the kernel, always the same: what agreed once goes on agreeing"),
+    InGuest("search", ("python3", "-m", "tests.fidelity.guest", "fresh", "40"), ARM64 + X86_64, 300,
+            "the same with a new seed each time: it keeps looking", may_find=True),
     InGuest("recorded", ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fidelity/test_recorded.py"),
             X86_64, 240, "the answers that the simulator was mended for are the kernel's"),
     InGuest("recorded", ("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider",
@@ -75,7 +79,8 @@ def test_in_guest(kernel: kernels.Kernel, row: InGuest) -> None:
     found = rows.summary(outcome.output) if "pytest" in row.command else None
     if found:
         tier.ran_in_guest(kernel, row.name, found, outcome.seconds)
-    if row.name == "fidelity":
-        tier.in_guests += outcome.output.strip().splitlines()[-1:]  # with the seed, which is another each time
-    assert outcome.status == 0, f"{' '.join(row.command)} ended with {outcome.status} on {kernel.name}: {row.reason}"
+    if "tests.fidelity.guest" in row.command:
+        tier.in_guests += outcome.output.strip().splitlines()[0 if outcome.status == 1 else -1:]
+    good = (0, 1) if row.may_find else (0,)
+    assert outcome.status in good, f"{' '.join(row.command)} ended with {outcome.status} on {kernel.name}: {row.reason}"
     assert found is None or found.counts.get("passed", 0) > 0, "nothing ran"

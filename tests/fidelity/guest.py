@@ -2,11 +2,11 @@
 
     python -m tests.fidelity.guest record PROFILE SEED CALLS OUTPUT FIRST LAST
     python -m tests.fidelity.guest shrink PROFILE SEED CALLS OUTPUT INDEX...
-    python -m tests.fidelity.guest fresh SEQUENCES
+    python -m tests.fidelity.guest fresh SEQUENCES [SEED]
 
 `record` writes the answers of sequences FIRST to LAST - 1, a zstd-packed line of JSON each; `shrink` makes sequences
 that diverge as short as they get, with the simulator beside the real kernel, and writes what can be pasted. `fresh`
-does both in a lab guest with a new seed, prints it, and ends with 1 where something diverges.
+does both in a lab guest, with a new seed if none is given, prints it, and ends with 1 where something diverges.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def _shrink(profile: HostProfile, kernel: str, seed: int, calls: int, indices: S
     return ("\n\n".join(out) + "\n").encode()
 
 
-def fresh(sequences: int, calls: int = 30) -> int:
-    """Compare with the lab kernel that this runs on, with a new seed."""
-    name, seed = os.environ["MIGSTREAM_LAB"], random.SystemRandom().randrange(1 << 32)
+def fresh(sequences: int, seed: int, calls: int = 30) -> int:
+    """Compare with the lab kernel that this runs on."""
+    name = os.environ["MIGSTREAM_LAB"]
     profile, real = profiles.load(name), KvmBackend()
     found = compare(profile, seed, calls, range(sequences), record(real, profile, seed, calls, range(sequences)))
     if found:
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run one command line; every word is there."""
     verb, name, *rest = arguments
     if verb == "fresh":
-        return fresh(int(name))
+        return fresh(int(name), int(rest[0]) if rest else random.SystemRandom().randrange(1 << 32))
     seed, calls, output = int(rest[0]), int(rest[1]), Path(rest[2])
     numbers, profile = [int(word) for word in rest[3:]], profiles.load(name)
     if verb == "record":
