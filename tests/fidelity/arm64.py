@@ -374,7 +374,7 @@ class Author:
         if id in (ids.TIMER_CVAL, ids.PTIMER_CVAL):
             return choose(_FAR)
         if id in ids.CLOCKS:
-            return choose((0, 1, 1 << 20, 1 << 40))
+            return choose((0, 1, 1 << 20, 1 << 60))
         if id == ids.MP_STATE:
             return choose((0, 5, 10, 1, 3, 11, 1 << 31))
         if id == ids.VCPU_EVENTS:

@@ -50,6 +50,10 @@ FEATURE_FIELDS: tuple[tuple[int, int, int, str], ...] = (
 """(register, bits, vCPU feature that they are 0 without, fields): arch/arm64/kvm/sys_regs.c, read_id_reg() of 5.10 and
 6.1, sanitise_id_*() since. A profile has the values without and with all features."""
 
+EVENT_BITS = {1: 0x3FF, 4: 0xFFFF, 5: 0xFFFF, 6: 0xFFFF, 7: 0xFFFF}
+"""By ID_AA64DFR0_EL1.PMUVer: __kvm_pmu_event_mask(); none of another version (measured: 7.2, version 2)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Survivors:
     """Registers that a second KVM_ARM_VCPU_INIT leaves alone, on kernels from `first` to before `last`.
@@ -147,6 +151,16 @@ class Guest:
         for id, column in self._columns.items():
             if not self.shared(id) and id not in survivors and id not in gic.LINES and gic.access(id) is None:
                 column[first:first + count] = self._fresh(id, range(first, first + count))
+        if ids.ID_AA64DFR0 in self._columns and version(self.profile) >= (6, 7):
+            self._reset_events(slice(first, first + count))
+
+    def _reset_events(self, rows: slice) -> None:
+        """reset_pmevtyper() since 6.7: events have as many bits as the VM's PMUVer gives them by now."""
+        features = int(self.features[rows][0])
+        version_now = (int(self.column(ids.ID_AA64DFR0)[0, 0]) ^ self.initial(ids.ID_AA64DFR0, features)) >> 8 & 0xF
+        for id in ids.PMEVTYPER:
+            if id in self.listed(features):
+                self.column(id)[rows] &= np.uint64(_U64 & ~0xFFFF | EVENT_BITS.get(version_now, 0))
 
     def _survivors(self, ran: bool, finalized: bool) -> frozenset[int]:
         release = version(self.profile)
