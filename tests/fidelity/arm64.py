@@ -31,6 +31,9 @@ EXCLUDED = (
              "cycles are time; a guest that takes exceptions is no matter of the register interface"),
     Excluded("of a call's results X0 is compared; X1 to X3 are cleared after it", "a profile has X0 alone"),
     Excluded("KVM_ARM_VCPU_PMU_V3_SET_PMU is told a PMU that there is not", "the others' numbers are a boot's"),
+    Excluded("guest programs run with group 0 interrupts off: ICC_IGRPEN0_EL1 is 0 again after a write was compared",
+             "since 6.19 KVM asks for an interrupt when a guest turns group 0 off, and QEMU's GIC looks at group 1 "
+             "for that: it never ends (maintenance_interrupt_state() in hw/intc/arm_gicv3_cpuif.c; measured: 7.2)"),
     Excluded("KVM_PTP's answer to a guest is compared as answered or not", "it is a time"),
 )
 
@@ -68,6 +71,8 @@ _STRUCTS = {ids.MP_STATE: (uapi.GET_MP_STATE, uapi.SET_MP_STATE),
             ids.VCPU_EVENTS: (uapi.GET_VCPU_EVENTS, uapi.SET_VCPU_EVENTS)}
 _CAPABILITIES = (205, 216, 239, 9999)
 """ARM_MTE, ARM_SYSTEM_SUSPEND, ARM_WRITABLE_IMP_ID_REGS, and one that there is not."""
+
+_GROUP_0 = next(id for id in devices.REGISTERS if lookup(id).name == "ICC_IGRPEN0_EL1")
 
 _FAR = (0, 1, 1 << 63, (1 << 64) - 1)
 
@@ -213,7 +218,10 @@ class Arm64Stage(Stage):
     def do_gic_set(self, vcpu: int, id: int, value: int) -> Answer:
         """The same; then it is read."""
         answer = self._ask(vcpu, lambda side: side.gic_register("set", vcpu, id, value))
-        return {"set": answer, "get": self.do_gic_get(vcpu, id)}
+        found = self.do_gic_get(vcpu, id)
+        if id == _GROUP_0 and self.side is not None:
+            self.side.gic_register("set", vcpu, id, 0)
+        return {"set": answer, "get": found}
 
     def do_line(self, verb: str, vcpu: int, group: int, attribute: int, value: int = 0) -> Answer:
         """KVM_HAS, GET or SET_DEVICE_ATTR of a vCPU."""
@@ -366,7 +374,7 @@ class Author:
         if id in (ids.TIMER_CVAL, ids.PTIMER_CVAL):
             return choose(_FAR)
         if id in ids.CLOCKS:
-            return choose((0, 1, 1 << 20, 1 << 40))
+            return choose((0, 1, 1 << 20, 1 << 60))
         if id == ids.MP_STATE:
             return choose((0, 5, 10, 1, 3, 11, 1 << 31))
         if id == ids.VCPU_EVENTS:

@@ -15,7 +15,7 @@ from tests.fidelity.test_recorded import Recorded, ask, here
 V510, V61, V612, V72 = "arm64-5.10", "arm64-6.1", "arm64-6.12", "arm64-7.2"
 ALL, OLD, NEW = (V510, V61, V612, V72), (V510, V61), (V612, V72)
 PSCI, PMU = vcpu_features.PSCI_0_2, vcpu_features.PSCI_0_2 | vcpu_features.PMU_V3
-POWER_OFF, UNKNOWN = 1, 1 << 31
+POWER_OFF, E2H0, UNKNOWN = 1, 1 << 8, 1 << 31
 RUN, INIT = call("run", vcpu=0), call("init", vcpu=0, features=PSCI)
 
 
@@ -92,6 +92,19 @@ ROWS: tuple[Recorded, ...] = (
     Recorded((V61, V612), (*vm(), put(ids.TIMER_CTL, 0xFF01), RUN, get(ids.TIMER_CTL)), word(5), "three bits are left"),
     Recorded(NEW, (*vm(), RUN, SERROR, INIT, get(ids.VCPU_EVENTS)), AN_SERROR, "an SError survives init after a run"),
     Recorded(NEW, (*vm(), SERROR, INIT, get(ids.VCPU_EVENTS)), NO_SERROR, "and not before one"),
+    Recorded((V72,), (*vm(), put(ids.PSTATE, 0), SERROR, get(ids.PC)), word(0x580), "an unmasked SError from EL0"),
+    Recorded((V72,), (*vm(), put(ids.PSTATE, 0), SERROR, get(ids.ESR)), word(0xBF00_0000), "its syndrome"),
+    Recorded((V72,), (*vm(), put(ids.PSTATE, 0), SERROR, get(ids.VCPU_EVENTS)), NO_SERROR, "it is taken at once"),
+    Recorded((V72,), (*vm(), put(ids.PSTATE, 0x10004), SERROR, get(ids.VCPU_EVENTS)), NO_SERROR, "from EL1t, too"),
+    Recorded((V510, V61, V612), (*vm(), put(ids.PSTATE, 0), SERROR, get(ids.VCPU_EVENTS)), AN_SERROR,
+             "before 6.17 it waits for a run"),
+    Recorded((V72,), (*vm(1, PSCI | E2H0), get(ids.PSCI_VERSION)), word(0x10003), "E2H0 without EL2 means nothing"),
+    Recorded((V612,), (call("create", vcpus=1), call("init", vcpu=0, features=PSCI | E2H0)), {"errno": 2},
+             "6.12 does not know it"),
+    Recorded((V72,), (*vm(1, PMU), put(ids.ID_AA64DFR0, 0x1030_5209), call("init", vcpu=0, features=PMU),
+                      get(ids.PMEVTYPER[0])), word(0xC800_0000), "PMUVer 2 has no events"),
+    Recorded((V72,), (*vm(), put(ids.PTIMER_CNT, 1 << 48), put(ids.PTIMER_CTL, 3), RUN, get(ids.PTIMER_CTL)), word(3),
+             "CVAL with an offset that wraps is far away"),
     Recorded((V61,), (*vm(), RUN, SERROR, INIT, get(ids.VCPU_EVENTS)), NO_SERROR, "6.1: it does not"),
     Recorded(OLD, (*vm(), sees(ids.CTR)), {"CTR_EL0": saw(0x8444_C004)}, "the guest reads the host's CTR_EL0"),
     Recorded(NEW, (*vm(), sees(ids.CTR)), {"CTR_EL0": saw(0x9444_C004)}, "the guest reads the VM's CTR_EL0"),

@@ -141,5 +141,8 @@ _ENABLE, _ISTATUS = np.uint64(1), np.uint64(4)
 
 def _save_status(at: Access) -> None:
     """A timer's control is saved as the CPU has it, with ISTATUS where it is on; the next write takes it away."""
-    value = at.load()
-    at.store(np.where((value & _ENABLE != 0) & reached(at), value | _ISTATUS, value & ~_ISTATUS))
+    value, due = at.load(), reached(at)
+    if at.id == ids.PTIMER_CTL:
+        due = at.of(ids.PTIMER_CVAL).load() + np.uint64(at.guest.offsets[ids.PTIMER_CNT]) <= np.uint64(
+            at.guest.host.tsc())  # no CNTPOFF_EL2: timer_restore_state() adds it to CVAL, which may wrap; measured: 7.2
+    at.store(np.where((value & _ENABLE != 0) & due, value | _ISTATUS, value & ~_ISTATUS))

@@ -50,6 +50,13 @@ FEATURE_FIELDS: tuple[tuple[int, int, int, str], ...] = (
 """(register, bits, vCPU feature that they are 0 without, fields): arch/arm64/kvm/sys_regs.c, read_id_reg() of 5.10 and
 6.1, sanitise_id_*() since. A profile has the values without and with all features."""
 
+EVENT_BITS = {1: 0x3FF, 4: 0xFFFF, 5: 0xFFFF, 6: 0xFFFF, 7: 0xFFFF}
+"""By ID_AA64DFR0_EL1.PMUVer: __kvm_pmu_event_mask(); none of another version (measured: 7.2, version 2)."""
+
+INCLUDE_EL2 = 1 << 27
+"""ARMV8_PMU_INCLUDE_EL2: there while ID_AA64PFR0_EL1.EL2 says so, kvm_pmu_evtyper_mask()."""
+
+
 @dataclass(frozen=True, slots=True)
 class Survivors:
     """Registers that a second KVM_ARM_VCPU_INIT leaves alone, on kernels from `first` to before `last`.
@@ -147,6 +154,21 @@ class Guest:
         for id, column in self._columns.items():
             if not self.shared(id) and id not in survivors and id not in gic.LINES and gic.access(id) is None:
                 column[first:first + count] = self._fresh(id, range(first, first + count))
+        if self._columns.keys() & {ids.ID_AA64DFR0, ids.ID_AA64PFR0} and version(self.profile) >= (6, 7):
+            self._reset_events(slice(first, first + count))
+
+    def _reset_events(self, rows: slice) -> None:
+        """reset_pmevtyper() since 6.7: only bits that the VM's ID registers say there are by now."""
+        features = int(self.features[rows][0])
+        bits = _U64 & ~0xFFFF | EVENT_BITS.get(self._field(ids.ID_AA64DFR0, 8, features), 0)
+        if not self._field(ids.ID_AA64PFR0, 8, features):
+            bits &= ~INCLUDE_EL2
+        for id in self.listed(features).intersection(ids.PMEVTYPER):
+            self.column(id)[rows] &= np.uint64(bits)
+
+    def _field(self, id: int, low: int, features: int) -> int:
+        """A field of four bits of an ID register that the VM has once."""
+        return (int(self.column(id)[0, 0]) ^ self.initial(id, features)) >> low & 0xF
 
     def _survivors(self, ran: bool, finalized: bool) -> frozenset[int]:
         release = version(self.profile)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migstream.backends.sim.arm64 import ids
-from migstream.backends.sim.arm64.rules import Rule, invalid, kept, mask, refused, registers
+from migstream.backends.sim.arm64 import exceptions, ids
+from migstream.backends.sim.arm64.rules import Rule, invalid, kept, mask, refused, registers, since
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -236,17 +236,41 @@ _ESR_ISV = 1 << 24
 def _events(at: Access, values: Words) -> Errnos:
     """Padding is zero, and the syndrome within its 25 bits."""
     padding = (values[:, 0] >> np.uint64(24) != 0) | (values[:, 2:] != 0).any(axis=1)
-    pending, has_esr = (values[:, 0] >> np.uint64(low) & np.uint64(0xFF) != 0 for low in (0, 8))
+    pending, has_esr = _flags(values)
     return invalid(padding | (pending & has_esr & (values[:, 1] & mask(~_ISS) != 0)))
+
+
+def _flags(values: Words) -> tuple[Mask, Mask]:
+    """serror_pending and serror_has_esr."""
+    return values[:, 0] & np.uint64(0xFF) != 0, values[:, 0] & np.uint64(0xFF00) != 0
+
+
+def _asked(at: Access, values: Words) -> tuple[Mask, NDArray[np.uint64]]:
+    """Which vCPUs are given an SError, and its syndrome."""
+    pending, has_esr = _flags(values)
+    return pending, np.where(has_esr, values[:, 1], np.uint64(_ESR_ISV))
+
+
+def _delivers(profile: HostProfile, id: int) -> bool:
+    return id == ids.VCPU_EVENTS and since(profile, 6, 17)
 
 
 def _keep_events(at: Access, values: Words) -> Words:
     """An SError that is pending stays so: a write can only add one."""
     old, out = at.load(), np.zeros_like(values)
-    pending, has_esr = (values[:, 0] >> np.uint64(low) & np.uint64(0xFF) != 0 for low in (0, 8))
+    pending, syndrome = _asked(at, values)
+    if _delivers(at.guest.profile, at.id):
+        pending = pending & ~exceptions.unmasked(at)
     out[:, 0] = np.where(pending, np.uint64(1), old[:, 0] & np.uint64(1))
-    out[:, 1] = np.where(pending, np.where(has_esr, values[:, 1], np.uint64(_ESR_ISV)), old[:, 1])
+    out[:, 1] = np.where(pending, syndrome, old[:, 1])
     return out
+
+
+def _deliver(at: Access, values: Words) -> None:
+    pending, syndrome = _asked(at, values)
+    chosen = pending & exceptions.unmasked(at)
+    if chosen.any():
+        exceptions.take(at.where(chosen), exceptions.SERROR, syndrome[chosen] | np.uint64(exceptions.SYNDROME))
 
 
 def _show_events(at: Access, values: Words) -> Words:
@@ -275,4 +299,6 @@ RULES: tuple[Rule, ...] = (
     Rule("a state that vCPUs have", registers(ids.MP_STATE), "kvm_arch_vcpu_ioctl_set_mpstate()", refuse=_mp_state),
     Rule("an SError with a syndrome that it can have", registers(ids.VCPU_EVENTS), "__kvm_arm_vcpu_set_events()",
          refuse=_events, keep=_keep_events, show=_show_events),
+    Rule("an SError that is not masked is taken at once", _delivers, "kvm_inject_serror_esr() and "
+         "commit_pending_events() since 6.17; measured: 7.2", after=_deliver),
 )

@@ -47,6 +47,9 @@ RULES: tuple[Rule, ...] = (
 
 _VALID_FEATURES = 0x7F
 _POWER_OFF, _STOPPED = 1, 5
+_E2H0 = 1 << 8
+"""KVM_ARM_VCPU_HAS_EL2_E2H0: kernels that know it take it also without HAS_EL2, where it means nothing."""
+
 SVE_FINALIZE = 4
 """KVM_ARM_VCPU_SVE, the argument of KVM_ARM_VCPU_FINALIZE."""
 
@@ -302,7 +305,8 @@ class Arm64SimVm(DeviceIoctls, Vm):
         """kvm_vcpu_init_check_features(): unknown ones ENOENT, those that this host lacks and half pairs EINVAL."""
         if features & ~self._known_features:
             return errno.ENOENT
-        if features & ~(self.profile.vcpu_features | _POWER_OFF):
+        harmless = 0 if _E2H0 in self.profile.features_refused else _E2H0
+        if features & ~(self.profile.vcpu_features | _POWER_OFF | harmless):
             return errno.EINVAL
         pair = features & vcpu_features.PTRAUTH
         return errno.EINVAL if pair and pair != vcpu_features.PTRAUTH else 0
