@@ -308,3 +308,12 @@ def test_any_bytes_are_judged_or_refused(data: bytes) -> None:
         with pytest.raises(MigstreamError) as caught:
             read_input(file.name)
     assert caught.value.exit_status in (1, 2, 3, 4, 64) and "\n" not in str(caught.value)
+
+
+@pytest.mark.sim
+def test_what_check_calls_a_fit_is_restored(capsys: Capture, tmp_path: Path) -> None:
+    """A guest of 6.1 reads a CTR_EL0 without IDC; what CLIDR_EL1 may be goes by the host's."""
+    path = tmp_path / "v.mig"
+    assert main(["demo", "--backend", "sim:arm64-6.1", "--vcpus", "1", "--memory", "4M", "-o", str(path)]) == 0
+    assert main(["check", str(path), "--host", "arm64-7.2"]) == 0
+    assert main(["replay", str(path), "--backend", "sim:arm64-7.2", "--readback"]) == 0, capsys.readouterr().err
