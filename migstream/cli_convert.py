@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import BinaryIO
 
 from migstream.errors import UsageError
@@ -26,6 +27,8 @@ def run(options: argparse.Namespace) -> int:
 
     if options.file == "-" or options.output == "-":
         raise UsageError("convert reads its input twice and checks its output before it has a name: name two files")
+    if os.path.exists(options.output) and os.path.samefile(options.file, options.output):
+        raise UsageError(f"{options.output}: convert reads its input twice and keeps it: name another file with -o")
     if options.for_host is None and options.format_minor is None:
         raise UsageError("convert: --for-host or --format-minor says what for")
     host = open_profile(options.for_host) if options.for_host else None

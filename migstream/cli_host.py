@@ -195,7 +195,8 @@ def _baseline(options: argparse.Namespace) -> int:
             file.write(to_json(found.contract).encode())
     if options.json:
         show.print_json("host baseline", show_contract.baseline_document(found))
-    elif options.output != "-":
+        return DoesNotFit.exit_status if found.refusals else 0
+    if options.output != "-":
         show.print_pairs(show_contract.baseline_pairs(found, options.output))
         show.print_table(show_contract.losses(found), 0)
     if found.refusals:

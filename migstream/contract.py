@@ -219,21 +219,34 @@ def _found(value: Any) -> str:
     return str(value)
 
 
+def _register_id(text: str) -> int:
+    number = int(text, 16)
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"no register id: {text}")
+    return number
+
+
+def _bytes_by_id(found: Any) -> dict[int, bytes]:
+    return {_register_id(key): bytes.fromhex(value) for key, value in found.items()}
+
+
 _READERS: dict[str, Callable[[Any], Any]] = {
     "arch": _arch, "kernel": _text, "cpu": _text, "vcpu_features": _number,
-    "values": lambda v: {int(key, 16): bytes.fromhex(value) for key, value in v.items()},
-    "varies": lambda v: tuple(int(key, 16) for key in v),
-    "free": lambda v: {int(key, 16): int(mask, 16) for key, mask in v.items()},
+    "values": _bytes_by_id,
+    "varies": lambda v: tuple(map(_register_id, v)),
+    "free": lambda v: {_register_id(key): int(mask, 16) for key, mask in v.items()},
     "found": _found,
-    "behaves_as": lambda v: {int(key, 16): bytes.fromhex(value) for key, value in v.items()},
-    "how": lambda v: {int(key, 16): _text(value) for key, value in v.items()},
-    "firmware": lambda v: {int(key, 16): int(value, 16) for key, value in v.items()},
+    "behaves_as": _bytes_by_id,
+    "how": lambda v: {_register_id(key): _text(value) for key, value in v.items()},
+    "firmware": lambda v: {_register_id(key): int(value, 16) for key, value in v.items()},
     "unknown": lambda v: tuple(_text(line) for line in v),
 }
 
 
 def _checked(name: str, contract: Contract) -> Contract:
-    """Raises: UsageError for a register of another architecture, or a value of another size than its register."""
+    """Raises: UsageError for no register at all, one of another architecture, or a value of another size."""
+    if not contract.values:
+        raise UsageError(f"{name}: field 'values': is empty: it promises nothing that could be judged")
     for where, values in (("values", contract.values), ("behaves_as", contract.behaves_as)):
         for id, value in values.items():
             if why := wrong_register(id, value, contract.arch):

@@ -167,8 +167,9 @@ def plan_for(saved: Saved, host: HostProfile, policy: Policy = NO_POLICY) -> Pla
     if other := _other_arch(saved.machine, host):
         return Plan((), (other,), policy=policy)
     obstacles = tuple(reason for rule in _MACHINE_RULES if (reason := rule(saved.machine, host)))
-    if obstacles:
-        saved = replace(saved, machine=replace(saved.machine, devices={}))
+    if bad := _bad_values(saved.machine):
+        sound = {name: value for name, value in saved.machine.devices.items() if name not in bad}
+        saved = replace(saved, machine=replace(saved.machine, devices=sound))
     pair = Pair(saved, host)
     steps = tuple(_step(layout, tuple(policy.apply(pair, judge(pair, slot)) for slot in layout.slots))
                   for layout in saved.layouts)
@@ -241,8 +242,12 @@ def _unknown_device(machine: Machine, host: HostProfile) -> str:
     return f"device {unknown[0]!r} is not known to this migstream" if unknown else ""
 
 
+def _bad_values(machine: Machine) -> list[str]:
+    return [name for name, value in machine.devices.items() if not isinstance(value, int) or not 0 <= value < 1 << 63]
+
+
 def _device_value(machine: Machine, host: HostProfile) -> str:
-    bad = [name for name, value in machine.devices.items() if not isinstance(value, int) or not 0 <= value < 1 << 63]
+    bad = _bad_values(machine)
     return f"device {bad[0]!r} has a value that is no address, number or flag" if bad else ""
 
 
@@ -262,8 +267,7 @@ def _gic(machine: Machine, host: HostProfile) -> str:
     if devices & {"its", "gic_irqs"} and not devices & {*gic}:
         return f"{min(devices & {'its', 'gic_irqs'})} without a GICv3"
     wanted = {"gic_distributor": "gicv3", "its": "its"}
-    missing = sorted(wanted[name] for name in devices & wanted.keys() if host.devices)
-    missing = [name for name in missing if name not in host.devices]
+    missing = sorted(wanted[name] for name in devices & wanted.keys() if wanted[name] not in host.devices)
     return f"this kernel can't make a device {missing[0]}" if missing else ""
 
 

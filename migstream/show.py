@@ -303,8 +303,8 @@ def report_json(report: Report) -> dict[str, Any]:
         "time": time_json(report), "times_ns": dict(report.times), "bytes": report.bytes, "raw_bytes": report.raw_bytes,
         "stored_bytes": report.stored_bytes,
         "writes": {phase: {str(scope): n for scope, n in row.items()} for phase, row in report.writes.items()},
-        "verdicts": [{"register": v.name, "id": f"{v.slot.id:#018x}", "answer": str(v.answer), "reason": v.reason,
-                      "policy": policy_json(v)} for v in report.verdicts],
+        "verdicts": [{"register": v.name, "id": f"{v.slot.id:#018x}", "answer": v.answer.name.lower(),
+                      "reason": v.reason, "policy": policy_json(v)} for v in report.verdicts],
         "refused": [{"register": lookup(no.register).name, "vcpu": no.vcpu, "operation": no.operation,
                      "errno": no.errno, "why_harmless": why} for no, why in report.refused],
         "readback": {"compared": report.readback, "differs": [

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -308,3 +309,39 @@ def test_any_bytes_are_judged_or_refused(data: bytes) -> None:
         with pytest.raises(MigstreamError) as caught:
             read_input(file.name)
     assert caught.value.exit_status in (1, 2, 3, 4, 64) and "\n" not in str(caught.value)
+
+
+@pytest.mark.sim
+def test_what_check_calls_a_fit_is_restored(capsys: Capture, tmp_path: Path) -> None:
+    """A guest of 6.1 reads a CTR_EL0 without IDC; what CLIDR_EL1 may be goes by the host's."""
+    path = tmp_path / "v.mig"
+    assert main(["demo", "--backend", "sim:arm64-6.1", "--vcpus", "1", "--memory", "4M", "-o", str(path)]) == 0
+    assert main(["check", str(path), "--host", "arm64-7.2"]) == 0
+    assert main(["replay", str(path), "--backend", "sim:arm64-7.2", "--readback"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"values": {}}, "field 'values': is empty: it promises nothing that could be judged"),
+    ({"values": {"-1": "00"}}, "field 'values': no register id: -1"),
+    ({"varies": ["-0x1"]}, "field 'varies': no register id: -0x1"),
+    ({"values": {"0x10000000000000000": "00"}}, "field 'values': no register id: 0x10000000000000000"),
+])
+def test_a_contract_of_nothing(capsys: Capture, contract: Path, tmp_path: Path, change: dict[str, Any],
+                               message: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({**json.loads(contract.read_text()), **change}))
+    assert main(["check", str(path), "--host", "x86_64-7.2"]) == 64
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.sim
+def test_one_spelling_of_an_answer(capsys: Capture, arm64: Path, policy: Path) -> None:
+    words = ["--policy", str(policy), "--json"]
+    main(["check", str(arm64), "--host", "arm64-6.12", *words])
+    host = json.loads(capsys.readouterr().out)["hosts"]["arm64-6.12"]
+    said = {(v["register"], v["answer"]) for v in host["verdicts"]}
+    main(["replay", str(arm64), "--backend", "sim:arm64-6.12", *words])
+    document = json.loads(capsys.readouterr().out)
+    done = {(v["register"], v["answer"]) for v in document["verdicts"]}
+    assert done and done <= said, (done - said)

@@ -67,7 +67,7 @@ def test_file_comes_back() -> None:
 
 @given(behaviours())
 def test_file_of_any_behaviour_comes_back(behaviour: Behaviour) -> None:
-    whole = Contract(Arch.X86_64, "k", "c", behaviour=behaviour)
+    whole = Contract(Arch.X86_64, "k", "c", values={x86_64.TSC_KHZ.id: bytes(4)}, behaviour=behaviour)
     assert from_json(to_json(whole)) == whole
 
 

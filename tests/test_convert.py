@@ -261,3 +261,13 @@ def test_for_people(save: Save, tmp_path: Path, capsys: Capture) -> None:
     assert main(["convert", str(save("x86_64-6.1")), "-o", str(out), "--for-host", str(profile)]) == 0
     shown = capsys.readouterr().out
     assert "format 1.1" in shown and "changed" in shown
+
+
+@pytest.mark.sim
+def test_a_stream_is_not_converted_onto_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "v.mig"
+    assert main(["demo", "--backend", "sim:arm64-7.2", "--vcpus", "1", "--memory", "4M", "-o", str(path)]) == 0
+    before = path.read_bytes()
+    (tmp_path / "same").symlink_to(path)
+    assert main(["convert", str(path), "-o", str(tmp_path / "same"), "--format-minor", "0"]) == 64
+    assert "name another file" in capsys.readouterr().err and path.read_bytes() == before

@@ -102,3 +102,16 @@ def test_a_vcpu_has_its_features_once_however_often_it_is_judged() -> None:
     machine = Machine(Arch.ARM64, 1, (), {"vcpu_features": vcpu_features.parse("pmu_v3")})
     first = Pair(Saved.of(machine, (), ()), host)
     assert first.knowing({}).host.listed == first.host.listed > host.listed
+
+
+def test_a_host_that_makes_no_device_makes_no_gic() -> None:
+    chip = {"gic_distributor": 1 << 27, "gic_redistributors": 1 << 28, "its": 1 << 29}
+    plan = make_plan(Machine(Arch.ARM64, 1, (), chip), [layout_of((X0, 8))], replace(HOST, devices=()))
+    assert plan.obstacles == ("this kernel can't make a device gicv3",)
+
+
+def test_an_obstacle_of_the_machine_leaves_the_vcpus_their_features() -> None:
+    """Nine vCPUs are too many; their vector registers are no reason besides."""
+    for devices in ({"vcpu_features": 0x14}, {"vcpu_features": 0x14, "its": "high"}):
+        plan = make_plan(Machine(Arch.ARM64, 9, (), devices), [layout_of((Z3, 256))], HOST)
+        assert plan.refusals == list(plan.obstacles) and plan.obstacles, plan.refusals

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from functools import reduce
+from operator import and_, or_
 from typing import TYPE_CHECKING
 
 from migstream.host.profile import HostProfile, cpuid_word
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
+from migstream.registers.cpuid import RUNTIME_BITS, bit_name
 
 if TYPE_CHECKING:
     from migstream.host.baseline import Draft
@@ -63,7 +66,8 @@ def fill(draft: Draft, hosts: Mapping[str, HostProfile]) -> None:
     for key, (flags, own) in first.items():
         if any(key not in table for table in tables.values()):
             continue
-        common[key] = flags, [_word(draft, key, n, {name: table[key][1][n] for name, table in tables.items()})
+        common[key] = flags, [_word(draft, key, n, {name: table[key][1][n] for name, table in tables.items()},
+                                    {name: _beyond(host, key, n) for name, host in hosts.items()})
                               for n in range(len(own))]
     for name, table in tables.items():
         gone = [_leaf(key) for key in table if key not in common]
@@ -85,7 +89,8 @@ def _forced(draft: Draft, hosts: Mapping[str, HostProfile], common: _Entries) ->
                 if changed and draft.is_free(label):
                     draft.left_out.append(f"{label}: not the same everywhere, as asked")
                 elif changed:
-                    draft.refusals.append(f"{label}: {name} shows {_bits(changed)} otherwise, whatever is written")
+                    shown_otherwise = _bits(changed, (*key, n))
+                    draft.refusals.append(f"{label}: {name} shows {shown_otherwise} otherwise, whatever is written")
 
 
 def _lose(draft: Draft, host: str, name: str, has: str, gets: str) -> None:
@@ -98,7 +103,12 @@ def _leaf(key: tuple[int, int]) -> str:
     return f"{key[0]:#x}.{key[1]}" if key[1] else f"{key[0]:#x}"
 
 
-def _word(draft: Draft, key: tuple[int, int], n: int, has: Mapping[str, int]) -> int:
+def _beyond(host: HostProfile, key: tuple[int, int], n: int) -> int:
+    """Bits that a guest may have whatever the host lists: `check` calls them a fit, too."""
+    return RUNTIME_BITS.get((*key, n), 0) | host.cpuid_forced.get(cpuid_word(*key, n), (0, 0))[1]
+
+
+def _word(draft: Draft, key: tuple[int, int], n: int, has: Mapping[str, int], taken: Mapping[str, int]) -> int:
     values = list(has.values())
     if len(set(values)) == 1:
         return values[0]
@@ -107,7 +117,7 @@ def _word(draft: Draft, key: tuple[int, int], n: int, has: Mapping[str, int]) ->
         draft.left_out.append(f"{name}: the first host's, as asked")
         return values[0]
     if n in FEATURES.get(key, ()):
-        return _common(draft, name, has)
+        return _features(draft, key, n, has, taken)
     if n in LOWEST.get(key, ()) or (*key, n) in SIZES:
         return _least(draft, name, has, SIZES.get((*key, n), 0))
     pinned = ~MASKED.get((*key, n), 0)
@@ -119,10 +129,17 @@ def _word(draft: Draft, key: tuple[int, int], n: int, has: Mapping[str, int]) ->
     return values[0]
 
 
+def _features(draft: Draft, key: tuple[int, int], n: int, has: Mapping[str, int], taken: Mapping[str, int]) -> int:
+    """Bits that some host lists and every one takes."""
+    common = reduce(or_, has.values()) & reduce(and_, (value | taken[host] for host, value in has.items()))
+    for host, value in has.items():
+        if gone := value & ~common:
+            _lose(draft, host, f"CPUID {_leaf(key)} {_REGISTERS[n]}", _bits(gone, (*key, n)), "0")
+    return common
+
+
 def _common(draft: Draft, name: str, has: Mapping[str, int]) -> int:
-    both = -1
-    for value in has.values():
-        both &= value
+    both = reduce(and_, has.values())
     for host, value in has.items():
         if value != both:
             _lose(draft, host, name, _bits(value & ~both), "0")
@@ -140,8 +157,9 @@ def _least(draft: Draft, name: str, has: Mapping[str, int], sizes: int) -> int:
     return least
 
 
-def _bits(mask: int) -> str:
-    return ", ".join(f"bit {bit}" for bit in range(mask.bit_length()) if mask >> bit & 1)
+def _bits(mask: int, word: tuple[int, int, int] = (0, 0, 0)) -> str:
+    """Bits by number, and those of a CPUID word by name."""
+    return ", ".join(bit_name(*word, bit) for bit in range(mask.bit_length()) if mask >> bit & 1)
 
 
 def _msrs(draft: Draft, hosts: Mapping[str, HostProfile]) -> None:

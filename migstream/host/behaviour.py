@@ -17,8 +17,8 @@ def unlike(profile: HostProfile) -> dict[int, int]:
     KVM can't be told to change such a register for the guest: it reads the CPU's own. CTR_EL0 was so until it was
     always trapped (6.6): on a CPU without IDC whose caches need no maintenance, the register has IDC, the guest none.
     """
-    return {id: seen for id, seen in profile.guest_registers.items() if not _writable(profile, id)
-            and id in profile.defaults and seen != int.from_bytes(profile.defaults[id], "little")}
+    return {id: seen for id, seen in profile.guest_registers.items() if id in profile.defaults
+            and seen != int.from_bytes(profile.defaults[id], "little") and not _writable(profile, id)}
 
 
 def _writable(profile: HostProfile, id: int) -> bool:

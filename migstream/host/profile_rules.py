@@ -69,11 +69,16 @@ def _filled(profile: HostProfile, given: Collection[str]) -> Found:
 
 def _ids(profile: HostProfile, given: Collection[str]) -> Found:
     """Registers are of the profile's architecture."""
-    for field in _BY_ID:
-        for id in getattr(profile, field):
-            owner = arch_of(id)
-            if owner != profile.arch and (owner is not None or id >> 56 != OURS):
-                yield field, f"{id:#x} is no register of {profile.arch.label}"
+    named = {field: getattr(profile, field) for field in _BY_ID}
+    wrong = {id for id in set().union(*named.values()) if not _may_have(profile.arch, id)}
+    for field, ids in named.items() if wrong else ():
+        for id in (id for id in ids if id in wrong):
+            yield field, f"{id:#x} is no register of {profile.arch.label}"
+
+
+def _may_have(arch: Arch, id: int) -> bool:
+    owner = arch_of(id)
+    return owner == arch or (owner is None and id >> 56 == OURS)
 
 
 _BY_ID = ("sizes", "defaults", "refused", "scopes", "scope_found", "register_bits", "bit_errnos", "readback",

@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NoReturn, TypeVar
 
 from migstream import limits
@@ -80,34 +81,50 @@ def whole(least: int, most: int) -> Reader[int]:
     def read(value: Any) -> int:
         if type(value) is not int:
             raise ValueError(f"{shown(value)} is no whole number")
-        return _between(value, least, most, shown(value))
+        if not least <= value <= most:
+            raise ValueError(f"{shown(value)} is not from {least} to {most:#x}")
+        return value
 
     return read
-
-
-def _between(number: int, least: int, most: int, words: str) -> int:
-    if not least <= number <= most:
-        raise ValueError(f"{words} is not from {least} to {most:#x}")
-    return number
 
 
 def hexadecimal(most: int) -> Reader[int]:
     """A number up to `most`, as a string: `0x`, small letters, no zero in front."""
     def read(value: Any) -> int:
-        if not isinstance(value, str) or not _HEX.fullmatch(value):
+        number = _number(value) if isinstance(value, str) else None
+        if number is None:
             raise ValueError(f"{shown(value)} is no number of 64 bits in hexadecimal, as in '0x1f'")
-        return _between(int(value, 16), 0, most, value)
+        if number > most:
+            raise ValueError(f"{value} is not from 0 to {most:#x}")
+        return number
 
     return read
 
 
+@lru_cache(maxsize=1 << 15)
+def _number(digits: str) -> int | None:
+    """The number; None where it is none. Kept: one profile's ids are the next one's."""
+    return int(digits, 16) if _HEX.fullmatch(digits) else None
+
+
 def raw(value: Any) -> bytes:
     """Bytes, as a string of hexadecimal digits; as many as a bank's row may have."""
-    if not isinstance(value, str) or not _BYTES.fullmatch(value):
+    if not isinstance(value, str):
         raise ValueError(f"{shown(value)} is no string of pairs of hexadecimal digits")
-    if len(value) > 2 * limits.MAX_ROW:
-        raise OverLimit(f"{len(value) // 2} bytes; {limits.MAX_ROW} are the most")
-    return bytes.fromhex(value)
+    return _short(value) if len(value) <= _SHORT else _bytes(value)
+
+
+def _bytes(digits: str) -> bytes:
+    if not _BYTES.fullmatch(digits):
+        raise ValueError(f"{shown(digits)} is no string of pairs of hexadecimal digits")
+    if len(digits) > 2 * limits.MAX_ROW:
+        raise OverLimit(f"{len(digits) // 2} bytes; {limits.MAX_ROW} are the most")
+    return bytes.fromhex(digits)
+
+
+_SHORT = 32
+_short = lru_cache(maxsize=1 << 14)(_bytes)
+"""Kept for registers' values: most are the same in many profiles."""
 
 
 def pair(first: Reader[T], second: Reader[T]) -> Reader[tuple[T, T]]:
@@ -138,16 +155,22 @@ def table(key: Reader[K], value: Reader[T]) -> Reader[dict[K, T]]:
     def read(found: Any) -> dict[K, T]:
         if not isinstance(found, dict):
             raise ValueError(f"{shown(found)} is no object")
-        out: dict[K, T] = {}
-        for name, item in _few(found).items():
-            at = key(name)
-            try:
-                out[at] = value(item)
-            except ValueError as error:
-                raise type(error)(f"{name}: {error}") from error
-        return out
+        names = list(map(key, _few(found)))
+        try:
+            return dict(zip(names, map(value, found.values()), strict=True))
+        except ValueError:
+            for name, item in found.items():
+                _say_where(name, item, value)
+            raise
 
     return read
+
+
+def _say_where(name: str, item: Any, read: Reader[T]) -> None:
+    try:
+        read(item)
+    except ValueError as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _few(many: Any) -> Any:

@@ -41,6 +41,7 @@ class Pair:
         """The same with other values: what is the host's is taken over."""
         other = copy(self)
         other.saved = replace(self.saved, columns=columns)
+        other.host_behaves_as = self.host_behaves_as  # asked once a host, not once a register
         return other
 
     def with_value(self, slot: Slot, value: bytes) -> Pair:

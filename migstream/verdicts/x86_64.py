@@ -12,6 +12,7 @@ from migstream.model import Arch, Slot
 from migstream.registers import ids
 from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import describe
+from migstream.registers.cpuid import RUNTIME_BITS, bit_name
 from migstream.registers.x86_64 import CPUID2
 from migstream.verdicts.facts import Case, absent, both, constant, loses_bits, refuses_bits, value
 from migstream.verdicts.model import Answer, Kernel
@@ -52,14 +53,6 @@ APM 3; KVM's own at 0x40000001). A bit that the guest saw and this KVM does not 
 _EVMCS: CpuidKey = (0x4000_000A, 0)
 """Hyper-V's nested features; EAX has the version of the enlightened VMCS."""
 
-RUNTIME_BITS: dict[tuple[int, int, int], int] = {
-    (1, 0, 2): 1 << 27 | 1 << 31 | 1 << 24 | 1 << 21 | 1 << 3,  # OSXSAVE, hypervisor, TSC_DEADLINE, x2APIC; MONITOR
-    (1, 0, 3): 1 << 9 | 1 << 28,                                # APIC follows APICBASE; HTT is topology
-    (7, 0, 2): 1 << 4,                                          # OSPKE follows CR4.PKE
-}
-"""Bits that a guest's own registers, its VMM or the topology decide, whatever KVM_GET_SUPPORTED_CPUID says."""
-
-
 @lru_cache(maxsize=64)
 def entries(cpuid: bytes) -> dict[CpuidKey, tuple[int, int, int, int]]:
     """struct kvm_cpuid2 as a table: EAX, EBX, ECX, EDX by leaf and subleaf."""
@@ -88,7 +81,7 @@ def _promised(case: Case) -> Iterator[str]:
         _, forced = case.host.cpuid_forced.get(cpuid_word(leaf, index, word), (0, 0))
         known = here.get((leaf, index), (0, 0, 0, 0))[word] | forced | RUNTIME_BITS.get((leaf, index, word), 0)
         for bit in (bit for bit in range(32) if had & ~known & 1 << bit):
-            yield f"CPUID {leaf:#x}.{index}:{('EAX', 'EBX', 'ECX', 'EDX')[word]} bit {bit}"
+            yield f"CPUID {leaf:#x}.{index}:{('EAX', 'EBX', 'ECX', 'EDX')[word]} {bit_name(leaf, index, word, bit)}"
 
 
 def _missing_features(case: Case) -> bool:

@@ -183,11 +183,12 @@ _WRITABLE_IMP_ID_REGS = 239
 
 
 def _clidr(at: Access, values: Words) -> Errnos:
-    """Without CTR_EL0.IDC a cache hierarchy that needs no cleaning to a level of unification is refused."""
+    """Without the host's CTR_EL0.IDC (read_sanitised_ftr_reg) a hierarchy that needs no cleaning to a level of
+    unification is refused; what the guest's CTR_EL0 says does not count."""
     words = values[:, 0]
     louis, loc, louu = (words >> np.uint64(low) & np.uint64(7) for low in (21, 24, 27))
     needs_none = (loc == 0) | ((louis == 0) & (louu == 0))
-    idc = at.of(ids.CTR).word() >> np.uint64(28) & np.uint64(1)
+    idc = at.of(ids.CTR).initials() >> np.uint64(28) & np.uint64(1)
     fixed = mask(~taken_bits(at.guest.profile, at.id))
     return invalid((words & fixed != 0) | (needs_none & (idc == 0)))
 
