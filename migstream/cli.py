@@ -254,6 +254,12 @@ def _inspect(options: argparse.Namespace) -> int:
     from migstream.survey import survey
     from migstream.transport import open_source
 
+    if options.contract and (contract := _contract_file(options.file)):
+        _check_inspect(options)
+        document = {"file": options.file, "contract": _shown_contract(contract, options.json)}
+        if options.json:
+            show.print_json("inspect", document)
+        return 0
     with open_source(options.file) as source:
         seen = survey(source, options.section)
     if seen.reader.preamble is None and seen.error:
@@ -277,13 +283,23 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _contract_file(name: str) -> Contract | None:
+    """The contract in a file of its own; None for any other file, and for a stream from a pipe."""
+    if name == "-" or not os.path.isfile(name):
+        return None
+    with open(name, "rb") as file:
+        return _open_contract(name) if file.read(1) == b"{" else None
+
+
 def _contract(options: argparse.Namespace, seen: Survey) -> dict[str, Any]:
+    contract = seen.contract()
+    return {} if contract is None else _shown_contract(contract, options.json)  # {}: an error, and it is said last
+
+
+def _shown_contract(contract: Contract, as_json: bool) -> dict[str, Any]:
     from migstream import show, show_contract
 
-    contract = seen.contract()
-    if contract is None:
-        return {}  # there is an error, and it is said last
-    if not options.json:
+    if not as_json:
         show.print_pairs(show_contract.head(contract))
         show.print_table(show_contract.table(contract), 0)
         if zeros := show_contract.zeros(contract):
@@ -316,7 +332,9 @@ def _registers(options: argparse.Namespace, seen: Survey) -> list[dict[str, Any]
     if not groups and seen.error:  # what is asked for may stand behind the fault: that is the answer
         return []
     if not groups:
-        raise UsageError(f"{options.file}: no register or field here matches {pattern!r}")
+        hint = next((f"; {there} shows one" for scope, there in ((Scope.VM, "--vm"), (Scope.VCPU, "--vcpu all"))
+                     if any(show.register_groups(seen.banks, scope, range(seen.reader.machine.vcpus), pattern))), "")
+        raise UsageError(f"{options.file}: no register or field here matches {pattern!r}{hint}")
     if not options.json:
         for group in groups:
             show.print_group(group, pattern)

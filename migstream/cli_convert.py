@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         show.print_json("convert", {"file": options.output, "bytes": length, "minor": wanted.minor, "changes": changes})
     else:
-        show.print_pairs([("converted", f"{options.output}, {show.size(length)}, format 1.{wanted.minor}"),
+        stays = "" if (options.format_minor or 0) <= wanted.minor else ": nothing in it needs a newer one"
+        show.print_pairs([("converted", f"{options.output}, {show.size(length)}, format 1.{wanted.minor}{stays}"),
                           *(("changed" if k == 0 else "", text) for k, text in enumerate(changes or ["nothing"]))])
     return 0
 

@@ -13,6 +13,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from migstream import filekind
@@ -58,7 +59,7 @@ class Behaviour:
     firmware: Mapping[int, int] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def sees(self) -> dict[int, bytes]:
         """Registers that the kernel has and shows a guest otherwise, with what the guest reads (CTR_EL0 to 6.1)."""
         return {key: value.to_bytes(8, "little") for key, value in self.firmware.items()

@@ -19,7 +19,16 @@ from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
 from migstream.registers import vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.verdicts.facts import Pair
-from migstream.verdicts.judge import Addition, additions, caveats, judge, replace_saved, unexplained, unhidden
+from migstream.verdicts.judge import (
+    Addition,
+    additions,
+    caveats,
+    judge,
+    replace_saved,
+    uncounted,
+    unexplained,
+    unhidden,
+)
 from migstream.verdicts.model import Answer, Saved, Verdict
 from migstream.verdicts.policy import NO_POLICY, Policy
 
@@ -174,7 +183,7 @@ def plan_for(saved: Saved, host: HostProfile, policy: Policy = NO_POLICY) -> Pla
     steps = tuple(_step(layout, tuple(policy.apply(pair, judge(pair, slot)) for slot in layout.slots))
                   for layout in saved.layouts)
     added = tuple(_overruled(one, pair, policy) for one in (*additions(pair), *unhidden(pair)))
-    return Plan(steps, obstacles, added, (*caveats(pair), *unexplained(pair)), pair, policy)
+    return Plan(steps, obstacles, added, (*caveats(pair), *uncounted(pair), *unexplained(pair)), pair, policy)
 
 
 def _overruled(one: Addition, pair: Pair, policy: Policy) -> Addition:

@@ -11,6 +11,7 @@ from migstream.fleet import Fleet, Vmm
 from migstream.plan import Plan
 from migstream.show import Table, policy_json
 from migstream.verdicts.model import Answer, Verdict
+from migstream.verdicts.policy import Clause
 
 FITS, WITH_LOSS, NOT = 0, 10, DoesNotFit.exit_status
 WORDS = {FITS: "fits", WITH_LOSS: "fits with loss", NOT: "does not fit"}
@@ -50,9 +51,22 @@ def plain_verdict(verdict: Verdict) -> dict[str, Any]:
 
 def idle(plan: Plan) -> list[str]:
     """Rows of the policy that changed nothing here, a line each."""
+    return [f"{clause.verb} {', '.join(clause.registers)}" for clause in _idle(plan)]
+
+
+def _idle(plan: Plan) -> list[Clause]:
     changed = [(v.name, v.overruled.verb) for v in plan.verdicts if v.overruled]
-    return [f"{clause.verb} {', '.join(clause.registers)}" for clause in plan.policy.clauses
+    return [clause for clause in plan.policy.clauses
             if not any(verb == clause.verb and clause.names(name) for name, verb in changed)]
+
+
+def _idle_lines(plan: Plan) -> list[str]:
+    """The same for people: what could not be clamped has another word."""
+    bad = [v.name for v in plan.verdicts if v.stands_in_the_way]
+    helpless = [clause for clause in _idle(plan) if clause.verb == "clamp" and any(map(clause.names, bad))]
+    return [f"policy: {clause.verb} {', '.join(clause.registers)}: "
+            + ("there is no nearer value to write; tolerate is the word for it" if clause in helpless else
+               "changes nothing here") for clause in _idle(plan)]
 
 
 def said(plan: Plan) -> str:
@@ -74,8 +88,7 @@ def host_pairs(name: str, plan: Plan | None, everything: bool) -> list[tuple[str
     lines = _lines(plan, everything)
     if not everything and len(lines) > SCREEN:
         lines = [*lines[:SCREEN], f"… and {len(lines) - SCREEN} more; --all shows every one"]
-    unused = [f"policy: {line}: changes nothing here" for line in idle(plan)]
-    return [(name, said(plan)), *(("", line) for line in (*plan.obstacles, *lines, *plan.notes, *unused))]
+    return [(name, said(plan)), *(("", line) for line in (*plan.obstacles, *lines, *plan.notes, *_idle_lines(plan)))]
 
 
 def _lines(plan: Plan, everything: bool) -> list[str]:

@@ -345,3 +345,46 @@ def test_one_spelling_of_an_answer(capsys: Capture, arm64: Path, policy: Path) -
     document = json.loads(capsys.readouterr().out)
     done = {(v["register"], v["answer"]) for v in document["verdicts"]}
     assert done and done <= said, (done - said)
+
+
+@pytest.mark.sim
+def test_a_clamp_that_has_nothing_to_write(capsys: Capture, arm64: Path, tmp_path: Path) -> None:
+    """CTR_EL0 is taken as saved and shown otherwise, PTIMER_CNT is not there: neither has a nearest value."""
+    path = tmp_path / "p.toml"
+    path.write_text("migstream_policy = 1\n[[clamp]]\nregister = ['CTR_EL0', 'PTIMER_CNT']\nreason = 'r'\n"
+                    "guest_notices = true\n")
+    assert main(["check", str(arm64), "--host", "arm64-6.1", "--policy", str(path)]) == 11
+    out = capsys.readouterr().out
+    assert "clamp CTR_EL0, PTIMER_CNT: there is no nearer value to write; tolerate is the word" in out
+    assert "(policy, clamp" not in out
+
+
+@pytest.mark.sim
+def test_a_physical_counter_that_no_move_keeps_is_said(capsys: Capture, arm64: Path, tmp_path: Path) -> None:
+    path = tmp_path / "v.mig"
+    assert main(["demo", "--backend", "sim:arm64-6.1", "--vcpus", "1", "--memory", "4M", "-o", str(path)]) == 0
+    assert main(["check", str(path), "--host", "arm64-7.2"]) == 0
+    assert "so CNTPCT_EL0 jumps with any move" in capsys.readouterr().out
+    main(["check", str(arm64), "--host", "arm64-6.1"])
+    out = capsys.readouterr().out
+    assert "PTIMER_CNT: guest would notice: CNTPCT_EL0 jumps" in out and "with any move" not in out
+
+
+def test_what_a_contract_leaves_free_is_not_what_nobody_asked(capsys: Capture, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    assert main(["host", "baseline", "arm64-6.12", "arm64-7.2", "--free", "ID_AA64MMFR0_EL1*", "-o", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["check", str(path), "--host", "arm64-6.12"]) == 0
+    assert "ID_AA64MMFR0_EL1: the contract does not pin it: the guest meets" in capsys.readouterr().out
+    assert main(["inspect", str(path), "--contract"]) == 0
+    assert "ID_AA64PFR0_EL1" in capsys.readouterr().out
+    assert main(["inspect", str(path), "--contract", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["contract"]["found"] == "baseline"
+
+
+@pytest.mark.sim
+def test_where_a_register_is_shown(capsys: Capture, arm64: Path) -> None:
+    assert main(["inspect", str(arm64), "--vcpu", "0", "--reg", "PSCI_VERSION"]) == 64
+    assert capsys.readouterr().err.rstrip().endswith("matches 'PSCI_VERSION'; --vm shows one")
+    assert main(["inspect", str(arm64), "--vm", "--reg", "nothing"]) == 64
+    assert capsys.readouterr().err.rstrip().endswith("matches 'nothing'")

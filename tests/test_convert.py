@@ -271,3 +271,13 @@ def test_a_stream_is_not_converted_onto_itself(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "same").symlink_to(path)
     assert main(["convert", str(path), "-o", str(tmp_path / "same"), "--format-minor", "0"]) == 64
     assert "name another file" in capsys.readouterr().err and path.read_bytes() == before
+
+
+@pytest.mark.sim
+def test_a_newer_minor_than_needed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved, old, new = (str(tmp_path / name) for name in ("v.mig", "0.mig", "1.mig"))
+    assert main(["demo", "--backend", "sim:arm64-7.2", "--vcpus", "1", "--memory", "4M", "-o", saved]) == 0
+    assert main(["convert", saved, "-o", old, "--for-host", "arm64-7.2", "--format-minor", "0"]) == 0
+    capsys.readouterr()
+    assert main(["convert", old, "-o", new, "--format-minor", "1"]) == 0
+    assert "format 1.0: nothing in it needs a newer one" in capsys.readouterr().out

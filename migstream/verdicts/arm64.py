@@ -218,7 +218,8 @@ RULES: tuple[Rule, ...] = (
          "the physical timer is off", "arch/arm64/kvm/arch_timer.c; listed since 6.4"),
     Rule("PTIMER_CTL PTIMER_CVAL", absent, _NOTICED, "the physical timer runs, and this kernel can't set it: it never "
          "fires", "arch/arm64/kvm/arch_timer.c; listed since 6.4"),
-    Rule("PTIMER_CNT", absent, _NOTICED, "CNTPCT_EL0 jumps: this kernel shows the host's physical counter",
+    Rule("PTIMER_CNT", absent, _NOTICED, "CNTPCT_EL0 jumps: this kernel shows the host's physical counter, the "
+         "saving one kept the guest's own going",
          "arch/arm64/kvm/arch_timer.c; a physical offset since 6.4"),
     Rule("CCSIDR*", absent, _HARMLESS, "cache geometry is the host's; set/way maintenance by a guest is trapped",
          f"{_SYSREGS} demux_c15_set; design: not the guest's business unless policy says so"),

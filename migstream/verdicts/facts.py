@@ -10,7 +10,7 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property
 
-from migstream.host.behaviour import of_profile
+from migstream.host.behaviour import of_profile, unlike
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Slot
 from migstream.registers import arm64 as arm64_rows
@@ -41,7 +41,7 @@ class Pair:
         """The same with other values: what is the host's is taken over."""
         other = copy(self)
         other.saved = replace(self.saved, columns=columns)
-        other.host_behaves_as = self.host_behaves_as  # asked once a host, not once a register
+        other.host_behaves_as, other.host_unlike = self.host_behaves_as, self.host_unlike  # once a host
         return other
 
     def with_value(self, slot: Slot, value: bytes) -> Pair:
@@ -70,6 +70,11 @@ class Pair:
     def host_behaves_as(self) -> Mapping[int, bytes]:
         """What the host behaves as where it has no register, as far as its profile was told by a guest."""
         return of_profile(self.host).behaves_as
+
+    @cached_property
+    def host_unlike(self) -> Mapping[int, int]:
+        """arm64: what guests of the host read otherwise than KVM_GET_ONE_REG has it."""
+        return unlike(self.host)
 
     def default(self, id: int) -> int | None:
         """The value that a fresh vCPU with the guest's features has on the host; None where nobody has recorded it."""
@@ -116,7 +121,7 @@ class Case:
         """Named fields of the register."""
         return BITS.get(self.row.bits, ())
 
-    @cached_property
+    @property
     def listed(self) -> bool:
         """Whether the host has the register for a vCPU like the guest's; True where the profile has no list."""
         if self.slot.id >> 56 == ids.OURS:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from migstream.contract import BASELINE
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Klass, Scope, Slot
 from migstream.registers import ids, x86_64
@@ -13,7 +14,7 @@ from migstream.registers.catalogue import Register, lookup
 from migstream.verdicts import arm64 as arm64_rules
 from migstream.verdicts import id_fields, seen
 from migstream.verdicts import x86_64 as x86_rules
-from migstream.verdicts.facts import Case, NotYet, Pair
+from migstream.verdicts.facts import BY_NAME, Case, NotYet, Pair
 from migstream.verdicts.model import Answer, Kernel, Verdict
 from migstream.verdicts.rule import Rule
 
@@ -191,17 +192,28 @@ def caveats(pair: Pair) -> Iterator[str]:
                "experiment")
 
 
+def uncounted(pair: Pair) -> Iterator[str]:
+    """A guest of a kernel that could not set its physical counter: it jumps with every move, wherever that goes."""
+    clock, physical = BY_NAME["TIMER_CNT"], BY_NAME["PTIMER_CNT"]
+    if pair.arch == Arch.ARM64 and clock in pair.saved.ids and physical not in pair.saved.ids:
+        yield ("PTIMER_CNT: the stream lacks it: the saving kernel showed the guest its host's own physical counter, "
+               "so CNTPCT_EL0 jumps with any move; CNTVCT_EL0 goes on")
+
+
 def unexplained(pair: Pair) -> Iterator[str]:
     """Feature registers that the host has, the stream lacks and no contract tells of, a warning each.
 
     Not those that are off by default.
     """
     saved = pair.saved.ids
-    known = pair.saved.contract.behaves_as if pair.saved.contract else {}
+    contract = pair.saved.contract
+    known = contract.behaves_as if contract else {}
+    why = "the contract does not pin it" if contract and contract.behaviour.found == BASELINE else \
+        "the stream lacks it and nobody asked the saving kernel what it behaves as"
     for id in sorted(pair.host.listed - saved - known.keys()):
         row = lookup(id)
         if row.klass == Klass.FEATURE and row.known and pair.default(id):
-            yield (f"{row.name}: the stream lacks it and nobody asked the saving kernel what it behaves as: "
+            yield (f"{row.name}: {why}: "
                    f"the guest meets this kernel's default, {pair.default(id):#x}")
 
 

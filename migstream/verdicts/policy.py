@@ -115,13 +115,13 @@ def _ignore(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
 def _clamp(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
     """The nearest value that the target takes: of an ID register field by field, else the host's own.
 
-    Of a structure (KVM_CPUID2) nothing is nearest: it stays as judged.
+    Of a structure (KVM_CPUID2) nothing is nearest, and of a value that the target takes as it is: they stay as judged.
     """
     if not verdict.stands_in_the_way or verdict.pending or verdict.slot.size > _NUMBER_BYTES:
         return verdict
     case = Case(pair, verdict.slot)
     nearest = id_fields.nearest(case) if case.fields and case.listed else case.default
-    if nearest is None or not case.listed:
+    if nearest is None or not case.listed or case.known.only(nearest):
         return verdict
     value = nearest.to_bytes(verdict.slot.size, "little")
     return replace(verdict, answer=Answer.NOTICED, target=verdict.slot, value=value, tolerated=clause.reason,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from migstream.host.behaviour import unlike
 from migstream.model import Arch
 from migstream.verdicts import id_fields
 from migstream.verdicts.facts import Case
@@ -22,7 +21,7 @@ def judge(case: Case) -> Verdict | None:
     """The answer where the saving kernel or the host shows a guest another value; None elsewhere. Raises: NotYet."""
     if case.pair.arch != Arch.ARM64:
         return None
-    contract, here = case.pair.saved.contract, unlike(case.host).get(case.slot.id)
+    contract, here = case.pair.saved.contract, case.pair.host_unlike.get(case.slot.id)
     read = contract.behaviour.sees.get(case.slot.id) if contract else None
     if here is None and read is None:
         return None
