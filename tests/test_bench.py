@@ -175,7 +175,7 @@ def test_a_peer_that_fails_is_left_out_and_the_rest_goes_on(host: Bench, tmp_pat
 
 
 def test_plots_are_made(host: Bench, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need the extra: pip install -e '.[bench]'")
     document = blackout.run(options(tmp_path, *WORDS), tell)
     for name in ("blackout", "phases"):
         assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -384,7 +384,7 @@ def test_the_modelled_lock() -> None:
 
 
 def test_a_lock_plot_is_made(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need the extra: pip install -e '.[bench]'")
     calibration = load_calibration()
     at = {"vcpus": 64, "write": "ioapic", "threads": 1, "p50": 10.0, "modelled": 9.0, "error": -0.1}
     document = {"machine": {"cpu": "A", "cpus": 2, "kernel": "6.1"}, "date": "today", "left_out": [],

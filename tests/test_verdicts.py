@@ -35,7 +35,7 @@ def verdict(answer: Answer, id: int = X0, **more: object) -> Verdict:
     slot = Slot(id, 8)
     written = slot if answer in (Answer.FITS, Answer.WRITTEN_AS) else None
     reason = "" if answer == Answer.FITS else "why"
-    return replace(Verdict(slot, answer, written, reason), **more)  # type: ignore[arg-type]
+    return replace(Verdict(slot, answer, written, reason), **more)  # type: ignore[arg-type]  # of many kinds
 
 
 def plan(*verdicts: Verdict, obstacles: tuple[str, ...] = ()) -> Plan:
@@ -213,7 +213,7 @@ def test_guests_of_another_architecture_are_not_judged() -> None:
 def _kernel(**more: object) -> HostProfile:
     return replace(HostProfile(Arch.ARM64, "Linux T", "cpu", "kvm", {"MAX_VCPUS": 8}, registers=(X0,),
                                defaults={X0: word(0)}, register_bits={X0: (word(1), word(1))}, scopes={X0: "vcpu"},
-                               vcpu_features=vcpu_features.DEFAULT), **more)  # type: ignore[arg-type]
+                               vcpu_features=vcpu_features.DEFAULT), **more)  # type: ignore[arg-type]  # likewise
 
 
 def _guest(promised: dict[int, bytes]) -> Saved:

@@ -164,7 +164,7 @@ class Vm(ABC):
         rows = {layout: np.zeros((1, layout.row_words), np.uint64) for layout in layouts}
         return {layout: row for layout, row in rows.items() if not self.read(layout, 0, row)}
 
-    def warm(self) -> None:  # noqa: B027
+    def warm(self) -> None:  # noqa: B027 - most backends have no threads of their own
         """Have the threads awake: the next call is a read or write of many vCPUs."""
 
     @abstractmethod

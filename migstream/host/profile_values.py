@@ -44,7 +44,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # None
         raise ValueError(f"{shown(twice)} is there twice")
     return found
 
@@ -143,7 +143,7 @@ def listing(item: Reader[T], ascending: bool = False) -> Reader[tuple[T, ...]]:
         if not isinstance(value, list):
             raise ValueError(f"{shown(value)} is no list")
         found = tuple(map(item, _few(value)))
-        if ascending and any(a >= b for a, b in itertools.pairwise(found)):  # type: ignore[operator]
+        if ascending and any(a >= b for a, b in itertools.pairwise(found)):  # type: ignore[operator]  # all int
             raise ValueError("not in ascending order, or one is there twice")
         return found
 
