@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,13 +10,11 @@ from migstream.backends.base import GuestMemory
 from migstream.backends.sim import rules_cpu
 from migstream.backends.sim.cpu_x86_64 import CodeCache, Cpu
 from migstream.backends.sim.guest import Rows
-from migstream.backends.sim.mmu import Exit, Mmu
+from migstream.backends.sim.mmu import Mmu
+from migstream.backends.sim.turns import Turns
 
 if TYPE_CHECKING:
     from migstream.backends.sim.guest import Guest
-
-SLICE = 200
-"""Instructions of one vCPU before the next has its turn; a pause waits for at most one slice."""
 
 _RUNNABLE, _HALTED = 0, 3
 _LMA, _CS_LONG, _CS_DPL = 1 << 10, 1 << 24, 0xFF
@@ -25,20 +22,13 @@ _ENCODING = (0, 3, 1, 2, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15)
 """Number in machine code of each register of struct kvm_regs, in its order: RAX, RBX, RCX, RDX, RSI, RDI, RSP, …"""
 
 
-class Runner:
-    """Runs the vCPUs of a guest from `start()` to `pause()`; its registers are in the columns before and after.
-
-    Attributes:
-        exits: vCPUs that stopped by themselves, with the kernel's name of the reason.
-    """
+class Runner(Turns):
+    """Runs the vCPUs of a guest from `start()` to `pause()`; its registers are in the columns before and after."""
 
     def __init__(self, guest: Guest, memory: GuestMemory) -> None:
+        super().__init__()
         self._guest = guest
-        self.exits: dict[int, str] = {}
-        self._stop = False  # no Event: a set() that Ctrl-C interrupts may keep its lock
-        self._error: BaseException | None = None
         self._cpus = self._load(memory)
-        self._thread = threading.Thread(target=self._run, name="migstream-sim", daemon=True)
 
     def start(self) -> None:
         """Let the vCPUs run."""
@@ -46,13 +36,8 @@ class Runner:
         self._guest.clock.master = True
         self._thread.start()
 
-    def pause(self) -> None:
-        """Stop between two instructions and put the registers back. Raises: what went wrong in the thread."""
-        self._stop = True
-        self._thread.join()
-        self._store()
-        if self._error:
-            raise self._error
+    def _loaded(self) -> dict[int, Cpu]:
+        return self._cpus
 
     def _load(self, memory: GuestMemory) -> dict[int, Cpu]:
         """The vCPUs that may run. A vCPU outside of 64-bit mode in ring 0 is beyond this interpreter."""
@@ -72,25 +57,6 @@ class Runner:
             if not words[rules_cpu.EFER] & _LMA or not words[2] & _CS_LONG or words[2] & _CS_DPL:
                 self.exits[k] = "KVM_EXIT_INTERNAL_ERROR"
         return cpus
-
-    def _run(self) -> None:
-        running = {k: cpu for k, cpu in self._cpus.items() if k not in self.exits}
-        try:
-            while running and not self._stop:
-                for k, cpu in tuple(running.items()):
-                    if self._stop or self._turn(k, cpu):
-                        running.pop(k)
-        except BaseException as error:
-            self._error = error
-
-    def _turn(self, k: int, cpu: Cpu) -> bool:
-        """Run a vCPU for a slice; True where it has stopped."""
-        try:
-            cpu.run(SLICE)
-        except Exit as stopped:
-            self._stopped(k, stopped.reason)
-            return True
-        return False
 
     def _stopped(self, k: int, reason: str) -> None:
         """With an interrupt chip in the kernel, a vCPU that halts waits there and is no exit."""

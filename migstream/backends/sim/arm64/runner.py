@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,34 +11,25 @@ from migstream.backends.sim.arm64.cpu import Cpu, Step, Translation
 from migstream.backends.sim.arm64.entering import through_cpu
 from migstream.backends.sim.arm64.eyes import Eyes
 from migstream.backends.sim.mmu import Exit
+from migstream.backends.sim.turns import Turns
 from migstream.errors import UsageError
 
 if TYPE_CHECKING:
     from migstream.backends.base import GuestMemory
     from migstream.backends.sim.arm64.guest import Guest
 
-SLICE = 200
-"""Instructions of one vCPU before the next has its turn; a pause waits for at most one slice."""
-
 _RUNNABLE = 0
 _EL1H, _MODE = 0b00101, 0x1F
 
 
-class Runner:
-    """Runs the vCPUs of a guest from `start()` to `pause()`; its registers are in the columns before and after.
-
-    Attributes:
-        exits: vCPUs that stopped by themselves, with the kernel's name of the reason.
-    """
+class Runner(Turns):
+    """Runs the vCPUs of a guest from `start()` to `pause()`; its registers are in the columns before and after."""
 
     def __init__(self, guest: Guest, memory: GuestMemory, only: tuple[int, ...] | None = None) -> None:
         """`only`: these vCPUs, where not all run."""
+        super().__init__()
         self._guest, self._only = guest, only
-        self.exits: dict[int, str] = {}
-        self._stop = False  # no Event: a set() that Ctrl-C interrupts may keep its lock
-        self._error: BaseException | None = None
         self._cpus = self._load(memory)
-        self._thread = threading.Thread(target=self._run, name="migstream-sim", daemon=True)
 
     def start(self) -> None:
         """Let the vCPUs run."""
@@ -56,13 +46,8 @@ class Runner:
             return stopped.reason
         raise UsageError(f"nothing stopped vCPU {k} within {instructions} instructions")
 
-    def pause(self) -> None:
-        """Stop between two instructions and put the registers back. Raises: what went wrong in the thread."""
-        self._stop = True
-        self._thread.join()
-        self._store()
-        if self._error:
-            raise self._error
+    def _loaded(self) -> dict[int, Cpu]:
+        return self._cpus
 
     def _load(self, memory: GuestMemory) -> dict[int, Cpu]:
         """The vCPUs that may run. One that is not at EL1 with its own stack is beyond this interpreter."""
@@ -81,25 +66,10 @@ class Runner:
                 self.exits[k] = "KVM_EXIT_INTERNAL_ERROR"
         return cpus
 
-    def _run(self) -> None:
-        running = {k: cpu for k, cpu in self._cpus.items() if k not in self.exits}
-        try:
-            while running and not self._stop:
-                for k, cpu in tuple(running.items()):
-                    if self._stop or self._turn(k, cpu):
-                        running.pop(k)
-        except BaseException as error:
-            self._error = error
-
-    def _turn(self, k: int, cpu: Cpu) -> bool:
-        """Run a vCPU for a slice; True where it has stopped. One that waits for an interrupt waits in the kernel."""
-        try:
-            cpu.run(SLICE)
-        except Exit as stopped:
-            if stopped.reason != "WFI":
-                self.exits[k] = stopped.reason
-            return True
-        return False
+    def _stopped(self, k: int, reason: str) -> None:
+        """One that waits for an interrupt waits in the kernel, and is no exit."""
+        if reason != "WFI":
+            self.exits[k] = reason
 
     def _store(self) -> None:
         chosen = np.array(sorted(self._cpus), np.intp)
