@@ -7,7 +7,7 @@ is judged again then (`Plan.at_the_pause`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -23,11 +23,13 @@ from migstream.verdicts.judge import (
     Addition,
     additions,
     caveats,
+    deciding,
     judge,
     replace_saved,
     uncounted,
     unexplained,
     unhidden,
+    whole,
 )
 from migstream.verdicts.model import Answer, Saved, Verdict
 from migstream.verdicts.policy import NO_POLICY, Policy
@@ -135,15 +137,26 @@ class Plan:
     def foresee(self, number: int, bank: Bank) -> None:
         """Judge values that may come with the pause, as a fresh vCPU has: if they do, it is not done again then.
 
-        Only an answer that no other late value can change is kept. Raises: DoesNotFit, PolicyError.
+        Only an answer that no other late value can change is kept. It stands for every value that has the same
+        deciding bits (`judge.deciding`); with a policy, which may ask for more, for that value alone.
+
+        Raises: DoesNotFit, PolicyError.
         """
         step = self.steps[number]
         now = Plan(self.steps, pair=self.pair, policy=self.policy).at_the_pause(number, bank)
         columns = [column for column, v in enumerate(step.verdicts) if v.pending]
         if columns and now.as_saved and step.as_saved and not any(now.verdicts[c].pending or now.verdicts[c].reason
                                                                   for c in columns):
-            words = [word for column in columns for word in range(*step.source.offsets[column:column + 2])]
-            self.foreseen[number] = b"".join(bound(word, int(bank.values[0, word])) for word in words)
+            assert self.pair is not None
+            self.foreseen[number] = b"".join(
+                bound(word, int(bank.values[0, word]) & mask, mask=mask)
+                for column in columns for word, mask in self._deciding(self.pair, step.source, column))
+
+    def _deciding(self, pair: Pair, layout: Layout, column: int) -> Iterator[tuple[int, int]]:
+        """(word of a row, bits) that the verdict on a column goes by."""
+        slot, start = layout.slots[column], layout.offsets[column]
+        return ((start + word, mask) for word, mask in
+                (whole(slot) if self.policy.clauses else deciding(pair.host, slot)))
 
     def _is_foreseen(self, number: int, bank: Bank) -> bool:
         """Whether all pending registers have the values that were judged before, on all vCPUs."""

@@ -164,8 +164,11 @@ class Vm(ABC):
         rows = {layout: np.zeros((1, layout.row_words), np.uint64) for layout in layouts}
         return {layout: row for layout, row in rows.items() if not self.read(layout, 0, row)}
 
-    def warm(self) -> None:  # noqa: B027 - most backends have no threads of their own
-        """Have the threads awake: the next call is a read or write of many vCPUs."""
+    def warm(self, layouts: Sequence[Layout] = ()) -> None:  # noqa: B027 - most backends have no threads of their own
+        """Have the threads awake: the next call is a read or write of many vCPUs.
+
+        And go once through reading and writing `layouts` without a row, so that the code is in the caches.
+        """
 
     @abstractmethod
     def start(self) -> None:

@@ -187,9 +187,9 @@ class FaultyVm(Vm):
         """See `Vm.take_stock`. Nothing depends on it being done, so nothing fails."""
         return self._vm.take_stock(layouts)
 
-    def warm(self) -> None:
+    def warm(self, layouts: Sequence[Layout] = ()) -> None:
         """See `Vm.warm`."""
-        self._vm.warm()
+        self._vm.warm(layouts)
 
     def start(self) -> None:
         """See `Vm.start`."""

@@ -10,7 +10,7 @@ from migstream import limits, ram, sections
 from migstream.backends.base import Backend, Refusal, Vm, check_threads
 from migstream.contract import Contract
 from migstream.errors import DoesNotFit, MigstreamError, RestoreFailed, UsageError
-from migstream.frames import Section
+from migstream.frames import FrameReader, FrameWriter, Section
 from migstream.host import profiles
 from migstream.model import Bank, Layout, OpaqueState, Phase, Scope
 from migstream.plan import Plan, Step, added_bank, make_plan, scope_notes
@@ -95,6 +95,7 @@ class Restorer:
             fresh = vm.take_stock([step.target for step in self._plan.in_the_pause.values()
                                    if step.target is not None and step.target.scope == Scope.VCPU])
             self._rehearse(self._plan, fresh)
+            vm.warm([step.target for step in self._plan.in_the_pause.values() if step.target is not None])
         return True
 
     def _rehearse(self, plan: Plan, fresh: Mapping[Layout, Words]) -> None:
@@ -102,13 +103,18 @@ class Restorer:
 
         A fresh vCPU's values are judged: those that the guest has not changed need not be looked at again.
         """
+        frames, reader = FrameWriter(self.reader.machine.arch), FrameReader()
+        reader.feed(frames.begin())
         for number, step in plan.in_the_pause.items():
             values = self._room.get(number)
             if values is None:
                 continue
             with suppress(MigstreamError):
-                section = sections.encode_bank(Bank(step.source, 0, values), number)
-                bank = sections.decode_bank(section, step.source).decode(values)
+                for buffer in frames.send(sections.encode_bank(Bank(step.source, 0, values), number)):
+                    reader.feed(buffer)
+                section = reader.next_section()
+                assert section is not None
+                bank = sections.decode(section, self.reader.layouts).decode(values)
                 if step.as_saved and step.source in fresh:
                     plan.foresee(number, Bank(step.source, 0, fresh[step.source]))
                 elif step.target is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -132,13 +133,16 @@ class Saver:
     def ready(self) -> None:
         """Do what can be done just before the pause, after the prologue: `save` calls it there.
 
-        Has the threads awake, and encodes the empty banks once, so that nothing of it is done for the first time later.
+        Has the threads awake, and sends the empty banks to nowhere once, so that nothing of it is done for the first
+        time later.
         """
         with self.report.phase("ready"):
-            frames = FrameWriter(self.vm.machine.arch)
+            rehearsal = Saver(self.vm, io.BytesIO(), host=self.host, level=self._level, threads=self.vm.threads)
+            rehearsal._numbers = self._numbers
             for bank in self._banks:
-                frames.send(sections.encode_bank(bank, 0, self._level))
-            self.vm.warm()
+                rehearsal._bank(bank)
+            rehearsal._write(rehearsal._frames.end())
+            self.vm.warm([bank.layout for bank in self._banks])
 
     def state(self, *, ram_too: bool = True, opaque: Sequence[OpaqueState] = ()) -> Report:
         """Write all the rest; the vCPUs stand still.

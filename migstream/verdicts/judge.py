@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -88,6 +88,17 @@ def is_id_register(arch: Arch, name: str) -> bool:
     """Whether a register is judged field by field."""
     whole = Rule(arm64_rules.ID_REGISTERS, lambda case: True, Answer.FITS, "", "")
     return arch == Arch.ARM64 and whole.names(name)
+
+
+def deciding(host: HostProfile, slot: Slot) -> Iterable[tuple[int, int]]:
+    """(word of the value, its bits) that the verdict on a register goes by: the same bits, the same verdict."""
+    narrow = x86_rules.DECIDING.get(slot.id)
+    return narrow(host) if narrow else whole(slot)
+
+
+def whole(slot: Slot) -> Iterable[tuple[int, int]]:
+    """All bits of a value, as `deciding`."""
+    return ((word, 2**64 - 1) for word in range(slot.words))
 
 
 # What no value can change: sizes, structures that stand for another.

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, reduce
 from operator import or_
 
-from migstream.host.profile import cpuid_word
+from migstream.host.profile import HostProfile, cpuid_word
 from migstream.model import Arch, Slot
 from migstream.registers import ids
 from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import describe
 from migstream.registers.cpuid import RUNTIME_BITS, bit_name
-from migstream.registers.x86_64 import CPUID2
+from migstream.registers.x86_64 import CPUID2, XSAVE
 from migstream.verdicts.facts import Case, absent, both, constant, loses_bits, refuses_bits, value
 from migstream.verdicts.model import Answer, Kernel
 from migstream.verdicts.rule import Rule
@@ -112,6 +112,16 @@ def _not_here(case: Case) -> int:
 
 _ALWAYS = 0b11
 """x87 and SSE: every CPU with FXSAVE."""
+
+
+def _xsave_decides(host: HostProfile) -> tuple[tuple[int, int], ...]:
+    """Components that the host has not, of XSTATE_BV; the rest of KVM_XSAVE is the guest's own affair."""
+    here = components(host.cpuid)
+    return ((_XSTATE_BV.start // 8, ~(here | _ALWAYS) & 2**64 - 1),) if here else ()
+
+
+DECIDING: dict[int, Callable[[HostProfile], tuple[tuple[int, int], ...]]] = {XSAVE.id: _xsave_decides}
+"""Registers of whose value the rules below look at a part alone: (word, bits). Most state is guest's and never the same."""
 
 
 def _component_names(case: Case) -> str:

@@ -273,9 +273,19 @@ class KvmVm(Vm):
                 self._there[layout] = has
         return super().take_stock(layouts)
 
-    def warm(self) -> None:
+    def warm(self, layouts: Sequence[Layout] = ()) -> None:
         """See `Vm.warm`."""
         batch.warm(min(self._threads(len(self.vcpu_fds)), len(self.vcpu_fds)))
+        for layout in layouts:
+            self._run_empty(layout)
+
+    def _run_empty(self, layout: Layout) -> None:
+        import numpy as np
+
+        program, nothing = self._program(layout), np.zeros((0, layout.row_words), np.uint64)
+        for part in (program.reading, program.writing):
+            if part.table is not None:
+                part.table.run(self._rows(layout, 0, nothing), 1)
 
     def __enter__(self) -> KvmVm:
         return self
