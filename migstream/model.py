@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -127,6 +127,16 @@ class Layout:
     def title(self) -> str:
         """Short text for people: `vcpu/state`."""
         return f"{self.scope}/{self.phase.name.lower()}"
+
+    @property
+    def shared(self) -> Layout:
+        """The first of all equal layouts: what is kept by layout is found without comparing slot by slot."""
+        return _first_of(self)
+
+
+@lru_cache(maxsize=256)
+def _first_of(layout: Layout) -> Layout:
+    return layout
 
 
 @dataclass(frozen=True)

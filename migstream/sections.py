@@ -210,7 +210,7 @@ def _decode_layout(raw: bytes, section: Section) -> Layout:
         raise Corrupt("duplicate register id", field="id")
     if layout.row_words * 8 > limits.MAX_ROW:
         raise LimitExceeded("row too long", expected=f"<= {limits.MAX_ROW} bytes", found=layout.row_words * 8)
-    return layout
+    return layout.shared
 
 
 def _body(raw: bytes, head: Construct[Any, Any], count: int, each: int) -> memoryview:

@@ -85,6 +85,11 @@ def test_levels_that_are_none(level: int) -> None:
         codec.check_level(level)
 
 
+def test_what_is_tiny_is_stored() -> None:
+    assert [codec.compress(bytes(size), 1)[0] for size in (0, codec.WORTH - 1, codec.WORTH)] == [
+        codec.STORE, codec.STORE, codec.ZSTD]
+
+
 def test_what_does_not_shrink_is_stored() -> None:
     assert codec.compress(b"", 1) == (codec.STORE, b"")
     assert codec.compress(b"\x01\x02\x03", 19) == (codec.STORE, b"\x01\x02\x03")

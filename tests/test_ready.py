@@ -13,9 +13,10 @@ from migstream.backends.base import Vm
 from migstream.demo import run
 from migstream.errors import DoesNotFit
 from migstream.model import Arch, Bank, Layout, Phase, Scope, Slot
-from migstream.registers import ids
+from migstream.registers import ids, x86_64
 from migstream.transport import Restorer, capture_prologue, save
 from migstream.transport.saver import Saver
+from migstream.verdicts.policy import NO_POLICY, parse
 
 pytestmark = pytest.mark.sim
 
@@ -60,6 +61,29 @@ def test_the_stream_and_the_target_are_the_same(vm: Vm) -> None:
         assert values[:, 0].tolist() == [0x1000, 0x2000, 0x3000]
     assert len(out.getvalue()) == len(plain.getvalue())
     assert [difference for difference in report.differs if not difference.reason] == []
+
+
+def test_state_that_no_verdict_goes_by_is_foreseen(vm: Vm) -> None:
+    """Any XMM registers, but a component that the host has not; with a policy nothing but the very same value."""
+    policy = parse('migstream_policy = 1\n[[tolerate]]\nregister = "MSR_STAR"\nreason = "a trial"\nguest_notices = true\n')
+    for chosen, expected in ((NO_POLICY, True), (policy, False)):
+        out = io.BytesIO()
+        saver = Saver(vm, out, host=migstream.open_backend("sim").summary())
+        with Restorer(migstream.open_backend("sim"), policy=chosen) as restorer:
+            saver.prologue()
+            feed(restorer, out.getvalue())
+            assert restorer.ready()
+            plan = restorer._plan
+            assert plan is not None
+            number, step = next((n, s) for n, s in plan.in_the_pause.items() if x86_64.XSAVE.id in s.source.index)
+            values = np.zeros((3, step.source.row_words), np.uint64)
+            assert vm.read(step.source, 0, values) == []
+            assert plan._is_foreseen(number, Bank(step.source, 0, values))
+            start = step.source.offsets[step.source.index[x86_64.XSAVE.id]]
+            values[:, start + 20:start + 52] = 0x1234_5678_9ABC_DEF0
+            assert plan._is_foreseen(number, Bank(step.source, 0, values)) == expected
+            values[1, start + 64] |= np.uint64(1 << 62)
+            assert not plan._is_foreseen(number, Bank(step.source, 0, values))
 
 
 def test_a_value_that_was_not_foreseen_is_judged(vm: Vm) -> None:

@@ -17,9 +17,11 @@ from migstream.host.baseline import baseline
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Layout, Machine, Phase, Scope, Slot
 from migstream.plan import Plan, Step, plan_for
-from migstream.registers import arm64_ids, ids, vcpu_features
+from migstream.registers import arm64_ids, ids, vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
+from migstream.verdicts.facts import Pair
 from migstream.verdicts.guest import fresh, moved, of_contract
+from migstream.verdicts.judge import deciding, judge
 from migstream.verdicts.model import Answer, Column, Kernel, Overruled, Saved, Verdict
 
 PSCI, STD = arm64_ids.firmware(0), arm64_ids.bitmap(0)
@@ -143,6 +145,27 @@ def test_a_column_is_judged_as_a_whole(values: list[int], other: int, cut: int) 
         differing |= value ^ other
     assert column.differing(other) == differing
     assert column.only(other) == (set(values) == {other})
+
+
+@pytest.mark.parametrize("name", [name for name in profiles.names() if name.startswith("x86_64")])
+@given(st.binary(min_size=64, max_size=64), st.integers(0, 2**64 - 1))
+def test_the_same_deciding_bits_the_same_verdict(name: str, noise: bytes, components: int) -> None:
+    """Of KVM_XSAVE the components that the host has not; all else of it is the guest's own."""
+    host = profiles.load(name)
+    slot = Slot(x86_64.XSAVE.id, host.sizes.get(x86_64.XSAVE.id, 4096))
+    asked = dict(deciding(host, slot))
+    assert 0 < len(asked) < slot.words
+    at, mask = next(iter(asked.items()))
+
+    def judged(value: bytearray) -> Verdict:
+        pair = Pair(Saved(Machine(Arch.X86_64, 1, ()), (), {slot.id: Column.of(slot, bytes(value))}), host)
+        return judge(pair, slot)
+
+    plain, other = bytearray(slot.size), bytearray((noise * (slot.size // 64))[:slot.size])
+    plain[8 * at:8 * at + 8] = word(components & mask)
+    other[8 * at:8 * at + 8] = word(components)
+    assert judged(plain) == judged(other)
+    assert (judged(other).answer == Answer.REFUSED) == bool(components & mask)
 
 
 # Guests of profiles.

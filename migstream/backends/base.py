@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from migstream.contract import Behaviour
 from migstream.errors import UsageError, errno_name
-from migstream.model import Arch, HostSummary, Layout, Machine, MemoryRegion
+from migstream.model import Arch, Bank, HostSummary, Layout, Machine, MemoryRegion
 from migstream.registers.catalogue import lookup
 
 if TYPE_CHECKING:
@@ -146,6 +146,10 @@ class Vm(ABC):
     @abstractmethod
     def read(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """Fill `values` (rows x layout.row_words, zeroed by the caller) from vCPUs `first_vcpu` on, or the VM."""
+
+    def read_all(self, banks: Sequence[Bank]) -> list[Refusal]:
+        """Fill the values of several banks (zeroed by the caller), those of vCPUs and of the VM in any order."""
+        return [no for bank in banks for no in self.read(bank.layout, bank.first_vcpu, bank.values)]
 
     @abstractmethod
     def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:

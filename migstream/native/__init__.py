@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-VERSION = 3
+VERSION = 4
 """What a compiled part must say of itself; one from another build is left out."""
 
 

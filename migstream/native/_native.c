@@ -18,7 +18,7 @@
 #include <sys/ioctl.h>
 #include <time.h>
 
-#define VERSION 3
+#define VERSION 4
 
 /* ---- One row of a program: `migstream/backends/kvm/batch.py` packs it. ---- */
 
@@ -61,7 +61,13 @@ struct job {
     uint8_t *values;
     uint64_t *results;           /* a row: 0, or entry + 1 in the upper half and errno (short count: all ones) */
     size_t width;
-    unsigned count, rows, step, writing;
+    unsigned count, rows, shared, writing;
+};
+
+/* Programs that are run in one go: row after row of the shared ones by all threads, then the rows of the others. */
+struct batch {
+    const struct job *jobs;
+    unsigned count, rows;        /* rows: of the longest shared one */
     atomic_uint next, stopped;   /* the next row; rows that an entry stopped */
 };
 
@@ -160,7 +166,8 @@ static int perform(const struct job *job, int fd, const struct entry *e, uint8_t
     }
 }
 
-static void one_row(struct job *job, unsigned row, struct msrs *buffer)
+/* Serve one row; 1 where an entry stopped it. */
+static unsigned one_row(const struct job *job, unsigned row, struct msrs *buffer)
 {
     uint8_t *values = job->values + row * job->width;
     const uint8_t *there = job->there ? job->there + row * job->width : NULL;
@@ -179,24 +186,32 @@ static void one_row(struct job *job, unsigned row, struct msrs *buffer)
         int error = perform(job, job->fds[row], e, column, buffer);
         if (error) {
             job->results[row] = (uint64_t)(k + 1) << 32 | (uint32_t)error;
-            atomic_fetch_add(&job->stopped, 1);
-            return;
+            return 1;
         }
         if (e->flags & GATE)
             current = page && page_is_current(page, column);
     }
+    return 0;
 }
 
-static void work(struct job *job, struct msrs *buffer)
+/* A vCPU's rows of all programs come one after the other: its state is in the caches then. */
+static void work(struct batch *batch, struct msrs *buffer)
 {
-    for (;;) {
-        unsigned first = atomic_fetch_add(&job->next, job->step);
-        if (first >= job->rows)
-            return;
-        unsigned end = first + job->step < job->rows ? first + job->step : job->rows;
-        for (unsigned row = first; row < end; row++)
-            one_row(job, row, buffer);
-    }
+    unsigned row, stopped = 0;
+    while ((row = atomic_fetch_add(&batch->next, 1)) < batch->rows)
+        for (unsigned k = 0; k < batch->count; k++)
+            if (batch->jobs[k].shared && row < batch->jobs[k].rows)
+                stopped += one_row(batch->jobs + k, row, buffer);
+    atomic_fetch_add(&batch->stopped, stopped);
+}
+
+static void work_alone(struct batch *batch, struct msrs *buffer)
+{
+    unsigned stopped = 0;
+    for (unsigned k = 0; k < batch->count; k++)
+        for (unsigned row = 0; !batch->jobs[k].shared && row < batch->jobs[k].rows; row++)
+            stopped += one_row(batch->jobs + k, row, buffer);
+    atomic_fetch_add(&batch->stopped, stopped);
 }
 
 /* ---- Threads: pinned, living, spinning for a while after work, then asleep ---- */
@@ -217,7 +232,7 @@ static struct {
     pthread_cond_t wake;
     atomic_int asleep;
     atomic_llong awake_until;
-    struct job *job;
+    struct batch *batch;
     unsigned count;
     struct worker *workers[MOST_WORKERS];
 } pool = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, NULL, 0, { NULL } };
@@ -260,7 +275,7 @@ static void *worker_main(void *argument)
         wait_for_work(self);
         int expected = POSTED;
         if (atomic_compare_exchange_strong(&self->state, &expected, RUNNING)) {
-            work(pool.job, &self->buffer);
+            work(pool.batch, &self->buffer);
             atomic_store(&self->state, IDLE);
         }
     }
@@ -341,35 +356,35 @@ static void settle(struct worker *worker)
         relax();
 }
 
-static void run_together(struct job *job, unsigned threads)
+static void run_together(struct batch *batch, unsigned threads, struct msrs *buffer)
 {
-    struct msrs buffer = { 0 };
     cpu_set_t allowed;
     sched_getaffinity(0, sizeof allowed, &allowed);
     unsigned helpers = have_workers(threads - 1, &allowed);
     take_place(&allowed);
-    pool.job = job;
+    pool.batch = batch;
     for (unsigned k = 0; k < helpers; k++)
         atomic_store(&pool.workers[k]->state, POSTED);
     wake_sleepers();
-    work(job, &buffer);
+    work(batch, buffer);
     for (unsigned k = 0; k < helpers; k++)
         settle(pool.workers[k]);
     atomic_store(&pool.awake_until, now_ns() + SPIN_NS);
     sched_setaffinity(0, sizeof allowed, &allowed);
 }
 
-static void run_job(struct job *job, unsigned threads)
+static void run_batch(struct batch *batch, unsigned threads)
 {
     struct msrs buffer = { 0 };
-    if (threads > job->rows)
-        threads = job->rows;
+    if (threads > batch->rows)
+        threads = batch->rows;
     if (threads > 1 && pthread_mutex_trylock(&pool.owner) == 0) {
-        run_together(job, threads);
+        run_together(batch, threads, &buffer);
         pthread_mutex_unlock(&pool.owner);
     } else {
-        work(job, &buffer);
+        work(batch, &buffer);
     }
+    work_alone(batch, &buffer);
 }
 
 /* A child of fork() has none of its parent's threads. */
@@ -558,42 +573,90 @@ static int fits(const struct entry *e, size_t width, size_t indices)
            && (!(e->flags & GATE) || e->size >= LAPIC_SPIV + 8);
 }
 
-/* run(entries, indices, fds, pages, there, values, width, results, writing, threads) -> rows that were stopped */
+/* A job as Python gives it: the buffers that it points into are held until all is done. */
+enum { ENTRIES, INDICES, FDS, PAGES, THERE, VALUES, RESULTS, BUFFERS };
+
+struct held {
+    Py_buffer buffer[BUFFERS];
+    int taken;
+};
+
+static int sound(const struct job *job, const struct held *held)
+{
+    const Py_buffer *b = held->buffer;
+    int good = b[ENTRIES].len % (Py_ssize_t)sizeof(struct entry) == 0 && b[FDS].len % 4 == 0
+               && (size_t)b[VALUES].len == (size_t)job->rows * job->width
+               && (size_t)b[RESULTS].len == 8 * (size_t)job->rows
+               && (!b[PAGES].len || (size_t)b[PAGES].len == 8 * (size_t)job->rows)
+               && (!b[THERE].len || b[THERE].len == b[VALUES].len);
+    for (unsigned k = 0; good && k < job->count; k++)
+        good = fits(job->entries + k, job->width, (size_t)b[INDICES].len / 4);
+    return good;
+}
+
+/* (entries, indices, fds, pages, there, values, results, width, shared) */
+static int take_job(PyObject *tuple, struct held *held, struct job *job, int writing)
+{
+    Py_buffer *b = held->buffer;
+    unsigned width;
+    int shared;
+    if (!PyArg_ParseTuple(tuple, "y*y*y*y*y*w*w*Ip", b, b + 1, b + 2, b + 3, b + 4, b + 5, b + 6, &width, &shared))
+        return 0;
+    held->taken = 1;
+    *job = (struct job){
+        .entries = b[ENTRIES].buf, .indices = b[INDICES].buf, .fds = b[FDS].buf,
+        .pages = b[PAGES].len ? b[PAGES].buf : NULL, .there = b[THERE].len ? b[THERE].buf : NULL,
+        .values = b[VALUES].buf, .results = b[RESULTS].buf, .width = width, .shared = (unsigned)shared,
+        .writing = (unsigned)writing, .count = (unsigned)((size_t)b[ENTRIES].len / sizeof(struct entry)),
+        .rows = (unsigned)(b[FDS].len / 4),
+    };
+    if (sound(job, held))
+        return 1;
+    PyErr_SetString(PyExc_ValueError, "the program does not fit the matrix");
+    return 0;
+}
+
+static int take_jobs(PyObject *list, Py_ssize_t count, struct held *held, struct job *jobs, struct batch *batch,
+                     int writing)
+{
+    for (Py_ssize_t k = 0; k < count; k++) {
+        PyObject *tuple = PyList_GetItem(list, k); /* borrowed */
+        if (!tuple || !take_job(tuple, held + k, jobs + k, writing))
+            return 0;
+        if (jobs[k].shared && jobs[k].rows > batch->rows)
+            batch->rows = jobs[k].rows;
+    }
+    return 1;
+}
+
+/* run(jobs, writing, threads) -> rows that were stopped */
 static PyObject *run(PyObject *module, PyObject *arguments)
 {
-    Py_buffer entries, indices, fds, pages, there, values, results;
-    unsigned width, threads;
+    PyObject *list, *answer = NULL;
+    unsigned threads;
     int writing;
-    PyObject *answer = NULL;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "y*y*y*y*y*w*Iw*pI", &entries, &indices, &fds, &pages, &there, &values, &width,
-                          &results, &writing, &threads))
+    if (!PyArg_ParseTuple(arguments, "OpI", &list, &writing, &threads))
         return NULL;
-    struct job job = {
-        .entries = entries.buf, .indices = indices.buf, .fds = fds.buf, .pages = pages.len ? pages.buf : NULL,
-        .there = there.len ? there.buf : NULL, .values = values.buf, .results = results.buf, .width = width, .writing = (unsigned)writing,
-        .count = (unsigned)((size_t)entries.len / sizeof(struct entry)), .rows = (unsigned)(fds.len / 4), .step = 1,
-    };
-    int good = entries.len % (Py_ssize_t)sizeof(struct entry) == 0 && (size_t)values.len == (size_t)job.rows * width
-               && (size_t)results.len == 8 * (size_t)job.rows
-               && (!pages.len || (size_t)pages.len == 8 * (size_t)job.rows) && (!there.len || there.len == values.len);
-    for (unsigned k = 0; good && k < job.count; k++)
-        good = fits(job.entries + k, width, (size_t)indices.len / 4);
-    if (!good) {
-        PyErr_SetString(PyExc_ValueError, "the program does not fit the matrix");
-    } else {
+    Py_ssize_t count = PyList_Size(list);
+    if (count < 0)
+        return NULL;
+    struct held *held = calloc((size_t)count + 1, sizeof *held);
+    struct job *jobs = calloc((size_t)count + 1, sizeof *jobs);
+    struct batch batch = { .jobs = jobs, .count = (unsigned)count };
+    if (!held || !jobs) {
+        PyErr_NoMemory();
+    } else if (take_jobs(list, count, held, jobs, &batch, writing)) {
         Py_BEGIN_ALLOW_THREADS
-        run_job(&job, threads);
+        run_batch(&batch, threads);
         Py_END_ALLOW_THREADS
-        answer = PyLong_FromUnsignedLong(atomic_load(&job.stopped));
+        answer = PyLong_FromUnsignedLong(atomic_load(&batch.stopped));
     }
-    PyBuffer_Release(&entries);
-    PyBuffer_Release(&indices);
-    PyBuffer_Release(&fds);
-    PyBuffer_Release(&pages);
-    PyBuffer_Release(&there);
-    PyBuffer_Release(&values);
-    PyBuffer_Release(&results);
+    for (Py_ssize_t k = 0; held && k < count && held[k].taken; k++)
+        for (int n = 0; n < BUFFERS; n++)
+            PyBuffer_Release(&held[k].buffer[n]);
+    free(held);
+    free(jobs);
     return answer;
 }
 

@@ -68,9 +68,9 @@ def empty_banks(vm: Vm, layout: Layout) -> list[Bank]:
     return banks
 
 
-def _fill(vm: Vm, banks: Sequence[Bank], per_vcpu: bool = False) -> None:
-    for bank in (one for one in banks for _ in range(repeats(vm, one.layout, per_vcpu))):
-        raise_first(vm.read(bank.layout, bank.first_vcpu, bank.values))
+def _fill(vm: Vm, banks: Sequence[Bank]) -> None:
+    raise_first(vm.read_all(banks))
+    for bank in banks:
         _check(bank)
 
 
@@ -153,7 +153,8 @@ class Saver:
         self.vm.warm()
         with self.report.phase("registers"):
             banks, self._banks = self._banks, []
-            _fill(self.vm, banks, self._per_vcpu)
+            often = [bank for bank in banks for _ in range(repeats(self.vm, bank.layout, self._per_vcpu))]
+            _fill(self.vm, [*often, *(new for _, new in self._again)])
             updates = self._changed()
         with self.report.phase("encode"):
             for bank in updates:
@@ -172,7 +173,6 @@ class Saver:
 
     def _changed(self) -> list[Bank]:
         """VM-wide registers that a guest may write are sent early and looked at again: changed ones go twice."""
-        _fill(self.vm, [new for _, new in self._again])
         return [Bank(new.layout, 0, new.values, update=True) for old, new in self._again
                 if old.values.tobytes() != new.values.tobytes()]
 

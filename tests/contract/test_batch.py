@@ -233,5 +233,6 @@ def test_a_program_that_leaves_its_row_is_refused(wrong: dict[str, int]) -> None
     entry = struct.pack("<4I2Q6I16s", *({"size": 8, **wrong}.get(name, 0) for name in FIELDS), b"")
     assert compiled is not None
     assert len(entry) == compiled.ENTRY_SIZE
+    job = (entry, b"", struct.pack("<i", -1), b"", b"", bytearray(8), bytearray(8), 8, True)
     with pytest.raises(ValueError, match="does not fit"):
-        compiled.run(entry, b"", struct.pack("<i", -1), b"", b"", bytearray(8), 8, bytearray(8), False, 1)
+        compiled.run([job], False, 1)

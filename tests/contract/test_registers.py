@@ -57,6 +57,40 @@ def test_what_every_layout_reads_is_taken_back_and_read_again(five: Vm) -> None:
     assert sum(len(layout.slots) for layout in layouts) > 40
 
 
+def test_all_banks_at_once_are_the_same_as_one_after_the_other(five: Vm) -> None:
+    """Also a bank of some vCPUs alone, one twice, and none."""
+    layouts, _ = five.layouts()
+
+    def banks(first: int) -> list[Bank]:
+        return [Bank(layout, from_, np.zeros((rows(five, layout) - from_, layout.row_words), np.uint64))
+                for layout in layouts for from_ in (first if layout.scope == Scope.VCPU else 0,)]
+
+    for first in (0, 2):
+        alone, together = banks(first), banks(first)
+        for bank in alone:
+            assert five.read(bank.layout, bank.first_vcpu, bank.values) == []
+        assert five.read_all([*together, together[-1]]) == []
+        for one, other in zip(alone, together, strict=True):
+            for row in range(len(one.values)):
+                pairs = zip(one.items(row), other.items(row), strict=True)
+                assert [lookup(slot.id).name for (slot, was), (_, now) in pairs
+                        if still(slot.id, was) != still(slot.id, now)] == []
+    assert five.read_all([]) == []
+
+
+def test_what_is_refused_in_one_of_many_banks_hides_nothing(five: Vm) -> None:
+    good = Layout(Scope.VCPU, Phase.STATE, (Slot(msr(LSTAR), 8),))
+    bad = Layout(Scope.VCPU, Phase.STATE, (Slot(msr(UNKNOWN_MSR), 8), Slot(msr(STAR), 8)))
+    assert write(five, msr(LSTAR), [u64(k + 1) for k in range(VCPUS)]) == []
+    assert write(five, msr(STAR), [u64(k << 32) for k in range(VCPUS)]) == []
+    banks = [Bank(layout, 0, np.zeros((VCPUS, layout.row_words), np.uint64)) for layout in (bad, good)]
+    refused = five.read_all(banks)
+    assert [(no.register, no.vcpu, no.errno) for no in refused] == [
+        (msr(UNKNOWN_MSR), k, SHORT_COUNT) for k in range(VCPUS)]
+    assert banks[0].values[:, 1].tolist() == [k << 32 for k in range(VCPUS)]
+    assert banks[1].values[:, 0].tolist() == [k + 1 for k in range(VCPUS)]
+
+
 def _event(k: int, old: bytes) -> bytes:
     return old[:1] + bytes([13]) + old[2:4] + struct.pack("<I", k) + old[8:9] + bytes([0x30 + k]) + old[10:]
 

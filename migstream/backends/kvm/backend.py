@@ -23,7 +23,7 @@ from migstream.contract import Behaviour
 from migstream.errors import BackendError, BackendUnavailable, UsageError, errno_name
 from migstream.host import profiles
 from migstream.host.profile import HostProfile
-from migstream.model import Layout, Machine, MemoryRegion, Scope
+from migstream.model import Bank, Layout, Machine, MemoryRegion, Scope
 from migstream.plan import DEVICES
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class KvmVm(Vm):
         refused = self._unreadable(layouts)
         bad = {refusal.register for refusal in refused}
         kept = (Layout(at.scope, at.phase, tuple(s for s in at.slots if s.id not in bad)) for at in layouts)
-        return tuple(layout for layout in kept if layout.slots), refused
+        return tuple(layout.shared for layout in kept if layout.slots), refused
 
     def _unreadable(self, layouts: Sequence[Layout]) -> list[Refusal]:
         import numpy as np
@@ -217,9 +217,19 @@ class KvmVm(Vm):
         """See `Vm.read`."""
         part, rows = self._program(layout).reading, self._rows(layout, first_vcpu, values)
         if part.table is not None:
-            pages = self._page_addresses[8 * first_vcpu:8 * (first_vcpu + len(values))]
-            return part.table.run(rows, self._threads(len(rows)), pages if layout.scope == Scope.VCPU else b"")
+            return batch.run([self._reading(part.table, rows, first_vcpu)], self._threads(len(rows)))
         return [no for row in rows for op in part.operations for no in op.read(row)]
+
+    def read_all(self, banks: Sequence[Bank]) -> list[Refusal]:
+        """See `Vm.read_all`: in one call of the compiled part, where it has all of them."""
+        tables = [self._program(bank.layout).reading.table for bank in banks]
+        jobs = [self._reading(table, self._rows(bank.layout, bank.first_vcpu, bank.values), bank.first_vcpu)
+                for table, bank in zip(tables, banks, strict=True) if table is not None]
+        return batch.run(jobs, self._threads(len(self.vcpu_fds))) if len(jobs) == len(banks) else super().read_all(banks)
+
+    def _reading(self, table: batch.Table, rows: Rows, first_vcpu: int) -> batch.Job:
+        pages = self._page_addresses[8 * first_vcpu:8 * (first_vcpu + len(rows))] if rows.of_vcpus else b""
+        return table.job(rows, pages)
 
     def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """See `Vm.write`."""
@@ -228,7 +238,7 @@ class KvmVm(Vm):
         self._there = {other: has for other, has in self._there.items() if other != layout}
         if part.table is not None:
             has = b"" if there is None else there[first_vcpu:first_vcpu + len(values)]
-            return part.table.run(rows, self._threads(len(rows)), there=has)
+            return batch.run([part.table.job(rows, there=has)], self._threads(len(rows)))
         return [no for row in rows for op in part.operations for no in op.write(row)]
 
     def _rows(self, layout: Layout, first_vcpu: int, values: Words) -> Rows:
@@ -269,7 +279,7 @@ class KvmVm(Vm):
             if table is None or not table.length:
                 continue
             has = np.zeros((len(self.vcpu_fds), layout.row_words), np.uint64)
-            if not table.run(self._rows(layout, 0, has), self._threads(len(has))):
+            if not batch.run([table.job(self._rows(layout, 0, has))], self._threads(len(has))):
                 self._there[layout] = has
         return super().take_stock(layouts)
 
@@ -285,7 +295,7 @@ class KvmVm(Vm):
         program, nothing = self._program(layout), np.zeros((0, layout.row_words), np.uint64)
         for part in (program.reading, program.writing):
             if part.table is not None:
-                part.table.run(self._rows(layout, 0, nothing), 1)
+                batch.run([part.table.job(self._rows(layout, 0, nothing))], 1)
 
     def __enter__(self) -> KvmVm:
         return self

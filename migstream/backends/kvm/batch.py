@@ -12,7 +12,7 @@ import struct
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from migstream.backends.base import Refusal
 from migstream.native import compiled
@@ -73,6 +73,31 @@ class Entry:
     flags: int = 0
 
 
+class Job(NamedTuple):
+    """A table and the rows that it is to serve; `packed` is the same for the compiled part."""
+
+    table: Table
+    rows: Rows
+    results: bytearray
+    packed: tuple[object, ...]
+
+    def refused(self) -> list[Refusal]:
+        """What was refused, in the order of the rows; the rest of a row that was stopped is done now."""
+        results = memoryview(self.results).cast("Q")
+        return [no for k, result in enumerate(results) if result for no in self.table.go_on(self.rows[k], result)]
+
+
+def run(jobs: Sequence[Job], threads: int) -> list[Refusal]:
+    """Serve all rows of some jobs, all of which read or all write, and return what was refused, in their order.
+
+    The rows of vCPUs are shared among the threads, those of one vCPU one after the other; the VM's come last.
+    """
+    assert compiled is not None
+    if not jobs or not compiled.run([job.packed for job in jobs], jobs[0].table.writing, threads):
+        return []
+    return [no for job in jobs for no in job.refused()]
+
+
 class Table:
     """A program in the form that the compiled part reads, with the operations that it stands for."""
 
@@ -87,25 +112,18 @@ class Table:
         self._entries, self._indices = b"".join(packed), indices.tobytes()
         self.length = len(program)
 
-    def run(self, rows: Rows, threads: int, pages: bytes | memoryview = b"", there: Words | bytes = b"",
-            ) -> list[Refusal]:
-        """Serve all rows and return what was refused, in their order.
+    def job(self, rows: Rows, pages: bytes | memoryview = b"", there: Words | bytes = b"") -> Job:
+        """All rows of a matrix, to be run.
 
         Args:
             pages: addresses of the rows' run pages, where they may be used (see `Flag.GATE`); else empty.
             there: what the target has, a matrix like the rows' (see `Flag.SETTLED`); else empty.
         """
-        assert compiled is not None
         results = bytearray(8 * len(rows))
-        if not compiled.run(self._entries, self._indices, rows.fds, pages, there, rows.values,
-                            rows.values.shape[1] * 8, results, self.writing, threads):
-            return []
-        return self._refusals(rows, memoryview(results).cast("Q"))
+        return Job(self, rows, results, (self._entries, self._indices, rows.fds, pages, there, rows.values, results,
+                                         rows.values.shape[1] * 8, rows.of_vcpus))
 
-    def _refusals(self, rows: Rows, results: Sequence[int]) -> list[Refusal]:
-        return [no for k, result in enumerate(results) if result for no in self._go_on(rows[k], result)]
-
-    def _go_on(self, row: Row, result: int) -> list[Refusal]:
+    def go_on(self, row: Row, result: int) -> list[Refusal]:
         """Name the refusal and do the rest of the row in Python. A run of MSRs is done again: it names each."""
         at, number = (result >> 32) - 1, result & 0xFFFF_FFFF
         entry, operation = self._program[at]

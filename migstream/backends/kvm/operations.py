@@ -58,6 +58,7 @@ class Rows(Sequence[Row]):
     def __init__(self, fds: Sequence[int], values: Words, first_vcpu: int | None) -> None:
         """`first_vcpu` is the vCPU of row 0, None for the VM."""
         self.fds, self.values, self._first = array("i", fds), values, first_vcpu
+        self.of_vcpus = first_vcpu is not None
 
     def __len__(self) -> int:
         return len(self.values)
