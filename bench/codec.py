@@ -19,13 +19,14 @@ import zstandard
 from construct import Array, Int64ul, Struct
 
 from bench.measure import Timing, interleaved, machine, microseconds
+from bench.strategies import without_xmm
 from migstream import codec, sections
 from migstream.backends import open_backend
 from migstream.demo import run as demo
 from migstream.frames import FrameReader, FrameWriter
 from migstream.model import Arch, Bank, Layout, Phase, Scope, Slot
 from migstream.reader import StreamReader
-from migstream.registers import ids, x86_64
+from migstream.registers import ids
 from migstream.sections import EncodedBank
 from migstream.show import Table, print_pairs, print_table
 from migstream.transport import read_items
@@ -54,21 +55,6 @@ def registers(state: Bank, count: int) -> Bank:
                             np.flatnonzero(~differ & (state.values[0] == 0))])[:count]
     slots = tuple(Slot(ids.msr_id(FIRST_MSR + k), 8) for k in range(count))
     return Bank(Layout(Scope.VCPU, Phase.STATE, slots), 0, np.ascontiguousarray(state.values[:, np.sort(order)]))
-
-
-def _without_xmm(state: Bank) -> Bank:
-    """The same with the XMM registers zero: the demo's guest gives each vCPU sixteen that are random."""
-    place = state.layout.index.get(x86_64.XSAVE.id)
-    if place is None:
-        return state
-    first = state.layout.offsets[place] + _XMM // 8
-    values = state.values.copy()
-    values[:, first:first + 32] = 0
-    return Bank(state.layout, 0, values)
-
-
-_XMM = 160
-"""Byte offset of XMM0 in the legacy area of XSAVE (Intel SDM 1, 10.5.1)."""
 
 
 class Ways:
@@ -159,7 +145,7 @@ def measure(rounds: int, backend: str, tell: Callable[[str], None]) -> dict[str,
         "bytes": {"id+value records": len(ways.records), "the same, zstd 1": len(level1.compress(ways.records)),
                   "bank, zstd 1": len(ways.packed), "whole vCPU state, id+value records": records,
                   "whole vCPU state, bank, zstd 1": len(whole_state.stored),
-                  "the same without XMM registers": len(sections.encode_bank(_without_xmm(state), 0).stored)},
+                  "the same without XMM registers": len(sections.encode_bank(without_xmm(state), 0).stored)},
     }
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bench.strategies import source_vm
 from migstream.backends.base import Backend
 from migstream.backends.kvm import uapi, x86_64
 from migstream.backends.kvm.backend import KvmBackend, KvmVm
@@ -23,7 +24,7 @@ from migstream.reader import StreamReader
 from migstream.registers import x86_64 as rows
 from migstream.registers.catalogue import lookup
 from migstream.sections import EncodedBank
-from migstream.transport import read_items
+from migstream.transport import read_items, save
 
 if TYPE_CHECKING:
     from bench.native import Longs
@@ -45,11 +46,12 @@ class Guest:
 
 
 def saved_guest(backend: Backend, vcpus: int) -> Guest:
-    """Save a demo guest mid-run. Raises: BackendError, DemoFailed."""
+    """Save a demo guest mid-run; where many vCPUs share a CPU not every one had its turn. Raises: MigstreamError."""
     import numpy as np
 
     out = io.BytesIO()
-    run.run_and_save(backend, run.machine(backend.arch, vcpus, run_memory(backend, vcpus)), out, steps=2)
+    with source_vm(backend, vcpus) as vm:
+        save(vm, out, host=backend.summary(), pause=vm.pause)
     out.seek(0)
     found: dict[Layout, list[Words]] = {}
     for _, item in read_items(out, StreamReader()):

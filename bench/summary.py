@@ -12,7 +12,7 @@ from bench.measure import Timing
 from migstream.show import Table, print_pairs, print_table
 
 _TIMES = ("total", "save", "load")
-_COUNTS = ("vm_writes", "vcpu_writes", "early_writes", "bytes", "stream")
+_COUNTS = ("vm_writes", "vcpu_writes", "early_writes", "bytes", "still", "stream")
 
 
 def summarize(journal: Journal, things: Sequence[str], vcpus: Iterable[int]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def _point(samples: list[dict[str, Any]]) -> dict[str, Any]:
         out[name] = {"min": min(timing.samples), "p50": timing.median, "p99": timing.p99, "max": max(timing.samples)}
     out["phases"] = {name: statistics.median(s["phases"][name] for s in samples) for name in first["phases"]}
     out["before"], out["made"] = (statistics.median(s[name] for s in samples) for name in ("before", "made"))
-    return out | {name: statistics.median(s[name] for s in samples) for name in _COUNTS}
+    return out | {name: statistics.median(s.get(name, 0) for s in samples) for name in _COUNTS}
 
 
 def point(document: dict[str, Any], thing: str, vcpus: int) -> dict[str, Any] | None:
@@ -61,7 +61,8 @@ def _ratio(thing: str, at: dict[str, Any], other: str, there: dict[str, Any]) ->
     return {"vcpus": at["vcpus"], "thing": thing, "against": other,
             **{name: at[name]["p50"] / there[name]["p50"] for name in _TIMES},
             "least": at["total"]["min"] / there["total"]["min"],
-            "bytes": at["bytes"] / there["bytes"] if there["bytes"] else None}
+            "bytes": at["bytes"] / there["bytes"] if there["bytes"] else None,
+            "still": at["still"] / there["bytes"] if there["bytes"] else None}
 
 
 def print_document(document: dict[str, Any]) -> None:
@@ -137,8 +138,8 @@ def _print_ratios(document: dict[str, Any]) -> None:
              ("prologue+threads", f"C best, {threads} threads"), ("prologue+threads", "C plain"),
              ("prologue+threads", "QEMU"))
     rows = [(one["thing"], one["against"], str(one["vcpus"]), *(f"{one[key]:.2f}" for key in (*_TIMES, "least")),
-             f"{one['bytes']:.3f}" if one["bytes"] else "")
+             *(f"{one[key]:.3f}" if one[key] else "" for key in ("bytes", "still")))
             for pair in pairs for one in document["ratios"] if (one["thing"], one["against"]) == pair]
     if rows:
-        head = ("ratio of", "to", ">vCPUs", ">save+load", ">save", ">load", ">fastest rounds", ">bytes")
+        head = ("ratio of", "to", ">vCPUs", ">save+load", ">save", ">load", ">fastest rounds", ">bytes", ">with XMM zero")
         print_table(Table(head, rows))
