@@ -141,5 +141,6 @@ def _print_ratios(document: dict[str, Any]) -> None:
              *(f"{one[key]:.3f}" if one[key] else "" for key in ("bytes", "still")))
             for pair in pairs for one in document["ratios"] if (one["thing"], one["against"]) == pair]
     if rows:
-        head = ("ratio of", "to", ">vCPUs", ">save+load", ">save", ">load", ">fastest rounds", ">bytes", ">with XMM zero")
+        head = ("ratio of", "to", ">vCPUs", ">save+load", ">save", ">load", ">fastest rounds", ">bytes",
+                ">with XMM zero")
         print_table(Table(head, rows))

@@ -28,8 +28,8 @@ NONE, MAJOR, DELTA = 0, 1, 2
 STORE, ZSTD = 0, 1
 DEFAULT_LEVEL = 1
 WORTH = 256
-"""Bytes below which data are stored: compressing a clock's bank and reading it again takes some 20 us of a blackout, and
-would save a few bytes."""
+"""Bytes below which data are stored: compressing a clock's bank and reading it again takes some 20 us of a blackout,
+and would save a few bytes."""
 LEVELS = range(-7, 20)
 
 

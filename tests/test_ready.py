@@ -65,7 +65,8 @@ def test_the_stream_and_the_target_are_the_same(vm: Vm) -> None:
 
 def test_state_that_no_verdict_goes_by_is_foreseen(vm: Vm) -> None:
     """Any XMM registers, but a component that the host has not; with a policy nothing but the very same value."""
-    policy = parse('migstream_policy = 1\n[[tolerate]]\nregister = "MSR_STAR"\nreason = "a trial"\nguest_notices = true\n')
+    policy = parse('migstream_policy = 1\n[[tolerate]]\nregister = "MSR_STAR"\nreason = "a trial"\n'
+                   'guest_notices = true\n')
     for chosen, expected in ((NO_POLICY, True), (policy, False)):
         out = io.BytesIO()
         saver = Saver(vm, out, host=migstream.open_backend("sim").summary())

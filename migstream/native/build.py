@@ -1,4 +1,4 @@
-"""The build hook: compiles `_native.c` where that can be done, else builds a wheel that is pure Python.
+"""The build hook: compiles `_native.c` and its headers where that can be done, else builds a wheel that is pure Python.
 
 Used by hatchling alone (`[tool.hatch.build.hooks.custom]`); never imported by migstream. `CC` names another compiler.
 """

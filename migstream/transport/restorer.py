@@ -103,7 +103,8 @@ class Restorer:
 
         A fresh vCPU's values are judged: those that the guest has not changed need not be looked at again.
         """
-        frames, reader = FrameWriter(self.reader.machine.arch), FrameReader()
+        assert self._vm is not None
+        frames, reader = FrameWriter(self._vm.machine.arch), FrameReader()
         reader.feed(frames.begin())
         for number, step in plan.in_the_pause.items():
             values = self._room.get(number)
@@ -114,7 +115,9 @@ class Restorer:
                     reader.feed(buffer)
                 section = reader.next_section()
                 assert section is not None
-                bank = sections.decode(section, self.reader.layouts).decode(values)
+                item = sections.decode(section, self.reader.layouts)
+                assert isinstance(item, EncodedBank)
+                bank = item.decode(values)
                 if step.as_saved and step.source in fresh:
                     plan.foresee(number, Bank(step.source, 0, fresh[step.source]))
                 elif step.target is not None:

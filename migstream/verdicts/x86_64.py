@@ -121,7 +121,7 @@ def _xsave_decides(host: HostProfile) -> tuple[tuple[int, int], ...]:
 
 
 DECIDING: dict[int, Callable[[HostProfile], tuple[tuple[int, int], ...]]] = {XSAVE.id: _xsave_decides}
-"""Registers of whose value the rules below look at a part alone: (word, bits). Most state is guest's and never the same."""
+"""Registers of whose value the rules below look at a part alone: (word, bits); the rest is never the same twice."""
 
 
 def _component_names(case: Case) -> str:

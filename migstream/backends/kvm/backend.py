@@ -225,7 +225,9 @@ class KvmVm(Vm):
         tables = [self._program(bank.layout).reading.table for bank in banks]
         jobs = [self._reading(table, self._rows(bank.layout, bank.first_vcpu, bank.values), bank.first_vcpu)
                 for table, bank in zip(tables, banks, strict=True) if table is not None]
-        return batch.run(jobs, self._threads(len(self.vcpu_fds))) if len(jobs) == len(banks) else super().read_all(banks)
+        if len(jobs) < len(banks):
+            return super().read_all(banks)
+        return batch.run(jobs, self._threads(len(self.vcpu_fds)))
 
     def _reading(self, table: batch.Table, rows: Rows, first_vcpu: int) -> batch.Job:
         pages = self._page_addresses[8 * first_vcpu:8 * (first_vcpu + len(rows))] if rows.of_vcpus else b""
