@@ -79,9 +79,11 @@ def short(register: str) -> list[str]:
 
 LAB = (V61, V612, V72)
 NARROW, NO_LM, NO_ARCH_CAP = (0x8000_0008, 0, 0, 5), (0x8000_0001, 0, 3, 29), (7, 0, 3, 29)
+NO_DEADLINE = (1, 0, 2, 24)
 
 X2APIC, XAPIC = (change(SREGS, (272, "word", base), vcpu=1) for base in (0xFEE0_0C00, 0xFEE0_0800))
 IN_X2APIC = (vm(2), cpuid(vcpu=1), X2APIC)
+IN_DEADLINE_MODE = (vm(), cpuid(), change(LAPIC, (0x320, "word", 0x4_00EC)))
 
 ROWS = (
     Recorded(LAB, (*IN_X2APIC, change(LAPIC, (0x310, "word", 0x500), vcpu=1)), {"value.96": None, "value.98": "0x500"},
@@ -121,23 +123,45 @@ ROWS = (
              "too slow without TSC scaling; it stays all the same"),
     Recorded((*LAB, PVM), (vm(), cpuid(), write(TSC_DEADLINE, 1 << 62)), {"answer": [], "value.0": None},
              "ignored outside of deadline mode"),
-    Recorded((*LAB, PVM), (vm(), cpuid(), change(LAPIC, (0x320, "word", 0x4_00EC)), write(TSC_DEADLINE, 1 << 62)),
+    Recorded((V61, V612), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62)), {"answer": [], "value.0": None},
+             "whose CPUID has no TSC deadline, has no deadline mode"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62)),
              {"answer": [], "value.0": "0x4000000000000000"}, "kept in it"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62), cpuid(NO_DEADLINE), read(TSC_DEADLINE)),
+             {"value.0": "0x4000000000000000"}, "a new table does not end it"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62), cpuid(NO_DEADLINE),
+                          change(LAPIC, (0x80, "word", 0x20)), read(TSC_DEADLINE)), {"value.0": None},
+             "the next KVM_SET_LAPIC does"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62), change(LAPIC, (0x320, "word", 0x1_0000)),
+                          change(LAPIC, (0x320, "word", 0x4_00EC)), read(TSC_DEADLINE)), {"value.0": None},
+             "leaving it forgets the deadline"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62), change(SREGS, (272, "word", 0xFEE0_0100)),
+                          read(TSC_DEADLINE)), {"value.0": None}, "not shown while the APIC is off"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62), change(SREGS, (272, "word", 0xFEE0_0100)),
+                          write(TSC_DEADLINE, 0), change(SREGS, (272, "word", 0xFEE0_0900)), read(TSC_DEADLINE)),
+             {"value.0": "0x4000000000000000"}, "nor written"),
     Recorded((*LAB, PVM), (vm(), write(TSC_ADJUST, 7)), {"answer": [], "value.0": None}, "ignored without CPUID"),
     Recorded((*LAB, PVM), (vm(), cpuid(), write(TSC_ADJUST, 7)), {"answer": [], "value.0": "0x7"}, "kept with it"),
-    Recorded((*LAB, PVM), (vm(), cpuid(), write(ASYNC_PF_EN, 1 << 40 | 9)),
+    Recorded((V61, V612, PVM), (vm(), cpuid(), write(ASYNC_PF_EN, 1 << 40 | 9)),
              {"answer": short("MSR_KVM_ASYNC_PF_EN"), "value.0": "0x10000000009"},
              "an area outside of RAM is refused when it is stored"),
+    Recorded((V72,), (vm(), cpuid(), write(ASYNC_PF_EN, 0x1009), write(ASYNC_PF_EN, 1 << 40 | 9)),
+             {"answer": short("MSR_KVM_ASYNC_PF_EN"), "value.0": "0x1009"}, "7.2 looks first"),
+    Recorded((*LAB, PVM), (vm(1, {}), cpuid(), change(EVENTS, (20, "byte", 0x20), (28, "byte", 1)),
+                           call("run", steps=5)),
+             {"exits": {"0": "KVM_EXIT_MMIO"}}, "a triple fault that was refused is not pending"),
     Recorded((*LAB, PVM), (vm(1, {}), write(ASYNC_PF_INT, 0xEC)), {"answer": short("MSR_KVM_ASYNC_PF_INT")},
              "no vector without an APIC"),
     Recorded(LAB, (vm(), write(PAT, 0x0007_0406_0007_0402)), {"answer": short("MSR_IA32_CR_PAT")},
              "2 is no memory type"),
     Recorded(LAB, (vm(), write(TSC_RATIO, 1 << 33)), {"answer": short("MSR_AMD64_TSC_RATIO")},
              "another ratio without TSC scaling"),
-    Recorded((V61,), (vm(), cpuid(), call("run", steps=1), write(ARCH_CAPABILITIES, 0)), {"answer": [], "value.0": None},
+    Recorded((V61,), (vm(), cpuid(), call("run", steps=1), write(ARCH_CAPABILITIES, 0)),
+             {"answer": [], "value.0": None},
              "before 6.4 a feature MSR changes after a run"),
     Recorded((V612, V72), (vm(), cpuid(), call("run", steps=1), write(ARCH_CAPABILITIES, 0)),
-             {"answer": short("MSR_IA32_ARCH_CAPABILITIES"), "value.0": "0x400000000c000079"}, "since then it does not"),
+             {"answer": short("MSR_IA32_ARCH_CAPABILITIES"), "value.0": "0x400000000c000079"},
+             "since then it does not"),
     Recorded((*LAB, PVM), (vm(), cpuid(), call("run", steps=1), write(UCODE_REV, 7)), {"answer": [], "value.0": "0x7"},
              "microcode does"),
     Recorded((*LAB, PVM), (vm(2), change(EVENTS, (16, "byte", 0x9F), (20, "byte", 2), vcpu=1),

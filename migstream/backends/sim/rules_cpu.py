@@ -293,6 +293,7 @@ _SOFT = (3, 4)
 def _keep_events(rows: Rows, values: Words) -> Words:
     """Byte offsets are those of struct kvm_vcpu_events."""
     event, now, flags = _bytes(values).copy(), _bytes(rows.get(EVENTS)), _flags(values)
+    flags &= np.uint64(0xFFFF_FFFF if _enabled(rows, _CAP_TRIPLE) else 0xFFFF_FFFF & ~_TRIPLE)
     event[:, _BOOLEANS] = event[:, _BOOLEANS] != 0
     event[event[:, 10] != 0, 8] = event[:, 10] = 0
     event[:, 15] = event[:, 29:55] = 0

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from migstream.backends.sim import cpuid
 from migstream.backends.sim.msr_rule import is_svm, version
 from migstream.backends.sim.rules import U64, Absent, After, Keep, Refuse, Show, bits, mask
-from migstream.registers import x86_64
+from migstream.registers import ids, x86_64
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +26,7 @@ CHIPS = (PIC_MASTER, PIC_SLAVE, IOAPIC)
 
 PIT2, CLOCK = x86_64.PIT2.id, x86_64.CLOCK.id
 TSC_KHZ, TSC_OFFSET, NESTED_STATE = x86_64.TSC_KHZ.id, x86_64.TSC_OFFSET.id, x86_64.NESTED_STATE.id
+TSC_DEADLINE = ids.msr_id(0x6E0)
 
 CR0, CR8, APIC_BASE, RIP = 28, 32, 34, 16
 _LOW = np.uint64(0xFFFF_FFFF)
@@ -144,6 +146,12 @@ def _x2apic_id(rows: Rows, values: Words) -> NDArray[np.uint64]:
     return _numbers(rows) if own else (values[:, _ID] & _LOW) >> np.uint64(24)
 
 
+def _to_deadline(rows: Rows, values: Words) -> Mask:
+    """Whether the page puts the timer into deadline mode, which is none without CPUID (timer_mode_mask)."""
+    offered = bits(cpuid.word(rows.get(cpuid.ID), 1, 0, cpuid.ECX), 1 << 24)
+    return offered & mask((values[:, _LVTT] & np.uint64(_TIMER_MODE)) == _DEADLINE)
+
+
 def _keep_lapic(rows: Rows, values: Words) -> Words:
     """A change to or from deadline mode stops the timer; version and processor priority are not stored."""
     old, out = rows.get(LAPIC), values.copy()
@@ -153,8 +161,8 @@ def _keep_lapic(rows: Rows, values: Words) -> Words:
     _set_low(out, _LDR, np.where(x2apic, _logical(id), values[:, _LDR]))
     _set_low(out, _PPR, _priority(values, old))
     out[:, _ICR] = np.where(_one_icr(rows), values[:, _ICR] & _LOW | values[:, _ICR2] << np.uint64(32), values[:, _ICR])
-    was, now = (mask((page[:, _LVTT] & np.uint64(_TIMER_MODE)) == _DEADLINE) for page in (old, values))
-    out[was != now, _TMICT] &= ~_LOW
+    now = _to_deadline(rows, values)
+    out[rows.guest.deadline[rows.numbers] != now, _TMICT] &= ~_LOW
     stopped = now | mask((out[:, _TMICT] & _LOW) == 0)
     out[stopped, _TMCCT] &= ~_LOW
     wrong = _wrong_id(rows, values)
@@ -255,6 +263,16 @@ def _logical(number: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return number >> np.uint64(4) << np.uint64(16) | np.uint64(1) << (number & np.uint64(0xF))
 
 
+def _timer_mode(rows: Rows, values: Words, before: Words) -> None:
+    """A change to or from deadline mode forgets the deadline."""
+    now, was = _to_deadline(rows, values), rows.guest.deadline[rows.numbers]
+    now = np.where(_wrong_id(rows, values), was, now)
+    rows.guest.deadline[rows.numbers] = now
+    if (now != was).any():
+        changed = rows.where(now != was)
+        changed.put(TSC_DEADLINE, np.zeros((len(changed.numbers), 1), np.uint64))
+
+
 def _wake_at_reset(rows: Rows, values: Words, before: Words) -> None:
     """A boot processor that is put at the reset vector is runnable: older VMMs count on it."""
     at_reset = ((values[:, 0] == _RESET_CS) & (values[:, 1] >> np.uint64(32) & np.uint64(0xFFFF) == _RESET_SELECTOR)
@@ -266,6 +284,7 @@ def _wake_at_reset(rows: Rows, values: Words, before: Words) -> None:
 
 AFTERS = (
     After("CR8 and the APIC's mode", (SREGS, SREGS2), _base_changed, "kvm_set_cr8, __kvm_apic_set_base"),
+    After("the timer's mode, and its deadline with it", (LAPIC,), _timer_mode, "apic_update_lvtt"),
     After("a boot processor at the reset vector is runnable", (SREGS, SREGS2), _wake_at_reset, "__set_sregs_common"),
     After("the slave's interrupts reach the master", CHIPS, _cascade, "kvm_pic_update_irq"),
     After("kvmclock goes on from the value", (CLOCK,), _set_clock, "kvm_vm_ioctl_set_clock"),
