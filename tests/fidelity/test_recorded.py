@@ -25,11 +25,16 @@ from tests.fidelity.vocabularies import vocabulary
 V61, V612, V72, PVM = "x86_64-6.1", "x86_64-6.12", "x86_64-7.2", "x86_64-6.18-pvm"
 SREGS, SREGS2, EVENTS, MP_STATE = x86_64.SREGS.id, x86_64.SREGS2.id, x86_64.VCPU_EVENTS.id, x86_64.MP_STATE.id
 NESTED, XSAVE, LAPIC = x86_64.NESTED_STATE.id, x86_64.XSAVE.id, x86_64.LAPIC.id
+REGS, XCRS, PIT2, TSC_KHZ = x86_64.REGS.id, x86_64.XCRS.id, x86_64.PIT2.id, x86_64.TSC_KHZ.id
+PIC_MASTER, PIC_SLAVE = x86_64.PIC_MASTER.id, x86_64.PIC_SLAVE.id
 CHIPS = {"irqchip": True, "pit": True, "tss_address": 0x7FFB_D000}
 
 ARCH_CAPABILITIES, DE_CFG, TSC_AUX, SYSENTER_EIP = (ids.msr_id(n) for n in (0x10A, 0xC001_1029, 0xC000_0103, 0x176))
 VP_INDEX, TIME_REF, APIC_FREQUENCY, VP_ASSIST, TSC_RATIO = (
     ids.msr_id(n) for n in (0x4000_0002, 0x4000_0020, 0x4000_0023, 0x4000_0073, 0xC000_0104))
+OS_ID, HYPERCALL, TSC_FREQUENCY = (ids.msr_id(n) for n in (0x4000_0000, 0x4000_0001, 0x4000_0022))
+ASYNC_PF_EN, PV_EOI_EN, ASYNC_PF_INT = (ids.msr_id(n) for n in (0x4B56_4D02, 0x4B56_4D04, 0x4B56_4D06))
+TSC_ADJUST, UCODE_REV, PAT, TSC_DEADLINE = (ids.msr_id(n) for n in (0x3B, 0x8B, 0x277, 0x6E0))
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,14 @@ def cpuid(*clear: tuple[int, int, int, int], vcpu: int = 0) -> Call:
     return call("cpuid", vcpu=vcpu, clear=[list(bit) for bit in clear])
 
 
+def write(register: int, value: int) -> Call:
+    return call("write", register=register, vcpu=0, value=value)
+
+
+def read(register: int, vcpu: int = 0) -> Call:
+    return call("read", register=register, vcpu=vcpu)
+
+
 def refused(register: str, ioctl: str, why: str) -> list[str]:
     return [f"vCPU 0: {register}: {ioctl}: {why}"]
 
@@ -66,8 +79,129 @@ def short(register: str) -> list[str]:
 
 LAB = (V61, V612, V72)
 NARROW, NO_LM, NO_ARCH_CAP = (0x8000_0008, 0, 0, 5), (0x8000_0001, 0, 3, 29), (7, 0, 3, 29)
+NO_DEADLINE = (1, 0, 2, 24)
+
+X2APIC, XAPIC = (change(SREGS, (272, "word", base), vcpu=1) for base in (0xFEE0_0C00, 0xFEE0_0800))
+IN_X2APIC = (vm(2), cpuid(vcpu=1), X2APIC)
+IN_DEADLINE_MODE = (vm(), cpuid(), change(LAPIC, (0x320, "word", 0x4_00EC)))
 
 ROWS = (
+    Recorded(LAB, (*IN_X2APIC, change(LAPIC, (0x310, "word", 0x500), vcpu=1)), {"value.96": None, "value.98": "0x500"},
+             "kvm-amd keeps the halves of an x2APIC's ICR apart"),
+    Recorded((PVM,), (*IN_X2APIC, change(LAPIC, (0x310, "word", 0x500), vcpu=1)),
+             {"value.96": "0x50000000000", "value.98": "0x500"}, "elsewhere the ICR is one register of 64 bits"),
+    Recorded((V61,), (*IN_X2APIC, change(LAPIC, (0x20, "word", 5 << 24), vcpu=1)),
+             {"value.4": "0x5000000", "value.26": "0x20"}, "6.1 keeps the id that is written in x2APIC mode"),
+    Recorded((V61,), (*IN_X2APIC, change(LAPIC, (0x20, "word", 5 << 24), vcpu=1), XAPIC, read(LAPIC, 1)),
+             {"value.4": "0x5", "value.26": "0x20"}, "and leaves it as it is in xAPIC mode"),
+    Recorded((V612, V72, PVM), (*IN_X2APIC, change(LAPIC, (0x20, "word", 5 << 24), vcpu=1)),
+             {"value.4": "0x1000000", "value.26": "0x2"}, "later ones know the vCPU's number"),
+    Recorded((V612, V72, PVM), (*IN_X2APIC, change(LAPIC, (0xD0, "word", 0xFF00_0000), vcpu=1), XAPIC, read(LAPIC, 1)),
+             {"value.4": "0x1000000", "value.26": "0x2"}, "in xAPIC mode the id is short again, the logical id stays"),
+    Recorded((*LAB, PVM), (vm(2, cap129=[1]), cpuid(vcpu=1), X2APIC,
+                           change(LAPIC, (0x20, "word", 5), (0xF0, "word", 0x1FF), vcpu=1)),
+             {"answer": ["vCPU 1: KVM_LAPIC: KVM_SET_LAPIC: EINVAL"], "value.4": "0x1", "value.30": "0x1ff"},
+             "a wrong long id is refused when the spurious vector is stored"),
+    Recorded((V61, V612), (vm(1, {}), call("run", steps=1), call("cpuid", vcpu=0, clear=[], entries=0),
+                           change(SREGS, (248, "word", 0x10_0020))),
+             {"answer": [], "value.31": "0x100020"}, "no table again is none to a vCPU that ran without one"),
+    Recorded(LAB, (vm(), cpuid(), change(LAPIC, (0x80, "word", 0x20), (0x120, "word", 0x100)),
+                   change(NESTED, (1, "byte", 1)), read(LAPIC)),
+             {"value.20": "0x40"}, "setting GIF computes the processor priority anew"),
+    Recorded(LAB, (vm(), write(HYPERCALL, 0x1001)), {"answer": [], "value.0": None},
+             "ignored as long as no guest said who it is"),
+    Recorded(LAB, (vm(), write(OS_ID, 1), write(HYPERCALL, 0x1001), write(OS_ID, 0), read(HYPERCALL)),
+             {"value.0": "0x1000"}, "a guest that is nobody has no hypercall page"),
+    Recorded(LAB, (vm(), write(VP_ASSIST, 0x1001), read(PV_EOI_EN)), {"value.0": "0x1001"},
+             "the assist page is where PV EOI is"),
+    Recorded(LAB, (vm(), write(VP_INDEX, 1 << 30)), {"answer": short("HV_X64_MSR_VP_INDEX"), "value.0": None},
+             "a number that no vCPU may have"),
+    Recorded(LAB, (vm(), write(TSC_KHZ, 3_000_000), read(TSC_FREQUENCY)), {"value.0": "0xb2d05e00"},
+             "Hz of what the vCPU was told in kHz"),
+    Recorded((*LAB, PVM), (vm(), write(TSC_KHZ, 1000)),
+             {"answer": refused("KVM_TSC_KHZ", "KVM_SET_TSC_KHZ", "EINVAL"), "value.0": "0x3e8"},
+             "too slow without TSC scaling; it stays all the same"),
+    Recorded((*LAB, PVM), (vm(), cpuid(), write(TSC_DEADLINE, 1 << 62)), {"answer": [], "value.0": None},
+             "ignored outside of deadline mode"),
+    Recorded((V61, V612), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62)), {"answer": [], "value.0": None},
+             "whose CPUID has no TSC deadline, has no deadline mode"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62)),
+             {"answer": [], "value.0": "0x4000000000000000"}, "kept in it"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62), cpuid(NO_DEADLINE), read(TSC_DEADLINE)),
+             {"value.0": "0x4000000000000000"}, "a new table does not end it"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62), cpuid(NO_DEADLINE),
+                          change(LAPIC, (0x80, "word", 0x20)), read(TSC_DEADLINE)), {"value.0": None},
+             "the next KVM_SET_LAPIC does"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62), change(LAPIC, (0x320, "word", 0x1_0000)),
+                          change(LAPIC, (0x320, "word", 0x4_00EC)), read(TSC_DEADLINE)), {"value.0": None},
+             "leaving it forgets the deadline"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62), change(SREGS, (272, "word", 0xFEE0_0100)),
+                          read(TSC_DEADLINE)), {"value.0": None}, "not shown while the APIC is off"),
+    Recorded((V72, PVM), (*IN_DEADLINE_MODE, write(TSC_DEADLINE, 1 << 62), change(SREGS, (272, "word", 0xFEE0_0100)),
+                          write(TSC_DEADLINE, 0), change(SREGS, (272, "word", 0xFEE0_0900)), read(TSC_DEADLINE)),
+             {"value.0": "0x4000000000000000"}, "nor written"),
+    Recorded((*LAB, PVM), (vm(), write(TSC_ADJUST, 7)), {"answer": [], "value.0": None}, "ignored without CPUID"),
+    Recorded((*LAB, PVM), (vm(), cpuid(), write(TSC_ADJUST, 7)), {"answer": [], "value.0": "0x7"}, "kept with it"),
+    Recorded((V61, V612, PVM), (vm(), cpuid(), write(ASYNC_PF_EN, 1 << 40 | 9)),
+             {"answer": short("MSR_KVM_ASYNC_PF_EN"), "value.0": "0x10000000009"},
+             "an area outside of RAM is refused when it is stored"),
+    Recorded((V72,), (vm(), cpuid(), write(ASYNC_PF_EN, 0x1009), write(ASYNC_PF_EN, 1 << 40 | 9)),
+             {"answer": short("MSR_KVM_ASYNC_PF_EN"), "value.0": "0x1009"}, "7.2 looks first"),
+    Recorded((*LAB, PVM), (vm(1, {}), cpuid(), change(EVENTS, (20, "byte", 0x20), (28, "byte", 1)),
+                           call("run", steps=5)),
+             {"exits": {"0": "KVM_EXIT_MMIO"}}, "a triple fault that was refused is not pending"),
+    Recorded((*LAB, PVM), (vm(1, {}), write(ASYNC_PF_INT, 0xEC)), {"answer": short("MSR_KVM_ASYNC_PF_INT")},
+             "no vector without an APIC"),
+    Recorded(LAB, (vm(), write(PAT, 0x0007_0406_0007_0402)), {"answer": short("MSR_IA32_CR_PAT")},
+             "2 is no memory type"),
+    Recorded(LAB, (vm(), write(TSC_RATIO, 1 << 33)), {"answer": short("MSR_AMD64_TSC_RATIO")},
+             "another ratio without TSC scaling"),
+    Recorded((V61,), (vm(), cpuid(), call("run", steps=1), write(ARCH_CAPABILITIES, 0)),
+             {"answer": [], "value.0": None},
+             "before 6.4 a feature MSR changes after a run"),
+    Recorded((V612, V72), (vm(), cpuid(), call("run", steps=1), write(ARCH_CAPABILITIES, 0)),
+             {"answer": short("MSR_IA32_ARCH_CAPABILITIES"), "value.0": "0x400000000c000079"},
+             "since then it does not"),
+    Recorded((*LAB, PVM), (vm(), cpuid(), call("run", steps=1), write(UCODE_REV, 7)), {"answer": [], "value.0": "0x7"},
+             "microcode does"),
+    Recorded((*LAB, PVM), (vm(2), change(EVENTS, (16, "byte", 0x9F), (20, "byte", 2), vcpu=1),
+                           change(MP_STATE, (0, "byte", 4), vcpu=1), read(SREGS, 1)), {"value.0": "0x9f000"},
+             "reading the state accepted the SIPI"),
+    Recorded((V61, V612), (vm(), cpuid(), change(SREGS, (264, "word", 0x1000)), change(NESTED, (1, "byte", 0)),
+                           change(MP_STATE, (0, "byte", 4))),
+             {"answer": refused("KVM_MP_STATE", "KVM_SET_MP_STATE", "EINVAL")}, "no SIPI without GIF"),
+    Recorded((V72,), (vm(), cpuid(), change(SREGS, (264, "word", 0x1000)), change(NESTED, (1, "byte", 0)),
+                      change(MP_STATE, (0, "byte", 4))), {"answer": [], "value.0": "0x2"},
+             "7.2 takes it and drops the SIPI"),
+    Recorded((*LAB, PVM), (vm(), change(SREGS, (256, "word", 5)), change(SREGS, (256, "word", 16))),
+             {"answer": [], "value.32": "0x5"}, "an impossible CR8 is ignored"),
+    Recorded((*LAB, PVM), (vm(), change(SREGS, (256, "word", 5)), read(LAPIC)),
+             {"value.16": "0x50", "value.20": "0x50"}, "CR8 is the task priority"),
+    Recorded((*LAB, PVM), (vm(), change(SREGS, (280, "word", 1 << 32)), read(EVENTS)), {"value.1": "0x2001"},
+             "the bitmap's first bit is the injected interrupt"),
+    Recorded((*LAB, PVM), (vm(1, cap164=[1]), change(EVENTS, (3, "byte", 1), (1, "byte", 14), (20, "byte", 0x10)),
+                           change(REGS), read(EVENTS)), {"value.0": "0xe00"},
+             "KVM_SET_REGS drops a pending exception"),
+    Recorded((*LAB, PVM), (vm(), change(EVENTS, (12, "byte", 1), (20, "byte", 0x20))),
+             {"answer": refused("KVM_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", "EINVAL"), "value.1": "0x100000000"},
+             "a triple fault that nobody asked for is refused at the end"),
+    Recorded((*LAB, PVM), (vm(), change(EVENTS, (0, "byte", 1), (1, "byte", 3))), {"answer": [], "value.0": "0x300"},
+             "#BP comes from an instruction, which the guest meets again"),
+    Recorded((*LAB, PVM), (vm(), cpuid(), change(XCRS, (16, "word", 5))),
+             {"answer": refused("KVM_XCRS", "KVM_SET_XCRS", "EINVAL")}, "AVX without SSE"),
+    Recorded((*LAB, PVM), (vm(), change(XCRS, (16, "word", 3))),
+             {"answer": refused("KVM_XCRS", "KVM_SET_XCRS", "EINVAL")}, "XCR0 without CPUID"),
+    Recorded((*LAB, PVM), (vm(), change(PIC_SLAVE, (9, "byte", 0x10)), read(PIC_MASTER)),
+             {"value.1": "0x400"}, "a request of the slave is one on the master's line 2"),
+    Recorded((*LAB, PVM), (vm(), change(PIT2, (24, "word", 0))), {"value.3": "0x10000"}, "a count of 0 is 65536"),
+    Recorded((*LAB, PVM), (vm(), change(MP_STATE, (0, "byte", 3)), change(SREGS), read(MP_STATE)), {"value.0": None},
+             "a boot processor at the reset vector is woken"),
+    Recorded((*LAB, PVM), (vm(), cpuid(), call("run", steps=1), cpuid((1, 0, 2, 26))),
+             {"answer": refused("KVM_CPUID2", "KVM_SET_CPUID2", "EINVAL")}, "another table after a run"),
+    Recorded((V61, V612), (vm(), cpuid(), change(SREGS2, (248, "word", 0x4_0020)), read(x86_64.CPUID2.id)),
+             {"value.8": "0x7ef8320300000800"}, "OSXSAVE in the table is CR4's"),
+    Recorded(LAB, (vm(), cpuid((7, 0, 1, 0)), change(SREGS, (248, "word", 0x1_0000))),
+             {"answer": refused("KVM_SREGS", "KVM_SET_SREGS", "EINVAL")}, "CR4.FSGSBASE without CPUID"),
     Recorded((PVM,), (vm(1, {}, cap218=[1]), change(EVENTS, (28, "flip", 0)), call("run", steps=5)),
              {"exits": {"0": "KVM_EXIT_SHUTDOWN"}}, "a pending triple fault shuts the vCPU down at once"),
     Recorded((PVM,), (vm(2, {}, cap218=[1]), change(EVENTS, (28, "flip", 5)), call("run", steps=1), cpuid()),
@@ -91,6 +225,13 @@ ROWS = (
              "MXCSR is looked at where x87 alone is in use"),
     Recorded((*LAB, PVM), (vm(1, {}), change(XSAVE, (512, "word", 4), (24, "byte", 0))), {"value.3": "0x1f80"},
              "where the vCPU's CPUID has neither SSE nor the AVX that is in use, MXCSR reads as after a reset"),
+    Recorded(LAB, (vm(1, {}), change(XSAVE, (512, "word", 1), (24, "byte", 0)), call("enter", vcpu=0), read(XSAVE)),
+             {"value.3": "0x1f00"}, "once the FPU was loaded, an MXCSR that came with x87 is in use"),
+    Recorded(LAB, (vm(1, {}), change(XSAVE, (512, "word", 2), (24, "byte", 0)), change(XSAVE, (512, "word", 0)),
+                   call("enter", vcpu=0), read(XSAVE)),
+             {"value.3": "0x1f00"}, "so is one that was there before components were taken out of use"),
+    Recorded((PVM,), (vm(1, {}), change(XSAVE, (512, "word", 1), (24, "byte", 0)), call("enter", vcpu=0), read(XSAVE)),
+             {"value.3": "0x1f80"}, "a compacted area without SSE loads the initial MXCSR"),
     Recorded((V61, V612), (vm(1, {}), cpuid(), change(SREGS, (264, "word", 0x1000)), change(NESTED, (1, "byte", 0)),
                    change(SREGS, (264, "word", 0)), call("read", register=NESTED, vcpu=0)),
              {"value.0": "0x8000010100"}, "clearing EFER.SVME sets GIF"),

@@ -33,6 +33,7 @@ class Guest:
     Attributes:
         profile: the kernel. machine: what was created. vcpus: how many there are by now.
         ran: whether a vCPU has ever run, one element each. has_cpuid: whether it was given a table, be it empty.
+        deadline: whether its APIC timer is in TSC-deadline mode, which KVM_SET_LAPIC alone looks up.
         told: capabilities enabled, with their arguments.
         clock: the VM's kvmclock. tsc_offsets: what is added to the host's TSC, ticks, one element a vCPU.
     """
@@ -42,6 +43,7 @@ class Guest:
         self.vcpus = 0
         self.ran: Mask = np.zeros(0, np.bool_)
         self.has_cpuid: Mask = np.zeros(0, np.bool_)
+        self.deadline: Mask = np.zeros(0, np.bool_)
         self.told: dict[int, tuple[int, ...]] = {}
         self.clock = GuestClock(host)
         self.tsc_offsets = np.zeros(0, np.uint64)
@@ -57,6 +59,7 @@ class Guest:
         self.vcpus += count
         self.ran = np.append(self.ran, np.zeros(count, np.bool_))
         self.has_cpuid = np.append(self.has_cpuid, np.zeros(count, np.bool_))
+        self.deadline = np.append(self.deadline, np.zeros(count, np.bool_))
         self.tsc_offsets = np.append(self.tsc_offsets, np.zeros(count, np.uint64))
 
     def has(self, device: str) -> bool:

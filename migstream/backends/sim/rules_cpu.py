@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migstream.backends.sim import cpuid
+from migstream.backends.sim import cpuid, rules_fpu
 from migstream.backends.sim.msr_rule import version
 from migstream.backends.sim.rules import U64, After, Keep, Refuse, Show, bits, mask
 from migstream.registers import x86_64
@@ -293,6 +293,7 @@ _SOFT = (3, 4)
 def _keep_events(rows: Rows, values: Words) -> Words:
     """Byte offsets are those of struct kvm_vcpu_events."""
     event, now, flags = _bytes(values).copy(), _bytes(rows.get(EVENTS)), _flags(values)
+    flags &= np.uint64(0xFFFF_FFFF if _enabled(rows, _CAP_TRIPLE) else 0xFFFF_FFFF & ~_TRIPLE)
     event[:, _BOOLEANS] = event[:, _BOOLEANS] != 0
     event[event[:, 10] != 0, 8] = event[:, 10] = 0
     event[:, 15] = event[:, 29:55] = 0
@@ -364,7 +365,8 @@ AFTERS = (
 
 def enter(rows: Rows) -> None:
     """What KVM_RUN does before anything runs: without a local APIC in the kernel, CR8 is that of struct kvm_run, which
-    is 0 as long as the guest does not set it."""
+    is 0 as long as the guest does not set it; and the FPU is loaded."""
+    rules_fpu.enter(rows)
     if not rows.guest.has("irqchip"):
         sregs = rows.get(SREGS2).copy()
         sregs[:, CR8] = 0

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from migstream.backends.sim import cpuid
 from migstream.backends.sim.msr_rule import is_svm, version
 from migstream.backends.sim.rules import U64, Absent, After, Keep, Refuse, Show, bits, mask
-from migstream.registers import x86_64
+from migstream.registers import ids, x86_64
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +26,7 @@ CHIPS = (PIC_MASTER, PIC_SLAVE, IOAPIC)
 
 PIT2, CLOCK = x86_64.PIT2.id, x86_64.CLOCK.id
 TSC_KHZ, TSC_OFFSET, NESTED_STATE = x86_64.TSC_KHZ.id, x86_64.TSC_OFFSET.id, x86_64.NESTED_STATE.id
+TSC_DEADLINE = ids.msr_id(0x6E0)
 
 CR0, CR8, APIC_BASE, RIP = 28, 32, 34, 16
 _LOW = np.uint64(0xFFFF_FFFF)
@@ -123,26 +125,44 @@ def update_priority(rows: Rows) -> None:
     rows.put(LAPIC, page)
 
 
-_SPLIT_ICR = (6, 12)
-"""Release since which kvm-amd keeps the halves apart; measured: 6.1 does not."""
-
-
 def _one_icr(rows: Rows) -> Mask:
-    """Where the ICR is one register of 64 bits, kept as such; kvm-amd keeps two halves (`x2apic_icr_is_split`)."""
-    profile = rows.guest.profile
-    split = is_svm(profile) and version(profile) >= _SPLIT_ICR
-    return _x2apic(rows) & np.bool_(not split)
+    """Where the ICR is one register of 64 bits, kept as such; kvm-amd keeps two halves (`x2apic_icr_is_split`, which
+    Debian's 6.1 has, too; measured)."""
+    return _x2apic(rows) & np.bool_(not is_svm(rows.guest.profile))
+
+
+_OWN_ID = (6, 12)
+"""Release since which an APIC in x2APIC mode has the vCPU's number for an id whatever is written, and the short form
+of it when it is back in xAPIC mode; measured: 6.1 keeps what is written, and the id as it is."""
+
+
+def _own_id(rows: Rows) -> bool:
+    return version(rows.guest.profile) >= _OWN_ID
+
+
+def _x2apic_id(rows: Rows, values: Words) -> NDArray[np.uint64]:
+    """The id in x2APIC mode, once these values are written."""
+    own = _own_id(rows) or _long_ids(rows)  # long ids are refused where they are not the vCPU's
+    return _numbers(rows) if own else (values[:, _ID] & _LOW) >> np.uint64(24)
+
+
+def _to_deadline(rows: Rows, values: Words) -> Mask:
+    """Whether the page puts the timer into deadline mode, which is none without CPUID (timer_mode_mask)."""
+    offered = bits(cpuid.word(rows.get(cpuid.ID), 1, 0, cpuid.ECX), 1 << 24)
+    return offered & mask((values[:, _LVTT] & np.uint64(_TIMER_MODE)) == _DEADLINE)
 
 
 def _keep_lapic(rows: Rows, values: Words) -> Words:
     """A change to or from deadline mode stops the timer; version and processor priority are not stored."""
     old, out = rows.get(LAPIC), values.copy()
     _set_low(out, _VERSION, old[:, _VERSION])
-    _set_low(out, _ID, np.where(_x2apic(rows), _numbers(rows), values[:, _ID]))
+    x2apic, id = _x2apic(rows), _x2apic_id(rows, values)
+    _set_low(out, _ID, np.where(x2apic, id, values[:, _ID]))
+    _set_low(out, _LDR, np.where(x2apic, _logical(id), values[:, _LDR]))
     _set_low(out, _PPR, _priority(values, old))
     out[:, _ICR] = np.where(_one_icr(rows), values[:, _ICR] & _LOW | values[:, _ICR2] << np.uint64(32), values[:, _ICR])
-    was, now = (mask((page[:, _LVTT] & np.uint64(_TIMER_MODE)) == _DEADLINE) for page in (old, values))
-    out[was != now, _TMICT] &= ~_LOW
+    now = _to_deadline(rows, values)
+    out[rows.guest.deadline[rows.numbers] != now, _TMICT] &= ~_LOW
     stopped = now | mask((out[:, _TMICT] & _LOW) == 0)
     out[stopped, _TMCCT] &= ~_LOW
     wrong = _wrong_id(rows, values)
@@ -231,16 +251,26 @@ def _base_changed(rows: Rows, values: Words, before: Words) -> None:
 def _set_ids(rows: Rows, page: Words, now: NDArray[np.uint64], before: NDArray[np.uint64]) -> None:
     """An APIC that comes to xAPIC mode has the short id, one that comes to x2APIC mode the long and a logical one."""
     number, changed = _numbers(rows), now ^ before
-    switched = bits(changed, _APIC_ENABLE | _X2APIC)
-    x2apic = switched & bits(now, _X2APIC)
-    id = np.where(switched & bits(now, _APIC_ENABLE), number << np.uint64(24), page[:, _ID])
+    to_xapic = bits(changed, _APIC_ENABLE | (_X2APIC if _own_id(rows) else 0)) & bits(now, _APIC_ENABLE)
+    x2apic = bits(changed, _APIC_ENABLE | _X2APIC) & bits(now, _X2APIC)
+    id = np.where(to_xapic, number << np.uint64(24), page[:, _ID])
     _set_low(page, _ID, np.where(x2apic, number, id))
-    _set_low(page, _LDR, np.where(x2apic, _logical(rows), page[:, _LDR]))
+    _set_low(page, _LDR, np.where(x2apic, _logical(number), page[:, _LDR]))
 
 
-def _logical(rows: Rows) -> NDArray[np.uint64]:
-    number = _numbers(rows)
+def _logical(number: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The id of 32 bits that an id in x2APIC mode makes: cluster and bit (kvm_apic_calc_x2apic_ldr)."""
     return number >> np.uint64(4) << np.uint64(16) | np.uint64(1) << (number & np.uint64(0xF))
+
+
+def _timer_mode(rows: Rows, values: Words, before: Words) -> None:
+    """A change to or from deadline mode forgets the deadline."""
+    now, was = _to_deadline(rows, values), rows.guest.deadline[rows.numbers]
+    now = np.where(_wrong_id(rows, values), was, now)
+    rows.guest.deadline[rows.numbers] = now
+    if (now != was).any():
+        changed = rows.where(now != was)
+        changed.put(TSC_DEADLINE, np.zeros((len(changed.numbers), 1), np.uint64))
 
 
 def _wake_at_reset(rows: Rows, values: Words, before: Words) -> None:
@@ -254,6 +284,7 @@ def _wake_at_reset(rows: Rows, values: Words, before: Words) -> None:
 
 AFTERS = (
     After("CR8 and the APIC's mode", (SREGS, SREGS2), _base_changed, "kvm_set_cr8, __kvm_apic_set_base"),
+    After("the timer's mode, and its deadline with it", (LAPIC,), _timer_mode, "apic_update_lvtt"),
     After("a boot processor at the reset vector is runnable", (SREGS, SREGS2), _wake_at_reset, "__set_sregs_common"),
     After("the slave's interrupts reach the master", CHIPS, _cascade, "kvm_pic_update_irq"),
     After("kvmclock goes on from the value", (CLOCK,), _set_clock, "kvm_vm_ioctl_set_clock"),
@@ -262,11 +293,10 @@ AFTERS = (
 
 
 def _show_lapic(rows: Rows, values: Words) -> Words:
-    """x2APIC: the id in the short or the long form, the logical id that follows from it, and an ICR of 64 bits."""
+    """x2APIC: the id in the short or the long form, and an ICR of 64 bits."""
     out, on = values.copy(), _x2apic(rows)
     shift = np.uint64(0 if _long_ids(rows) else 24)
     _set_low(out, _ID, np.where(on, values[:, _ID] << shift, values[:, _ID]))
-    _set_low(out, _LDR, np.where(on, _logical(rows), values[:, _LDR]))
     _set_low(out, _ICR2, np.where(_one_icr(rows), values[:, _ICR] >> np.uint64(32), values[:, _ICR2]))
     return out
 
@@ -289,7 +319,7 @@ def _show_offset(rows: Rows, values: Words) -> Words:
 
 SHOWS = (
     Show("CR8 is the APIC's task priority", (SREGS, SREGS2), _show_cr8, "kvm_get_cr8"),
-    Show("id and logical id in x2APIC mode", (LAPIC,), _show_lapic, "kvm_apic_state_fixup"),
+    Show("id in x2APIC mode", (LAPIC,), _show_lapic, "kvm_apic_state_fixup"),
     Show("a running clock", (CLOCK,), _show_clock, "kvm_vm_ioctl_get_clock"),
     Show("the offset that is in use", (TSC_OFFSET,), _show_offset, "kvm_arch_tsc_get_attr"),
 )

@@ -53,7 +53,7 @@ def _xcr0(rows: Rows, values: Words) -> Mask:
 
 
 _BV, _HEADER, _MXCSR = 64, slice(65, 72), 3
-_FP_SSE, _SSE_AVX = 0b11, 0b110
+_SSE, _FP_SSE, _SSE_AVX = 0b10, 0b11, 0b110
 
 
 def host_components(rows: Rows) -> int:
@@ -92,8 +92,12 @@ def _keep_xcrs(rows: Rows, values: Words) -> Words:
 
 
 def _keep_xsave(rows: Rows, values: Words) -> Words:
-    """Components out of use go back to their initial state; bytes that belong to none are lost."""
-    return _select(rows, values, values[:, _BV])
+    """Components out of use go back to their initial state; bytes that belong to none are lost. MXCSR stays as it is
+    where nothing that uses it is written, and as it is written where x87 is, which does not show it."""
+    out = _select(rows, values, values[:, _BV])
+    written = bits(values[:, _BV], _FP_SSE | _SSE_AVX)
+    out[:, _MXCSR] = np.where(written, values[:, _MXCSR], rows.get(XSAVE)[:, _MXCSR])
+    return out
 
 
 def _select(rows: Rows, values: Words, used: NDArray[np.uint64]) -> Words:
@@ -111,6 +115,27 @@ def _select(rows: Rows, values: Words, used: NDArray[np.uint64]) -> Words:
 def _show_xsave(rows: Rows, values: Words) -> Words:
     allowed = cpuid.user_xcr0(rows.get(cpuid.ID)) | np.uint64(_FP_SSE)
     return _select(rows, values, values[:, _BV] & allowed)
+
+
+_XSAVEOPT, _XSAVEC, _XSAVES = 1 << 0, 1 << 1, 1 << 3
+
+
+def _standard(rows: Rows) -> bool:
+    """Whether the host keeps areas in the standard form, as the lab's does: XRSTOR then takes MXCSR from the area
+    whatever is in use; from a compacted one, it does where SSE is. A table without XSAVEOPT hides what there is."""
+    table = np.frombuffer(rows.guest.profile.cpuid, np.uint64)[np.newaxis]
+    return int(cpuid.word(table, 0xD, 1, cpuid.EAX)[0]) & (_XSAVEOPT | _XSAVEC | _XSAVES) == _XSAVEOPT
+
+
+def enter(rows: Rows) -> None:
+    """KVM_RUN loads the area and saves it again: an MXCSR that is not the initial one is then in use."""
+    initial = np.frombuffer(rows.guest.profile.defaults[XSAVE], np.uint64)
+    area = rows.get(XSAVE)
+    other = bits(area[:, _MXCSR] ^ initial[_MXCSR], 0xFFFF_FFFF)
+    if other.any() and _standard(rows):
+        area = area.copy()
+        area[other, _BV] |= np.uint64(_SSE)
+        rows.put(XSAVE, area)
 
 
 REFUSALS = (

@@ -13,7 +13,6 @@ import numpy as np
 from migstream.backends.sim import cpuid, rules_hyperv
 from migstream.backends.sim.msr_rule import MsrRule, in_ram, version
 from migstream.backends.sim.rules import U64, bits, mask
-from migstream.backends.sim.rules_devices import LAPIC
 from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS, PERF_GLOBAL, PERF_GLOBAL_CPUID
 from migstream.registers import ids, x86_64
 
@@ -29,7 +28,7 @@ _CR4, _LA57 = 31, 1 << 12
 _BY_INTERRUPT = 0b1001
 """KVM_ASYNC_PF_ENABLED and KVM_ASYNC_PF_DELIVERY_AS_INT."""
 
-_DEADLINE_MODE, _TIMER_MODE, _LVTT = 0b10 << 17, 0b11 << 17, 0x320 // 8
+_APIC_BASE, _APIC_ENABLE = 34, 1 << 11
 
 
 def _canonical(values: Column, width: int) -> Column:
@@ -102,12 +101,15 @@ def _write_tsc(rows: Rows, values: Column) -> Column:
 
 
 def _deadline_mode(rows: Rows) -> Mask:
-    if not rows.guest.has("irqchip"):
-        return np.zeros(len(rows.numbers), np.bool_)
-    return mask((rows.get(LAPIC)[:, _LVTT] & np.uint64(_TIMER_MODE)) == _DEADLINE_MODE)
+    enabled = bits(rows.get(x86_64.SREGS2.id)[:, _APIC_BASE], _APIC_ENABLE)
+    return rows.guest.deadline[rows.numbers] & enabled
 
 
-def _deadline(rows: Rows, values: Column) -> Column:
+def _keep_deadline(rows: Rows, values: Column) -> Column:
+    return np.where(_deadline_mode(rows), values, rows.get(ids.msr_id(TSC_DEADLINE))[:, 0])
+
+
+def _show_deadline(rows: Rows, values: Column) -> Column:
     return np.where(_deadline_mode(rows), values, np.uint64(0))
 
 
@@ -120,8 +122,13 @@ def _nothing(rows: Rows, values: Column) -> Mask:
     return np.zeros(len(values), np.bool_)
 
 
+_AREA_FIRST = (7, 0)
+"""Release since which an area outside of RAM is refused before the value is stored; measured: 7.2 does, 6.18 not."""
+
+
 def _no_page_faults(rows: Rows, values: Column) -> Mask:
-    return mask(_not_taken(rows, ASYNC_PF_EN, values) | mask(values != 0) & (not rows.guest.has("irqchip")))
+    no = mask(_not_taken(rows, ASYNC_PF_EN, values) | mask(values != 0) & (not rows.guest.has("irqchip")))
+    return no | _no_page_fault_area(rows, values) & (version(rows.guest.profile) >= _AREA_FIRST)
 
 
 def _no_page_fault_area(rows: Rows, values: Column) -> Mask:
@@ -148,7 +155,7 @@ def _same_ratio(rows: Rows, values: Column) -> Column:
 
 
 RULES = (
-    MsrRule("needs an APIC, and an area in guest memory: looked for when the value is stored", (ASYNC_PF_EN,),
+    MsrRule("needs an APIC, and an area in guest memory", (ASYNC_PF_EN,),
             "kvm_pv_enable_async_pf", refuse=_no_page_faults, late=_no_page_fault_area),
     MsrRule("needs an APIC", (ASYNC_PF_INT,), "kvm_pv_enable_async_pf_int", refuse=_no_page_fault_vector),
     MsrRule("needs guest memory", (PV_EOI_EN,), "kvm_lapic_set_pv_eoi", refuse=_no_eoi_flag),
@@ -163,8 +170,9 @@ RULES = (
             refuse=_beyond_aux),
     MsrRule("nothing but the ratio that it has, or 0, which is ignored", (TSC_RATIO,), "svm_set_msr: no TSC scaling",
             refuse=_another_ratio, keep=_same_ratio),
-    MsrRule("kept in the timer's deadline mode alone", (TSC_DEADLINE,), "kvm_set_lapic_tscdeadline_msr",
-            refuse=_nothing, keep=_deadline, show=_deadline),
+    MsrRule("kept in the timer's deadline mode alone, shown while the APIC is enabled, too", (TSC_DEADLINE,),
+            "kvm_set_lapic_tscdeadline_msr, kvm_get_lapic_tscdeadline_msr: kvm_apic_present",
+            refuse=_nothing, keep=_keep_deadline, show=_show_deadline),
     MsrRule("ignored unless CPUID has it", (TSC_ADJUST,), "kvm_set_msr_common: X86_FEATURE_TSC_ADJUST",
             refuse=_nothing, keep=_adjust),
 )

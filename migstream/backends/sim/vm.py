@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migstream.backends.base import GuestMemory, Refusal, Vm
+from migstream.backends.base import Refusal
 from migstream.backends.sim import rules_cpu, rules_devices, rules_hyperv
 from migstream.backends.sim.access import AnyColumn, column, enable, operation
 from migstream.backends.sim.guest import Guest, Rows
-from migstream.backends.sim.memory import Memory
 from migstream.backends.sim.runner import Runner
 from migstream.backends.sim.timing import timed
+from migstream.backends.sim.turns import TurnsVm
 from migstream.contract import Behaviour
 from migstream.errors import BackendError, UsageError
 from migstream.host.behaviour import of_profile
@@ -29,17 +29,13 @@ if TYPE_CHECKING:
     from migstream.model import Words
 
 
-class SimVm(Vm):
+class SimVm(TurnsVm):
     """A VM on a simulated kernel. Made by `SimBackend.create`."""
 
     def __init__(self, profile: HostProfile, machine: Machine, host: HostClock) -> None:
-        self.machine = machine
+        super().__init__(machine)
         self.guest = Guest(profile, machine, host, {**rules_devices.RESETS, **rules_hyperv.RESETS})
-        self.memory = GuestMemory([])
-        self._ram = Memory()
         self._programs: dict[Layout, list[AnyColumn]] = {}
-        self._runner: Runner | None = None
-        self._exits: dict[int, str] = {}
 
     def build(self, enabled_caps: dict[int, tuple[int, ...]]) -> None:
         """Memory, interrupt chips, capabilities, in KVM's order. Raises: BackendError, UsageError."""
@@ -128,12 +124,7 @@ class SimVm(Vm):
         return self._programs[layout]
 
     def _rows(self, layout: Layout, first: int, values: Words) -> Rows:
-        if self._runner:
-            raise UsageError("registers can be read and written while the vCPUs stand still: pause() first")
-        if not values.flags.c_contiguous or values.shape[1] != layout.row_words:
-            raise UsageError("a bank is a C-contiguous matrix of its layout's width")
-        if first + len(values) > (1 if layout.scope == Scope.VM else self.guest.vcpus):
-            raise UsageError(f"rows {first} to {first + len(values)} of {layout.title}: the VM has fewer")
+        self._check_bank(layout, first, values, self.guest.vcpus)
         return Rows.span(self.guest, first, len(values))
 
     def _refusals(self, layout: Layout, first: int, found: list[tuple[int, Errnos]], verb: str) -> list[Refusal]:
@@ -145,30 +136,11 @@ class SimVm(Vm):
 
     def enter(self, vcpu: int) -> None:
         """See `Vm.enter`. x86-64: what a run fixes is not fixed by it: a vCPU has run when it reached the guest."""
-        if self._runner:
-            raise UsageError("the vCPUs run already")
+        self._check_still()
         rules_cpu.enter(Rows.span(self.guest, vcpu, 1))
 
     def start(self) -> None:
         """See `Vm.start`."""
-        if self._runner:
-            raise UsageError("the vCPUs run already")
+        self._check_still()
         self._runner = Runner(self.guest, self.memory)
         self._runner.start()
-
-    def pause(self) -> None:
-        """See `Vm.pause`."""
-        runner, self._runner = self._runner, None
-        if runner:
-            runner.pause()
-            self._exits = dict(runner.exits)
-
-    def exits(self) -> dict[int, str]:
-        """See `Vm.exits`."""
-        return dict(self._runner.exits) if self._runner else dict(self._exits)
-
-    def close(self) -> None:
-        """See `Vm.close`."""
-        self.pause()
-        self.memory.release()
-        self._ram.close()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from migstream.backends.base import GuestMemory, Refusal, Vm
+from migstream.backends.base import Refusal
 from migstream.backends.sim.arm64 import access, entering, ids, rules, rules_cpu, rules_firmware, rules_id
 from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64.board import make_devices
@@ -20,8 +20,8 @@ from migstream.backends.sim.arm64.proposals import ASYMMETRIC_CAP, PROPOSED_RULE
 from migstream.backends.sim.arm64.rules import since
 from migstream.backends.sim.arm64.runner import Runner
 from migstream.backends.sim.arm64.told import CAPABILITIES, CapabilityColumn, InitColumn, OffsetColumn
-from migstream.backends.sim.memory import Memory
 from migstream.backends.sim.timing import timed
+from migstream.backends.sim.turns import TurnsVm
 from migstream.contract import Behaviour
 from migstream.errors import BackendError, UsageError, errno_name
 from migstream.host.behaviour import of_profile
@@ -64,18 +64,15 @@ class AnyColumn(Protocol):
         """Store `values`; an errno a row."""
 
 
-class Arm64SimVm(DeviceIoctls, Vm):
+class Arm64SimVm(DeviceIoctls, TurnsVm):
     """A VM on a simulated arm64 kernel. Made by `SimBackend.create`."""
 
     def __init__(self, profile: HostProfile, machine: Machine, host: HostClock,
                  rules: Sequence[Rule] = RULES) -> None:
-        self.machine, self.profile = machine, profile
+        super().__init__(machine)
+        self.profile = profile
         self.guest = Guest(profile, machine, host, rules)
-        self.memory = GuestMemory([])
-        self._ram = Memory()
         self._programs: dict[Layout, list[AnyColumn]] = {}
-        self._runner: Runner | None = None
-        self._exits: dict[int, str] = {}
         self.its = Its(lambda: self.memory, self._pending_tables) if "its" in machine.devices else None
 
     def build(self, enabled_caps: dict[int, tuple[int, ...]]) -> None:
@@ -179,7 +176,7 @@ class Arm64SimVm(DeviceIoctls, Vm):
         return self._each(layout, first_vcpu, values, "SET")
 
     def _each(self, layout: Layout, first: int, values: Words, verb: str) -> list[Refusal]:
-        self._check(layout, first, values)
+        self._check_bank(layout, first, values, self.guest.vcpus)
         span, numbers = slice(first, first + len(values)), np.arange(first, first + len(values))
         places, found = layout.offsets, []
         for number, column in enumerate(self._program(layout)):
@@ -190,14 +187,6 @@ class Arm64SimVm(DeviceIoctls, Vm):
         vm = layout.scope == Scope.VM
         return [Refusal(id := layout.slots[number].id, None if vm else first + row, access.operation(id, verb), no)
                 for row, number, no in sorted(found)]
-
-    def _check(self, layout: Layout, first: int, values: Words) -> None:
-        if self._runner:
-            raise UsageError("registers can be read and written while the vCPUs stand still: pause() first")
-        if not values.flags.c_contiguous or values.shape[1] != layout.row_words:
-            raise UsageError("a bank is a C-contiguous matrix of its layout's width")
-        if first + len(values) > (1 if layout.scope == Scope.VM else self.guest.vcpus):
-            raise UsageError(f"rows {first} to {first + len(values)} of {layout.title}: the VM has fewer")
 
     def _program(self, layout: Layout) -> list[AnyColumn]:
         if layout not in self._programs:
@@ -238,8 +227,7 @@ class Arm64SimVm(DeviceIoctls, Vm):
 
     def start(self) -> None:
         """See `Vm.start`. Raises: BackendError where a vCPU is not complete."""
-        if self._runner:
-            raise UsageError("the vCPUs run already")
+        self._check_still()
         for vcpu in range(self.guest.vcpus):
             if no := entering.enter(self.guest, vcpu):
                 raise BackendError("KVM_RUN", errno=no, vcpu=vcpu)
@@ -251,26 +239,9 @@ class Arm64SimVm(DeviceIoctls, Vm):
         if no := self.run(vcpu)[0]:
             raise BackendError("KVM_RUN", errno=no, vcpu=vcpu)
 
-    def pause(self) -> None:
-        """See `Vm.pause`."""
-        runner, self._runner = self._runner, None
-        if runner:
-            runner.pause()
-            self._exits = dict(runner.exits)
-
     def behaviour(self) -> Behaviour:
         """What the profile's guest was told."""
         return of_profile(self.profile)
-
-    def exits(self) -> dict[int, str]:
-        """See `Vm.exits`."""
-        return dict(self._runner.exits) if self._runner else dict(self._exits)
-
-    def close(self) -> None:
-        """See `Vm.close`."""
-        self.pause()
-        self.memory.release()
-        self._ram.close()
 
     # single ioctls of one vCPU: (errno, what was read)
 
