@@ -146,7 +146,7 @@ def line(attribute: int, value: int = 0, vcpu: int = 0, group: int = 0) -> Call:
 
 ICC_CTLR, PROPBASER, PENDBASER = gic.ICC_CTLR, chip(GICR, 0x70), chip(GICR, 0x78)
 IMP_ID = 239
-IRQ, MAKE = 0, 1
+IRQ, MAKE, FILTER = 0, 1, 2
 
 DEVICE_ROWS = (
     Recorded(ALL, (*vm(), *GIC, gic_get(chip(GICD, 0x10))), shows(0xFFFF_FFFF), "GICD_STATUSR reads as ones"),
@@ -197,6 +197,10 @@ DEVICE_ROWS = (
              "6.1: timers that a failed run enabled"),
     Recorded(ALL, (*vm(1, PMU), *GIC, line(IRQ, 23), line(MAKE), call("init", vcpu=0, features=PMU), RUN),
              {"errno": 0}, "a PMU's interrupt stays with a second init"),
+    Recorded((V510,), (*vm(2, PMU), line(MAKE), RUN, line(FILTER, 0x1_0011, vcpu=1)), {"errno": 0},
+             "5.10: events are filtered also after a run"),
+    Recorded((V61, *NEW), (*vm(2, PMU), line(MAKE), RUN, line(FILTER, 0x1_0011, vcpu=1)), {"errno": 16},
+             "since 5.18 events are chosen before a run"),
 )
 ROWS += DEVICE_ROWS
 
