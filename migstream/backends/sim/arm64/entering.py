@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim.arm64 import gic as chip
-from migstream.backends.sim.arm64 import ids
+from migstream.backends.sim.arm64 import exceptions, ids
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access
 from migstream.backends.sim.arm64.rules import mask, since
 from migstream.backends.sim.arm64.rules_cpu import reached
@@ -110,7 +110,7 @@ def complete(guest: Guest, vcpu: int) -> None:
     """kvm_handle_mmio_return(): an MMIO exit's instruction is done, and PC goes on, at the next KVM_RUN."""
     if vcpu in guest.exited:
         guest.exited.remove(vcpu)
-        guest.column(ids.PC)[vcpu] += np.uint64(4)
+        exceptions.skip(guest, vcpu)
 
 
 def through_cpu(guest: Guest, vcpus: NDArray[np.intp], inside: bool = False) -> None:

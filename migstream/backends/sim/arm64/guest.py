@@ -160,13 +160,13 @@ class Guest:
     def _reset_events(self, rows: slice) -> None:
         """reset_pmevtyper() since 6.7: only bits that the VM's ID registers say there are by now."""
         features = int(self.features[rows][0])
-        bits = _U64 & ~0xFFFF | EVENT_BITS.get(self._field(ids.ID_AA64DFR0, 8, features), 0)
-        if not self._field(ids.ID_AA64PFR0, 8, features):
+        bits = _U64 & ~0xFFFF | EVENT_BITS.get(self.field(ids.ID_AA64DFR0, 8, features), 0)
+        if not self.field(ids.ID_AA64PFR0, 8, features):
             bits &= ~INCLUDE_EL2
         for id in self.listed(features).intersection(ids.PMEVTYPER):
             self.column(id)[rows] &= np.uint64(bits)
 
-    def _field(self, id: int, low: int, features: int) -> int:
+    def field(self, id: int, low: int, features: int) -> int:
         """A field of four bits of an ID register that the VM has once."""
         return (int(self.column(id)[0, 0]) ^ self.initial(id, features)) >> low & 0xF
 

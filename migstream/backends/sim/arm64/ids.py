@@ -43,6 +43,7 @@ PMCR, PMSWINC = _sys(3, 3, 9, 12, 0), _sys(3, 3, 9, 12, 4)
 PMCNTENSET, PMCNTENCLR = _sys(3, 3, 9, 12, 1), _sys(3, 3, 9, 12, 2)
 PMOVSSET, PMOVSCLR = _sys(3, 3, 9, 14, 3), _sys(3, 3, 9, 12, 3)
 PMINTENSET, PMINTENCLR = _sys(3, 0, 9, 14, 1), _sys(3, 0, 9, 14, 2)
+PMEVCNTR = tuple(_sys(3, 3, 14, 8 + n // 8, n % 8) for n in range(31))
 PMEVTYPER = tuple(_sys(3, 3, 14, 12 + n // 8, n % 8) for n in range(31))
 SAME_STORAGE = {PMCNTENCLR: PMCNTENSET, PMOVSCLR: PMOVSSET, PMINTENCLR: PMINTENSET}
 """Pairs that set and clear the same bits: the second is where they are kept."""

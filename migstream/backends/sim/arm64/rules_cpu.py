@@ -198,6 +198,20 @@ def _show_counters(at: Access, values: Words) -> Words:
     return values & counters(at)[:, np.newaxis]
 
 
+def _wide_counters(profile: HostProfile, id: int) -> bool:
+    return id in ids.PMEVCNTR and since(profile, 6, 3)
+
+
+_PMU_3P5 = 6
+"""ID_AA64DFR0_EL1.PMUVer."""
+
+
+def _show_event_counter(at: Access, values: Words) -> Words:
+    """The VM's PMUVer decides, which can be lowered and raised again: the upper half stays stored."""
+    wide = at.guest.field(ids.ID_AA64DFR0, 8, int(at.features[0])) >= _PMU_3P5
+    return values if wide else values & np.uint64(0xFFFF_FFFF)
+
+
 def _counted_pmcr(profile: HostProfile, id: int) -> bool:
     """Kernels where PMCR_EL0.N is the VM's and can be lowered (since 6.8)."""
     return id == ids.PMCR and kept(profile, id) not in (0, (1 << 64) - 1)
@@ -294,6 +308,8 @@ RULES: tuple[Rule, ...] = (
     Rule("both show the same", _stored_elsewhere, "sys_reg_descs: both name the setting one's storage",
          after=_store_pair, show=_show_pair),
     Rule("no bits of counters that went away", _masked_pairs, "get_pmreg() since 6.8", show=_show_counters),
+    Rule("event counters have 64 bits since PMUv3p5", _wide_counters, "kvm_pmc_is_64bit() since 6.3; measured: 6.12, "
+         "7.2", show=_show_event_counter),
     Rule("the number of counters is the VM's", _counted_pmcr, "set_pmcr() since 6.8", keep=_keep_pmcr, after=_lower_n,
          show=_show_pmcr),
     Rule("a state that vCPUs have", registers(ids.MP_STATE), "kvm_arch_vcpu_ioctl_set_mpstate()", refuse=_mp_state),

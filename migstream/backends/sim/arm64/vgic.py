@@ -81,7 +81,7 @@ class Vgic:
 
     def _count(self, value: int) -> int:
         """vgic_set_common_attr()."""
-        if value < gic.PRIVATE_IRQS + 32 or value >= gic.MOST_IRQS or value & 31:
+        if value < gic.PRIVATE_IRQS + 32 or value > gic.MOST_IRQS or value & 31:
             return errno.EINVAL
         if self.ready or self.irqs:
             return errno.EBUSY
