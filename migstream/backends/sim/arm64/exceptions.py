@@ -62,7 +62,7 @@ def skip(guest: Guest, vcpu: int) -> None:
     pc, pstate = guest.column(ids.PC), guest.column(ids.PSTATE)
     state = int(pstate[vcpu, 0])
     narrow = state & int(_AARCH32)
-    pc[vcpu] = pc[vcpu, 0] + np.uint64(4) & np.uint64((1 << 32 if narrow else 1 << 64) - 1)
+    pc[vcpu] = int(pc[vcpu, 0]) + 4 & (1 << 32 if narrow else 1 << 64) - 1
     state = _it_advance(state) & ~(1 << 21) if narrow else state & ~_BTYPE_SS
     pstate[vcpu] = state
 

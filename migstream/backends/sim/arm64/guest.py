@@ -36,6 +36,9 @@ NO_FEATURES = -1
 """Features of a vCPU that KVM_ARM_VCPU_INIT was not called for."""
 
 _U64 = (1 << 64) - 1
+_SVC = 0x1D3
+"""VCPU_RESET_PSTATE_SVC: of a vCPU whose EL1 is AArch32."""
+
 _TIMER_LINES = {0: 27, 1: 30, 2: 28, 3: 26}
 """KVM_ARM_VCPU_TIMER_IRQ_VTIMER, _PTIMER, _HVTIMER, _HPTIMER: the PPIs that a VM starts with (arch_timer.c)."""
 
@@ -99,7 +102,7 @@ class Guest:
             steal_time: address by vCPU.
         left_over, off: features by vCPU that a refused KVM_ARM_VCPU_INIT left, and POWER_OFF, before 6.5.
         exited: vCPUs whose last exit was MMIO, which the next KVM_RUN completes: PC goes on then.
-        dead: a VM that the kernel gave up.
+        dead: a VM that the kernel gave up. has_its: whether there is an ITS.
     """
 
     def __init__(self, profile: HostProfile, machine: Machine, host: HostClock, rules: Sequence[Rule]) -> None:
@@ -123,6 +126,7 @@ class Guest:
         self.off: dict[int, int] = {}
         self.exited: set[int] = set()
         self.dead = False
+        self.has_its = "its" in machine.devices
         self._columns: dict[int, Words] = {}
         self._listed: dict[int, frozenset[int]] = {}
         self._programs: dict[int, tuple[Rule, ...]] = {}
@@ -251,6 +255,9 @@ class Guest:
         value = self.profile.defaults.get(id) or self.profile.feature_defaults.get(id)
         if value and id not in ids.CLOCKS:
             rows[:] = np.frombuffer(value.ljust(words * 8, b"\0"), np.uint64)
+        if id == ids.PSTATE:
+            narrow = self.features[vcpus.start:vcpus.stop] & vcpu_features.EL1_32BIT != 0
+            rows[narrow & (self.features[vcpus.start:vcpus.stop] != NO_FEATURES)] = _SVC
         if reset := _RESETS.get(id):
             rows[:, 0] = reset(np.array(vcpus, np.uint64))
         return rows

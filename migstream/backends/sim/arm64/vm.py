@@ -15,7 +15,7 @@ from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64.board import make_devices
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access, Guest
 from migstream.backends.sim.arm64.ioctls import DeviceIoctls, alive
-from migstream.backends.sim.arm64.its import CTLR, Its
+from migstream.backends.sim.arm64.its import CTLR
 from migstream.backends.sim.arm64.proposals import ASYMMETRIC_CAP, PROPOSED_RULES, SCOPE_CAP
 from migstream.backends.sim.arm64.rules import since
 from migstream.backends.sim.arm64.runner import Runner
@@ -76,7 +76,7 @@ class Arm64SimVm(DeviceIoctls, Vm):
         self._programs: dict[Layout, list[AnyColumn]] = {}
         self._runner: Runner | None = None
         self._exits: dict[int, str] = {}
-        self.its = Its(lambda: self.memory, self._pending_tables) if "its" in machine.devices else None
+        self.its = self.new_its() if "its" in machine.devices else None
 
     def build(self, enabled_caps: dict[int, tuple[int, ...]]) -> None:
         """Memory and capabilities, in KVM's order. Raises: BackendError, UsageError."""
@@ -231,10 +231,7 @@ class Arm64SimVm(DeviceIoctls, Vm):
         column = chip.GicColumn(id, chip.rule(self.guest, id))
         if id in gic.BEFORE_READ and self.its:
             return chip.Ordered(column, self.its.save_pending)
-        return column
-
-    def _pending_tables(self) -> list[int]:
-        return [int(value) for value in self.guest.column(_PENDBASER)[:, 0]]
+        return chip.Ordered(column, after_write=self.its.switched) if id == chip.GICR_CTLR and self.its else column
 
     def start(self) -> None:
         """See `Vm.start`. Raises: BackendError where a vCPU is not complete."""
@@ -396,6 +393,3 @@ class Arm64SimVm(DeviceIoctls, Vm):
         if not no and self.profile.behaviour.get("entering_is_running"):
             entering.through_cpu(self.guest, np.array([vcpu]))
         return no, b""
-
-
-_PENDBASER = all_ids.attribute_id(gic.GICV3, gic.REDISTRIBUTOR, 0x78)
