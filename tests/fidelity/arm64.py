@@ -29,7 +29,12 @@ EXCLUDED = (
              "ISTATUS would depend on the time between two calls"),
     Excluded("KVM_VCPU_EVENTS byte 2 (ext_dabt_pending) is 0 in what is written",
              "the kernel delivers the abort into ESR_EL1, FAR_EL1, PC and PSTATE: no simulator of an exception here"),
-    Excluded("no guest programs on vCPUs with EL1_32BIT", "they are AArch64's"),
+    Excluded("no guest programs on vCPUs with EL1_32BIT; it is not asked for together with SVE",
+             "they are AArch64's; 5.10 refuses both and leaves SVE behind"),
+    Excluded("guest programs run with the OS lock off (OSLSR_EL1.OSLK)",
+             "else KVM saves MDCCINT_EL1 from the CPU, and QEMU has a NOP there: it reads as what the general register "
+             "held (target/arm/debug_helper.c)"),
+    Excluded("the value of DBGVCR32_EL2 on vCPUs with EL1_32BIT", "KVM saves it from the CPU after a run; a NOP, too"),
     Excluded("guest programs run on vCPUs without a PMU, at EL1 with the MMU off and exceptions masked",
              "cycles are time; a guest that takes exceptions is no matter of the register interface"),
     Excluded("of a call's results X0 is compared; X1 to X3 are cleared after it", "a profile has X0 alone"),
@@ -47,7 +52,7 @@ SVE, PMU, PTRAUTH, PSCI = vcpu_features.SVE, vcpu_features.PMU_V3, vcpu_features
 NARROW = vcpu_features.EL1_32BIT
 _SETS = (PSCI, PSCI, PSCI, PSCI | PMU, PSCI | PMU, PSCI | SVE, PSCI | PTRAUTH, PSCI | SVE | PMU | PTRAUTH, 0,
          SVE | PTRAUTH, PSCI | NARROW, PSCI | NARROW | PMU)
-_ODD_SETS = (PSCI | NARROW, PSCI | NARROW | SVE, NARROW | PTRAUTH,
+_ODD_SETS = (PSCI | NARROW, NARROW | PTRAUTH,
              PSCI | 1, PSCI | 1 << 5, PSCI | 1 << 6, PSCI | 1 << 7, PSCI | 1 << 8, PSCI | 1 << 9, 1 << 31)
 
 _WORDS = (0, 1, 2, 3, 0xF, 0x10, 1 << 31, 1 << 32, 1 << 63, (1 << 32) - 1, (1 << 64) - 1, 0x3C5, 0x1D3, 0x10000,
@@ -90,6 +95,7 @@ _CWRITER, _CREADR = 0x88, 0x90
 _TABLE_REGISTERS = (0x80, 0x100, 0x108)
 """GITS_CBASER, GITS_BASER0, GITS_BASER1."""
 
+_OSLK = 2
 _ITS_RESET = 4
 """KVM_DEV_ARM_ITS_CTRL_RESET."""
 
@@ -139,6 +145,11 @@ class Arm64Stage(Stage):
     side: Side | None = None
     vcpus = 0
 
+    def __init__(self, backend: Backend, profile: HostProfile) -> None:
+        """See `Stage`."""
+        super().__init__(backend, profile)
+        self._narrow: set[int] = set()
+
     def close(self) -> None:
         """Destroy the VM."""
         if self.side:
@@ -149,6 +160,7 @@ class Arm64Stage(Stage):
         """Make a VM instead of the one that there is: KVM_ENABLE_CAP, then vCPUs."""
         self.close()
         self.vcpus = vcpus
+        self._narrow = set()
         if isinstance(self.backend, KvmBackend):
             self.side = RealSide(vcpus, caps)
             self.side.load(program.ADDRESS, program.code())
@@ -171,7 +183,10 @@ class Arm64Stage(Stage):
 
     def do_init(self, vcpu: int, features: int, target: int | None = None) -> Answer:
         """KVM_ARM_VCPU_INIT."""
-        return self._ask(vcpu, lambda side: side.init(vcpu, features, target))
+        answer = self._ask(vcpu, lambda side: side.init(vcpu, features, target))
+        if answer == {"errno": 0} and features & NARROW:
+            self._narrow.add(vcpu)
+        return answer
 
     def do_finalize(self, vcpu: int, what: int) -> Answer:
         """KVM_ARM_VCPU_FINALIZE."""
@@ -183,7 +198,9 @@ class Arm64Stage(Stage):
 
     def do_get(self, vcpu: int, id: int) -> Answer:
         """KVM_GET_ONE_REG."""
-        return self._shown(id, self._ask(vcpu, lambda side: side.get(vcpu, id)))
+        answer = self._ask(vcpu, lambda side: side.get(vcpu, id))
+        unfair = id in ids.CLOCKS or (id == ids.DBGVCR32 and vcpu in self._narrow)
+        return {"value": "runs"} if unfair and "value" in answer else answer
 
     def do_set(self, vcpu: int, id: int, value: str) -> Answer:
         """KVM_SET_ONE_REG; then the register on this vCPU and on the next."""
@@ -202,6 +219,7 @@ class Arm64Stage(Stage):
             return {"no": "vCPU"}
         if not self.side.line("has", vcpu, *_PMU_IRQ)[0]:
             return {"no": "program on a vCPU with a PMU"}
+        self._unlock(self.side, vcpu)
         for id, value in _AT_START:
             if self.side.set(vcpu, id, value.to_bytes(lookup(id).size or 8, "little"))[0]:
                 return {"no": f"start: {lookup(id).name}"}
@@ -209,6 +227,12 @@ class Arm64Stage(Stage):
         for number in range(program.RESULT + 1):
             self.side.set(vcpu, ids.X[number], bytes(8))  # of a call's results only X0 is compared, and no time
         return seen
+
+    @staticmethod
+    def _unlock(side: Side, vcpu: int) -> None:
+        no, lock = side.get(vcpu, ids.OSLSR)
+        if not no and lock[0] & _OSLK:
+            side.set(vcpu, ids.OSLSR, bytes([lock[0] & ~_OSLK]) + lock[1:])
 
     def _seen(self, side: Side, vcpu: int, question: firmware_arm64.Question) -> Answer:
         side.run(vcpu)  # completes the exit before
@@ -315,10 +339,6 @@ class Arm64Stage(Stage):
             if answer.get("value", "") not in (_made_with(self.profile, id), "runs"):
                 values[lookup(id).name] = answer
         return values
-
-    @staticmethod
-    def _shown(id: int, answer: Answer) -> Answer:
-        return {"value": "runs"} if id in ids.CLOCKS and "value" in answer else answer
 
 
 def _made_with(profile: HostProfile, id: int) -> str:

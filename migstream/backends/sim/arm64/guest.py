@@ -36,8 +36,8 @@ NO_FEATURES = -1
 """Features of a vCPU that KVM_ARM_VCPU_INIT was not called for."""
 
 _U64 = (1 << 64) - 1
-_SVC = 0x1D3
-"""VCPU_RESET_PSTATE_SVC: of a vCPU whose EL1 is AArch32."""
+_NARROW_RESETS = {ids.PSTATE: 0x1D3}
+"""Of a vCPU whose EL1 is AArch32: VCPU_RESET_PSTATE_SVC."""
 
 _TIMER_LINES = {0: 27, 1: 30, 2: 28, 3: 26}
 """KVM_ARM_VCPU_TIMER_IRQ_VTIMER, _PTIMER, _HVTIMER, _HPTIMER: the PPIs that a VM starts with (arch_timer.c)."""
@@ -255,9 +255,9 @@ class Guest:
         value = self.profile.defaults.get(id) or self.profile.feature_defaults.get(id)
         if value and id not in ids.CLOCKS:
             rows[:] = np.frombuffer(value.ljust(words * 8, b"\0"), np.uint64)
-        if id == ids.PSTATE:
-            narrow = self.features[vcpus.start:vcpus.stop] & vcpu_features.EL1_32BIT != 0
-            rows[narrow & (self.features[vcpus.start:vcpus.stop] != NO_FEATURES)] = _SVC
+        if id in _NARROW_RESETS:
+            features = self.features[vcpus.start:vcpus.stop]
+            rows[(features != NO_FEATURES) & (features & vcpu_features.EL1_32BIT != 0)] = _NARROW_RESETS[id]
         if reset := _RESETS.get(id):
             rows[:, 0] = reset(np.array(vcpus, np.uint64))
         return rows

@@ -50,6 +50,7 @@ SAME_STORAGE = {PMCNTENCLR: PMCNTENSET, PMOVSCLR: PMOVSSET, PMINTENCLR: PMINTENS
 
 CSSELR, VBAR, AMAIR = _sys(3, 2, 0, 0, 0), _sys(3, 0, 12, 0, 0), _sys(3, 0, 10, 3, 0)
 AFSR0, AFSR1, ESR, MDSCR = _sys(3, 0, 5, 1, 0), _sys(3, 0, 5, 1, 1), _sys(3, 0, 5, 2, 0), _sys(2, 0, 0, 2, 2)
+DBGVCR32 = _sys(2, 4, 0, 7, 0)
 TTBR0, TCR, SCTLR = _sys(3, 0, 2, 0, 0), _sys(3, 0, 2, 0, 2), _sys(3, 0, 1, 0, 0)
 MP_STATE, VCPU_EVENTS = _MP_STATE.id, _VCPU_EVENTS.id
 

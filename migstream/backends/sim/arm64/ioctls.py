@@ -204,7 +204,7 @@ class DeviceIoctls:
             return its.restore_tables()
         if attribute == _ITS_RESET:
             its.reset()
-        return 0
+        return 0 if attribute in (_ITS_RESET, gic.INIT) else errno.ENXIO
 
     def _its_register(self, its: Its, verb: str, offset: int, value: int) -> tuple[int, bytes]:
         """vgic_its_attr_regs_access()."""

@@ -283,13 +283,29 @@ class Arm64SimVm(DeviceIoctls, Vm):
             self.guest.left_over[vcpu] = self.guest.left_over.get(vcpu, 0) | (features & known if old == -1 else 0)
             return errno.ENOENT, b""
         features |= self.guest.left_over.get(vcpu, 0)
-        if no := self._init_errno(features):
+        if no := self._width(vcpu, features) or self._init_errno(features):
             self.guest.features[vcpu] = NO_FEATURES
             self.guest.left_over[vcpu] = 0
             return no, b""
         self.guest.off[vcpu] = features & _POWER_OFF
         self._reset(vcpu, features)
         return 0, b""
+
+    def _width(self, vcpu: int, features: int) -> int:
+        """All vCPUs AArch32 at EL1 or none: EINVAL.
+
+        kvm_set_vm_width() since 5.18, where the first to be initialized decides; before, vcpu_allowed_register_width()
+        looks at the others, of which one that was not initialized is AArch64.
+        """
+        wanted = features & vcpu_features.EL1_32BIT
+        if since(self.profile, 5, 18):
+            return 0 if self.guest.notes.setdefault("width", wanted) == wanted else errno.EINVAL
+        others = (k for k in range(self.guest.vcpus) if k != vcpu)
+        return errno.EINVAL if any(self._told(k) & vcpu_features.EL1_32BIT != wanted for k in others) else 0
+
+    def _told(self, vcpu: int) -> int:
+        features = int(self.guest.features[vcpu])
+        return self.guest.left_over.get(vcpu, 0) if features == NO_FEATURES else features
 
     def _off(self, vcpu: int) -> int:
         return self.guest.off.get(vcpu, 0)
