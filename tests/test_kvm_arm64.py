@@ -87,13 +87,13 @@ def test_active_priority_registers_follow_the_priority_bits(bits: int, registers
     ("GITS_BASER7", 8, 0x138), ("GITS_IIDR", 8, 4),
 ])
 def test_gic_attributes_are_the_architectures(name: str, group: int, attribute: int) -> None:
-    layouts = gic.layouts(gic.MOST_IRQS, 4, True)
+    layouts = gic.layouts(1024, 4, True)
     found = {lookup(slot.id).name: slot.id for layout in layouts for slot in layout.slots}
     assert gic.attribute(found[name]) == (group, attribute)
 
 
 def test_every_gic_row_is_known_and_in_a_layout_of_its_scope() -> None:
-    for layout in gic.layouts(gic.MOST_IRQS, 4, True):
+    for layout in gic.layouts(1024, 4, True):
         for slot in layout.slots:
             row = lookup(slot.id)
             assert row.known and row.why

@@ -49,12 +49,13 @@ class RealArm64:
         fcntl.ioctl(self._vm, uapi.ARM_PREFERRED_TARGET.number, init)
         self.target = struct.unpack_from("<I", init)[0]
         self._gic: int | None = None
+        self._its: int | None = None
 
     def close(self) -> None:
         """Destroy it."""
         for page in self._pages:
             page.close()
-        for fd in (*self._vcpus, *([] if self._gic is None else [self._gic]), self._vm, self._kvm):
+        for fd in (*self._vcpus, *(fd for fd in (self._gic, self._its) if fd is not None), self._vm, self._kvm):
             os.close(fd)
         self._ram.close()
 
@@ -128,11 +129,27 @@ class RealArm64:
 
     def create_gic(self) -> int:
         """KVM_CREATE_DEVICE of a vGICv3."""
-        argument = bytearray(struct.pack("<III", gic.GICV3, 0, 0))
-        no = self._call(self._vm, uapi.CREATE_DEVICE, argument)
-        if not no:
-            self._gic = struct.unpack_from("<I", argument, 4)[0]
+        no, fd = self._create(gic.GICV3)
+        self._gic = self._gic if no else fd
         return no
+
+    def create_its(self) -> int:
+        """KVM_CREATE_DEVICE of an ITS; once."""
+        no, self._its = self._create(gic.ITS)
+        return no
+
+    def _create(self, kind: int) -> tuple[int, int | None]:
+        argument = bytearray(struct.pack("<III", kind, 0, 0))
+        no = self._call(self._vm, uapi.CREATE_DEVICE, argument)
+        return no, None if no else struct.unpack_from("<I", argument, 4)[0]
+
+    def its_attribute(self, verb: str, group: int, attribute: int, value: int = 0) -> Answer:
+        """KVM_HAS, GET and SET_DEVICE_ATTR of the ITS."""
+        return (errno.EBADF, b"") if self._its is None else self._attribute(self._its, verb, group, attribute, value)
+
+    def peek(self, address: int, size: int) -> bytes:
+        """Guest RAM."""
+        return self._ram[address:address + size]
 
     def _attribute(self, fd: int, verb: str, group: int, attribute: int, value: int = 0) -> Answer:
         buffer = ctypes.create_string_buffer(value.to_bytes(8, "little"), 8)

@@ -146,7 +146,7 @@ def line(attribute: int, value: int = 0, vcpu: int = 0, group: int = 0) -> Call:
 
 ICC_CTLR, PROPBASER, PENDBASER = gic.ICC_CTLR, chip(GICR, 0x70), chip(GICR, 0x78)
 IMP_ID = 239
-IRQ, MAKE = 0, 1
+IRQ, MAKE, FILTER = 0, 1, 2
 
 DEVICE_ROWS = (
     Recorded(ALL, (*vm(), *GIC, gic_get(chip(GICD, 0x10))), shows(0xFFFF_FFFF), "GICD_STATUSR reads as ones"),
@@ -197,8 +197,95 @@ DEVICE_ROWS = (
              "6.1: timers that a failed run enabled"),
     Recorded(ALL, (*vm(1, PMU), *GIC, line(IRQ, 23), line(MAKE), call("init", vcpu=0, features=PMU), RUN),
              {"errno": 0}, "a PMU's interrupt stays with a second init"),
+    Recorded(ALL, (*vm(), sees(ids.MIDR), put(ids.PSTATE, 0x20_0C04), RUN, get(ids.PSTATE)), word(4),
+             "an MMIO exit's instruction ends: no BTYPE, no SS"),
+    Recorded(ALL, (*vm(), sees(ids.MIDR), put(ids.PSTATE, 0x620_FC30), RUN, get(ids.PSTATE)), word(0x400_FC30),
+             "an instruction of an IT block less"),
+    Recorded((V612,), (*vm(), *GIC, put(ids.ID_AA64PFR0, PFR0 & ~(0xF << 24)), RUN, get(ids.ID_AA64PFR0)),
+             word(PFR0 & ~(0xF << 24)), "6.12: a vGIC that the ID registers do not show"),
+    Recorded((V72,), (*vm(), *GIC, put(ids.ID_AA64PFR0, PFR0 & ~(0xF << 24)), RUN, get(ids.ID_AA64PFR0)), word(PFR0),
+             "7.2: the first run shows it"),
+    Recorded(ALL, (*vm(), *GIC[:1], making(gic.IRQ_COUNT, 0, 992)), {"errno": 0}, "992 interrupts are the most"),
+    Recorded((V61,), (*vm(1, PMU), put(ids.PMEVCNTR[3], 1 << 32 | 7)), {"vCPU 0": word(7)}, "6.1: 32 bits"),
+    Recorded(NEW, (*vm(1, PMU), put(ids.PMEVCNTR[3], 1 << 32 | 7)), {"vCPU 0": word(1 << 32 | 7)}, "PMUv3p5: 64 bits"),
+    Recorded(NEW, (*vm(1, PMU), put(ids.ID_AA64DFR0, 0x1030_5509), put(ids.PMEVCNTR[3], 1 << 32 | 7)),
+             {"vCPU 0": word(7)}, "a PMU before v3p5: 32 bits"),
+    Recorded((V510,), (*vm(2, PMU), line(MAKE), RUN, line(FILTER, 0x1_0011, vcpu=1)), {"errno": 0},
+             "5.10: events are filtered also after a run"),
+    Recorded((V61, *NEW), (*vm(2, PMU), line(MAKE), RUN, line(FILTER, 0x1_0011, vcpu=1)), {"errno": 16},
+             "since 5.18 events are chosen before a run"),
 )
-ROWS += DEVICE_ROWS
+NARROW = PSCI | vcpu_features.EL1_32BIT
+MANY = (1 << 64) - 1
+
+NARROW_ROWS = (
+    Recorded(ALL, (*vm(1, NARROW), get(ids.PSTATE)), word(0x1D3), "AArch32 at EL1 begins in SVC"),
+    Recorded(ALL, (*vm(1, NARROW), put(ids.PSTATE, 5)), {"set": {"errno": 22}}, "and has no EL1h"),
+    Recorded(ALL, (*vm(1, PSCI), put(ids.PSTATE, 0x1D3)), {"set": {"errno": 22}}, "which AArch64 has"),
+    Recorded((V61, *NEW), (*vm(1, NARROW), put(ids.PSTATE, 0x1DF)), {"set": {"errno": 0}}, "SYS is a mode"),
+    Recorded((V510,), (*vm(1, NARROW), put(ids.PSTATE, 0x1DF)), {"set": {"errno": 22}}, "5.10: SYS is none"),
+    Recorded((V61, *NEW), vm(2, NARROW), {"errno": 0}, "two vCPUs with AArch32"),
+    Recorded((V510,), vm(2, NARROW), {"errno": 22}, "5.10: a vCPU that was not initialized is AArch64"),
+    Recorded((V61,), (call("create", vcpus=2), call("init", vcpu=0, features=NARROW),
+                      call("init", vcpu=1, features=PSCI)), {"errno": 22}, "6.1: the first vCPU decides the width"),
+    Recorded((V510,), (*vm(1, NARROW), put(ids.X[23], MANY)), {"vCPU 0": word(MANY)}, "5.10: R13 of UND stays in SVC"),
+    Recorded((V510,), (*vm(1, NARROW), put(ids.X[19], MANY)), {"vCPU 0": word(0xFFFF_FFFF)}, "5.10: R13 of SVC is cut"),
+    Recorded((V61, *NEW), (*vm(1, NARROW), put(ids.X[23], MANY)), {"vCPU 0": word(0xFFFF_FFFF)}, "all are cut in SVC"),
+)
+
+ITS_ADDRESS, RESET, ITS_CBASER, ITS_CWRITER, ITS_CREADR, ITS_BASER0 = 4, 4, 0x80, 0x88, 0x90, 0x100
+VALID = 1 << 63
+
+
+def its(group: int, attribute: int, value: int = 0, verb: str = "set") -> Call:
+    return call("its", verb=verb, group=group, attribute=attribute, value=value)
+
+
+def its_register(offset: int, value: int) -> Call:
+    return its(gic.ITS_REGISTERS, offset, value)
+
+
+def its_get(offset: int) -> Call:
+    return its(gic.ITS_REGISTERS, offset, verb="get")
+
+
+def command(*words: int) -> Call:
+    return call("its_command", words=[*words, *(0,) * (4 - len(words))])
+
+
+AN_ITS = (*vm(2), *GIC, call("its_create"), its(gic.ADDRESSES, ITS_ADDRESS, 0x808_0000),
+          its_register(ITS_BASER0, VALID | 0x2_0000), its_register(ITS_BASER0 + 8, VALID | 0x3_0000),
+          its_register(ITS_CBASER, VALID | 0x4_0000), gic_set(PROPBASER, 0x5_000F),
+          *(call_ for vcpu in (0, 1) for call_ in (gic_set(PENDBASER, 0x6_0000 + 0x1_0000 * vcpu, vcpu),
+                                                   gic_set(chip(GICR, 0), 1, vcpu))), its_register(0, 1))
+MAPPED = (*AN_ITS, command(8 | 1 << 32, 4, VALID | 0xA_0000), command(9, 0, VALID | 1 << 16 | 5),
+          command(9, 0, VALID | 2), command(10 | 1 << 32, 8192 << 32 | 3, 5), command(3 | 1 << 32, 3))
+DEVICE_TABLES = {"0xb0000": "0x80000000000c0000"}
+"""Of the vocabulary's making."""
+
+SAVED = {"0x20008": "0x8000000000014004", "0x30000": "0x8000000000010005", "0x30008": "0x8000000000000002",
+         "0xa0018": "0x20000005", **DEVICE_TABLES}
+
+ITS_ROWS = (
+    Recorded(ALL, (*vm(), call("its_create"), its_get(0)), {"errno": 6}, "an ITS without an address has no registers"),
+    Recorded(ALL, (*vm(), call("its_create"), its(gic.CONTROL, 9)), {"errno": 6}, "an order that there is not"),
+    Recorded(ALL, (*AN_ITS, its_get(0)), shows(0x8000_0001, 8), "on and idle"),
+    Recorded(ALL, (*AN_ITS[:-1], command(9, 0, VALID), its_get(0)), shows(0, 8), "off, and commands wait"),
+    Recorded(ALL, (*AN_ITS[:-1], its_register(ITS_BASER0, 0), its_register(0, 1), its_get(0)), shows(0x8000_0000, 8),
+             "not on without a table of devices"),
+    Recorded(ALL, (*AN_ITS, its_register(ITS_CBASER, 0), its_get(ITS_CBASER)), shows(VALID | 3 << 59 | 0x4_0000, 8),
+             "the queue stays while it is on; its memory is write-back"),
+    Recorded(ALL, (*AN_ITS, its_register(ITS_CREADR, 0)), {"errno": 16}, "and so does the read pointer"),
+    Recorded(ALL, (*AN_ITS, its_register(4, 1 << 24)), {"errno": 0}, "GITS_IIDR: the revision alone is looked at"),
+    Recorded(ALL, (*AN_ITS, its_register(4, 1 << 12)), {"errno": 22}, "and there is only one"),
+    Recorded(ALL, (*MAPPED, call("its_save")), {"tables": SAVED}, "collections are saved in the order of their making"),
+    Recorded(ALL, (*MAPPED, call("gic_pending")), {"tables": {"0x70400": "0x1", **DEVICE_TABLES}},
+             "an LPI that is pending, in the table of its vCPU"),
+    Recorded(ALL, (*MAPPED, gic_set(PENDBASER, 0, 1)), {"get": shows(0x7_0180, 8)}, "it stays while LPIs are on"),
+    Recorded(ALL, (*MAPPED, call("its_save"), its(gic.CONTROL, gic.ITS_RESTORE_TABLES)), {"errno": 17},
+             "collections that are there already"),
+)
+ROWS += (*DEVICE_ROWS, *NARROW_ROWS, *ITS_ROWS)
 
 CASES = [pytest.param(name, row, id=f"{name}-{row.why}") for row in ROWS for name in row.kernels]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from migstream.backends.sim.arm64.vgic import Vgic
 from migstream.errors import BackendError
+from migstream.registers import gic
 
 if TYPE_CHECKING:
     from migstream.host.profile import HostProfile
@@ -41,7 +42,7 @@ def _address(value: int) -> int:
 
 
 def _irqs(value: int) -> int:
-    return 0 if 64 <= value <= 1024 and value % 32 == 0 else errno.EINVAL
+    return 0 if 64 <= value <= gic.MOST_IRQS and value % 32 == 0 else errno.EINVAL
 
 
 ATTRIBUTES = (

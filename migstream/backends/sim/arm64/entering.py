@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from migstream.backends.sim.arm64 import exceptions, ids
 from migstream.backends.sim.arm64 import gic as chip
-from migstream.backends.sim.arm64 import ids
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access
 from migstream.backends.sim.arm64.rules import mask, since
 from migstream.backends.sim.arm64.rules_cpu import reached
@@ -64,22 +64,30 @@ def _first(guest: Guest, vcpu: int) -> int:
         guest.dead = since(guest.profile, 5, 16)  # kvm_vm_dead(), measured: 6.1 and later
         guest.vgic.destroy()  # what kvm_vgic_map_resources() did before, measured: 5.10
         return no
-    if not guest.vgic and not guest.entered and since(guest.profile, 6, 12):
-        _hide_gic(guest)
+    if not guest.entered:
+        _finalize_gic(guest)
     if no := _timers(guest, vcpu):
         return no
     return _pmu(guest, vcpu)
 
 
+def _finalize_gic(guest: Guest) -> None:
+    """kvm_finalize_sys_regs(): the ID registers have a GICv3 CPU interface if and only if there is a vGIC."""
+    if guest.vgic and since(guest.profile, 6, 17):
+        show_gic(guest)
+    if not guest.vgic and since(guest.profile, 6, 12):
+        _hide_gic(guest)
+
+
 def _hide_gic(guest: Guest) -> None:
-    """kvm_finalize_sys_regs() since 6.12: no vGIC, no GICv3 CPU interface in the ID registers."""
+    """No vGIC: since 6.12."""
     for id, field in GIC_FIELDS:
         at = Access(guest, id, slice(0, 1), np.arange(1))
         at.store(at.load() & mask(~field))
 
 
 def show_gic(guest: Guest) -> None:
-    """kvm_vgic_create(), measured: 7.2: the fields that a failed run took are there again."""
+    """kvm_vgic_finalize_idregs(), measured: 7.2: fields that a failed run or a write took are there again."""
     for id, field in GIC_FIELDS:
         at = Access(guest, id, slice(0, 1), np.arange(1))
         at.store(at.load() & mask(~field) | (at.initials() & mask(field))[:, np.newaxis])
@@ -110,7 +118,7 @@ def complete(guest: Guest, vcpu: int) -> None:
     """kvm_handle_mmio_return(): an MMIO exit's instruction is done, and PC goes on, at the next KVM_RUN."""
     if vcpu in guest.exited:
         guest.exited.remove(vcpu)
-        guest.column(ids.PC)[vcpu] += np.uint64(4)
+        exceptions.skip(guest, vcpu)
 
 
 def through_cpu(guest: Guest, vcpus: NDArray[np.intp], inside: bool = False) -> None:

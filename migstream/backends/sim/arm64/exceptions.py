@@ -1,4 +1,6 @@
-"""An exception that the kernel makes a vCPU take at EL1 while userspace waits: enter_exception64() in exception.c.
+"""What the kernel does to PC and PSTATE while userspace waits: an exception at EL1, an instruction that it did itself.
+
+Sources: enter_exception64() in exception.c, kvm_skip_instr() in kvm_emulate.h and kvm_skip_instr32() beside it.
 
 What a PSTATE becomes is the Arm ARM's AArch64.TakeException(): flags, DIT and PAN stay, SCTLR_EL1 decides PAN and SSBS,
 all interrupts are masked. TCO, which a VM with MTE gets, is not here: no recorded kernel has MTE.
@@ -15,7 +17,7 @@ from migstream.backends.sim.arm64 import ids
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from migstream.backends.sim.arm64.guest import Access
+    from migstream.backends.sim.arm64.guest import Access, Guest
 
     Column = NDArray[np.uint64]
 
@@ -49,6 +51,29 @@ def take(at: Access, kind: int, syndrome: Column) -> None:
                       (ids.PC, entry), (ids.PSTATE, _after(pstate, control))):
         at.of(id).store(value[:, np.newaxis].copy())
     at.guest.exited.difference_update(at.numbers.tolist())  # mmio_needed = false: PC is the vector's
+
+
+_BTYPE_SS = 3 << 10 | 1 << 21
+_IT, _THUMB = 0x600_FC00, 1 << 5
+
+
+def skip(guest: Guest, vcpu: int) -> None:
+    """kvm_incr_pc(): PC goes on by an instruction of four bytes, PSTATE as it does then."""
+    pc, pstate = guest.column(ids.PC), guest.column(ids.PSTATE)
+    state = int(pstate[vcpu, 0])
+    narrow = state & int(_AARCH32)
+    pc[vcpu] = int(pc[vcpu, 0]) + 4 & (1 << 32 if narrow else 1 << 64) - 1
+    state = _it_advance(state) & ~(1 << 21) if narrow else state & ~_BTYPE_SS
+    pstate[vcpu] = state
+
+
+def _it_advance(state: int) -> int:
+    """kvm_adjust_itstate(): what is left of a Thumb IT block after one instruction."""
+    if not state & _THUMB or not state & _IT:
+        return state
+    condition, block = state >> 13 & 7, state >> 8 & 0x1C | state >> 25 & 3
+    condition, block = (condition, block << 1 & 0x1F) if block & 7 else (0, 0)
+    return state & ~_IT | condition << 13 | (block & 0x1C) << 8 | (block & 3) << 25
 
 
 def _quarter(pstate: Column) -> Column:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from migstream.backends.sim.arm64.guest import Access, Guest
-from migstream.backends.sim.arm64.rules import invalid, refused, since
+from migstream.backends.sim.arm64.rules import refused, since
 from migstream.registers import gic, ids, vcpu_features
 from migstream.registers.catalogue import lookup
 
@@ -59,7 +59,10 @@ def _bits(values: Column, low: int, count: int) -> Column:
     return values >> np.uint64(low) & np.uint64((1 << count) - 1)
 
 
-_RESERVED = {"GICR_PENDBASER": 0x1FF << 55 & ~(7 << 56) | 0xF << 52 | 0xF << 12 | 0x7F,
+_PENDING_ZERO = 1 << 62
+"""GICR_PENDBASER.PTZ: kept, and read as 0."""
+
+_RESERVED = {"GICR_PENDBASER": 0x1FF << 55 & ~(7 << 56) & ~_PENDING_ZERO | 0xF << 52 | 0xF << 12 | 0x7F,
              "GICR_PROPBASER": 0x1F << 59 | 0xF << 52 | 3 << 5}
 
 
@@ -72,9 +75,18 @@ def _table_base(name: str) -> Callable[[Guest, slice, Column, Column], Column]:
         outer = np.where(outer <= 1, outer, 0).astype(np.uint64)
         fields = np.uint64(3 << 10 | 7 << 7 | 7 << 56)
         out = new & ~fields | share << np.uint64(10) | inner << np.uint64(7) | outer << np.uint64(56)
-        return np.asarray(out & ~np.uint64(_RESERVED[name] & _ALL), np.uint64)
+        return np.where(lpis_on(guest, rows), old, out & ~np.uint64(_RESERVED[name] & _ALL))
 
     return keep
+
+
+def lpis_on(guest: Guest, rows: slice) -> Mask:
+    """GICR_CTLR.EnableLPIs of some vCPUs."""
+    return np.asarray(guest.column(GICR_CTLR)[rows, 0] & np.uint64(1) != 0)
+
+
+def _without_ptz(guest: Guest, rows: slice, values: Column) -> Column:
+    return values & np.uint64(~_PENDING_ZERO & _ALL)
 
 
 def _revision(guest: Guest, old: Column, new: Column) -> Mask:
@@ -117,6 +129,7 @@ def _of(guest: Guest, rows: slice, name: str) -> Column:
 ICC = {name: ids.attribute_id(gic.GICV3, gic.CPU_INTERFACE, 3 << 14 | crn << 7 | crm << 3 | op2)
        for name, crn, crm, op2 in (("ICC_CTLR_EL1", 12, 12, 4), ("ICC_BPR0_EL1", 12, 8, 3), ("ICC_BPR1_EL1", 12, 12, 3),
                                    ("ICC_PMR_EL1", 4, 6, 0))}
+GICR_CTLR = ids.attribute_id(gic.GICV3, gic.REDISTRIBUTOR, 0)
 LEAST_POINTS = {"ICC_BPR0_EL1": 2, "ICC_BPR1_EL1": 3}
 
 
@@ -164,7 +177,8 @@ RULES: dict[str, GicRule] = {
     "GICR_ISACTIVER0": GicRule(0, _HALF, "vgic_mmio_uaccess_write_sactive", keep=_not_the_timers),
     "GICR_ISENABLER0": GicRule(0xFFFF, 0xFFFF_FFFF, "kvm_vgic_vcpu_init: SGIs are enabled"),
     "GICR_CTLR": GicRule(6, 1, "vgic_mmio_write_v3r_ctlr: LPIs on, where there is an ITS; IR and CES since 5.19"),
-    "GICR_PENDBASER": GicRule(0, _ALL, "vgic_mmio_write_pendbase: PTZ reads 0", keep=_table_base("GICR_PENDBASER")),
+    "GICR_PENDBASER": GicRule(0, _ALL, "vgic_mmio_write_pendbase: PTZ reads 0", keep=_table_base("GICR_PENDBASER"),
+                              show=_without_ptz),
     "GICR_PROPBASER": GicRule(0, _ALL, "vgic_mmio_write_propbase: struct vgic_dist has one",
                               keep=_table_base("GICR_PROPBASER"), shared=True),
     "GICR_LINE_LEVEL": GicRule(0, 0xFFFF_0000, "vgic_write_irq_line_level_info: SGIs have no line"),
@@ -187,9 +201,9 @@ def rule(guest: Guest, id: int) -> GicRule:
     first = ids.attribute_id(row.device, row.group, row.offset + (row.size * gic.PRIVATE_IRQS // row.irqs if row.irqs
                                                                   else 0))
     start = known.get(id) or known.get(first)
-    if row.name == "GICR_CTLR" and "its" not in guest.machine.devices:
+    if row.name == "GICR_CTLR" and not guest.has_its:
         found = replace(found, stored=0)
-    if row.name == "GICR_PROPBASER" and "its" not in guest.machine.devices:
+    if row.name == "GICR_PROPBASER" and not guest.has_its:
         start = None  # vgic_its_create() sets it, and profiles are captured with an ITS
     if row.name == "GICD_TYPER2" and since(guest.profile, 6, 17) and guest.vgic and guest.vgic.initialized:
         found = replace(found, errno=errno.EBUSY)  # it could be chosen until then; measured: 7.2
@@ -219,14 +233,14 @@ class GicColumn:
         """KVM_SET_DEVICE_ATTR; bits that a write only sets were cleared before, so the value is the register's."""
         if self.rule.shared and len(values) > 1:
             return np.repeat(self.write(guest, slice(0, 1), numbers[:1], values[-1:]), len(values))
-        rows = slice(0, 1) if self.rule.shared else rows
+        own, rows = rows, slice(0, 1) if self.rule.shared else rows
         old, new = self._stored(guest, rows), values[:, 0]
         wrong = (new ^ np.uint64(self.rule.start)) & np.uint64(self.rule.same & 0xFFFF_FFFF if self._half else
                                                                self.rule.same & _ALL) != 0
         if self.rule.refuse:
             wrong |= self.rule.refuse(guest, old, new)
         stored = np.uint64(self.rule.stored & _ALL)
-        kept = self.rule.keep(guest, rows, old, new) if self.rule.keep else old & ~stored | new & stored
+        kept = self.rule.keep(guest, own, old, new) if self.rule.keep else old & ~stored | new & stored
         left = self.rule.left(old, new) if self.rule.left else old
         guest.column(self.id)[rows, 0] = np.where(wrong, left, kept) ^ np.uint64(self.rule.start)
         return refused(wrong, self.rule.errno)
@@ -240,24 +254,24 @@ class GicColumn:
 class Ordered:
     """A register that something has to be done before or after: tables in guest RAM are saved or read.
 
-    False of what comes before: EFAULT, they are not in guest RAM.
+    What comes before gives an errno.
     """
 
     column: GicColumn | ItsColumn
-    before_read: Callable[[], bool] | None = None
-    before_write: Callable[[], bool] | None = None
+    before_read: Callable[[], int] | None = None
+    before_write: Callable[[], int] | None = None
     after_write: Callable[[], None] | None = None
 
     def read(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
         """See `GicColumn.read`."""
-        if self.before_read and not self.before_read():
-            return np.full(len(values), errno.EFAULT, np.int64)
+        if self.before_read and (no := self.before_read()):
+            return np.full(len(values), no, np.int64)
         return self.column.read(guest, rows, numbers, values)
 
     def write(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
         """See `GicColumn.write`."""
-        if self.before_write and not self.before_write():
-            return np.full(len(values), errno.EFAULT, np.int64)
+        if self.before_write and (no := self.before_write()):
+            return np.full(len(values), no, np.int64)
         errnos = self.column.write(guest, rows, numbers, values)
         if self.after_write:
             self.after_write()
@@ -278,7 +292,7 @@ class ItsColumn:
 
     def write(self, guest: Guest, rows: slice, numbers: NDArray[np.intp], values: Words) -> Errnos:
         """KVM_SET_DEVICE_ATTR."""
-        return invalid(np.array([not self.its.write(self.offset, int(value)) for value in values[:, 0]]))
+        return np.array([self.its.write(self.offset, int(value)) for value in values[:, 0]], np.int64)
 
 
 _FIRST_PPI, _PRIVATE = 16, 32

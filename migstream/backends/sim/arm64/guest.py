@@ -36,6 +36,9 @@ NO_FEATURES = -1
 """Features of a vCPU that KVM_ARM_VCPU_INIT was not called for."""
 
 _U64 = (1 << 64) - 1
+_NARROW_RESETS = {ids.PSTATE: 0x1D3}
+"""Of a vCPU whose EL1 is AArch32: VCPU_RESET_PSTATE_SVC."""
+
 _TIMER_LINES = {0: 27, 1: 30, 2: 28, 3: 26}
 """KVM_ARM_VCPU_TIMER_IRQ_VTIMER, _PTIMER, _HVTIMER, _HPTIMER: the PPIs that a VM starts with (arch_timer.c)."""
 
@@ -99,7 +102,7 @@ class Guest:
             steal_time: address by vCPU.
         left_over, off: features by vCPU that a refused KVM_ARM_VCPU_INIT left, and POWER_OFF, before 6.5.
         exited: vCPUs whose last exit was MMIO, which the next KVM_RUN completes: PC goes on then.
-        dead: a VM that the kernel gave up.
+        dead: a VM that the kernel gave up. has_its: whether there is an ITS.
     """
 
     def __init__(self, profile: HostProfile, machine: Machine, host: HostClock, rules: Sequence[Rule]) -> None:
@@ -123,6 +126,7 @@ class Guest:
         self.off: dict[int, int] = {}
         self.exited: set[int] = set()
         self.dead = False
+        self.has_its = "its" in machine.devices
         self._columns: dict[int, Words] = {}
         self._listed: dict[int, frozenset[int]] = {}
         self._programs: dict[int, tuple[Rule, ...]] = {}
@@ -160,13 +164,13 @@ class Guest:
     def _reset_events(self, rows: slice) -> None:
         """reset_pmevtyper() since 6.7: only bits that the VM's ID registers say there are by now."""
         features = int(self.features[rows][0])
-        bits = _U64 & ~0xFFFF | EVENT_BITS.get(self._field(ids.ID_AA64DFR0, 8, features), 0)
-        if not self._field(ids.ID_AA64PFR0, 8, features):
+        bits = _U64 & ~0xFFFF | EVENT_BITS.get(self.field(ids.ID_AA64DFR0, 8, features), 0)
+        if not self.field(ids.ID_AA64PFR0, 8, features):
             bits &= ~INCLUDE_EL2
         for id in self.listed(features).intersection(ids.PMEVTYPER):
             self.column(id)[rows] &= np.uint64(bits)
 
-    def _field(self, id: int, low: int, features: int) -> int:
+    def field(self, id: int, low: int, features: int) -> int:
         """A field of four bits of an ID register that the VM has once."""
         return (int(self.column(id)[0, 0]) ^ self.initial(id, features)) >> low & 0xF
 
@@ -251,6 +255,9 @@ class Guest:
         value = self.profile.defaults.get(id) or self.profile.feature_defaults.get(id)
         if value and id not in ids.CLOCKS:
             rows[:] = np.frombuffer(value.ljust(words * 8, b"\0"), np.uint64)
+        if id in _NARROW_RESETS:
+            features = self.features[vcpus.start:vcpus.stop]
+            rows[(features != NO_FEATURES) & (features & vcpu_features.EL1_32BIT != 0)] = _NARROW_RESETS[id]
         if reset := _RESETS.get(id):
             rows[:, 0] = reset(np.array(vcpus, np.uint64))
         return rows

@@ -43,12 +43,14 @@ PMCR, PMSWINC = _sys(3, 3, 9, 12, 0), _sys(3, 3, 9, 12, 4)
 PMCNTENSET, PMCNTENCLR = _sys(3, 3, 9, 12, 1), _sys(3, 3, 9, 12, 2)
 PMOVSSET, PMOVSCLR = _sys(3, 3, 9, 14, 3), _sys(3, 3, 9, 12, 3)
 PMINTENSET, PMINTENCLR = _sys(3, 0, 9, 14, 1), _sys(3, 0, 9, 14, 2)
+PMEVCNTR = tuple(_sys(3, 3, 14, 8 + n // 8, n % 8) for n in range(31))
 PMEVTYPER = tuple(_sys(3, 3, 14, 12 + n // 8, n % 8) for n in range(31))
 SAME_STORAGE = {PMCNTENCLR: PMCNTENSET, PMOVSCLR: PMOVSSET, PMINTENCLR: PMINTENSET}
 """Pairs that set and clear the same bits: the second is where they are kept."""
 
 CSSELR, VBAR, AMAIR = _sys(3, 2, 0, 0, 0), _sys(3, 0, 12, 0, 0), _sys(3, 0, 10, 3, 0)
 AFSR0, AFSR1, ESR, MDSCR = _sys(3, 0, 5, 1, 0), _sys(3, 0, 5, 1, 1), _sys(3, 0, 5, 2, 0), _sys(2, 0, 0, 2, 2)
+DBGVCR32 = _sys(2, 4, 0, 7, 0)
 TTBR0, TCR, SCTLR = _sys(3, 0, 2, 0, 0), _sys(3, 0, 2, 0, 2), _sys(3, 0, 1, 0, 0)
 MP_STATE, VCPU_EVENTS = _MP_STATE.id, _VCPU_EVENTS.id
 

@@ -16,10 +16,12 @@ import numpy as np
 from migstream.backends.sim.arm64 import attributes, entering, ids
 from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64.guest import NO_FEATURES
+from migstream.backends.sim.arm64.its import Its, Redistributors
+from migstream.backends.sim.arm64.its import missing as its_missing
 from migstream.backends.sim.arm64.rules import since
 from migstream.backends.sim.arm64.runner import Runner
 from migstream.backends.sim.arm64.told import OffsetColumn
-from migstream.backends.sim.arm64.vgic import Vgic
+from migstream.backends.sim.arm64.vgic import UNDEFINED, Vgic
 from migstream.backends.sim.msr_rule import version
 from migstream.model import Scope
 from migstream.registers import gic
@@ -29,6 +31,14 @@ if TYPE_CHECKING:
     from migstream.backends.base import GuestMemory
     from migstream.backends.sim.arm64.guest import Guest
     from migstream.host.profile import HostProfile
+
+_ITS_ADDRESS, _ITS_RESET, _ITS_SIZE = 4, 4, 0x2_0000
+"""KVM_VGIC_ITS_ADDR_TYPE, KVM_DEV_ARM_ITS_CTRL_RESET, KVM_VGIC_V3_ITS_SIZE."""
+
+_CLEARS = (6, 13)
+"""vgic_its_cmd_handle_mapd() and _discard() clear an entry in guest RAM."""
+
+_PENDBASER, _PROPBASER = (all_ids.attribute_id(gic.GICV3, gic.REDISTRIBUTOR, offset) for offset in (0x78, 0x70))
 
 Single = TypeVar("Single", bound=Callable[..., tuple[int, bytes]])
 
@@ -48,6 +58,8 @@ class DeviceIoctls:
     guest: Guest
     memory: GuestMemory
     profile: HostProfile
+    its: Its | None
+    its_base: int = UNDEFINED
 
     @alive
     def execute(self, vcpu: int, instructions: int) -> tuple[int, bytes]:
@@ -100,10 +112,18 @@ class DeviceIoctls:
         if verb == "has":
             known = all_ids.attribute_id(gic.GICV3, group, attribute) in self.profile.attributes
             return 0 if known else errno.ENXIO, b""
+        if verb == "set" and (group, attribute) == (gic.CONTROL, gic.SAVE_PENDING_TABLES):
+            return self._save_pending(self.guest.vgic), b""
         if verb == "set":
             return self.guest.vgic.set(group, attribute, value), b""
         no, found = self.guest.vgic.get(group, attribute)
         return no, b"" if no else struct.pack("<Q", found)
+
+    def _save_pending(self, vgic: Vgic) -> int:
+        """vgic_v3_save_pending_tables()."""
+        if not vgic.initialized and since(self.profile, 5, 13):
+            return errno.ENXIO
+        return self.its.save_pending() if self.its else 0
 
     @alive
     def gic_register(self, verb: str, vcpu: int, id: int, value: int = 0) -> tuple[int, bytes]:
@@ -119,7 +139,8 @@ class DeviceIoctls:
         if not vgic.initialized and not (since(self.profile, 6, 17) and row.name in chip.BEFORE_INIT):
             return errno.EBUSY, b""
         rows, values = slice(at, at + 1), np.full((1, 1), value, np.uint64)
-        column = chip.GicColumn(id, chip.rule(self.guest, id))
+        after = self.its.switched if id == chip.GICR_CTLR and self.its else None
+        column = chip.Ordered(chip.GicColumn(id, chip.rule(self.guest, id)), after_write=after)
         no = int((column.write if verb == "set" else column.read)(self.guest, rows, np.arange(at, at + 1), values)[0])
         return no, b"" if no or verb == "set" else values.tobytes()[:row.size]
 
@@ -129,6 +150,74 @@ class DeviceIoctls:
         numbers = np.where(self.guest.features == NO_FEATURES, 0, numbers)
         found = np.flatnonzero(numbers == wanted)
         return int(found[0]) if len(found) else None
+
+    def new_its(self) -> Its:
+        """One that knows this VM's redistributors."""
+        return Its(lambda: self.memory, self._redistributors, undoes=since(self.profile, 5, 19),
+                   clears=since(self.profile, *_CLEARS))
+
+    def _redistributors(self) -> Redistributors:
+        def words(id: int) -> list[int]:
+            start = chip.rule(self.guest, id).start
+            return [int(value) ^ start for value in self.guest.column(id)[:, 0]]
+
+        return Redistributors(words(_PENDBASER), chip.lpis_on(self.guest, slice(None)).tolist(), words(_PROPBASER)[0])
+
+    def create_its(self) -> int:
+        """KVM_CREATE_DEVICE of an ITS: vgic_its_create(), which also sets GICR_PROPBASER."""
+        if self.guest.dead:
+            return errno.EIO
+        self.guest.has_its = True
+        self.guest.column(_PROPBASER)[:] = 0
+        self.its = self.new_its()
+        return 0
+
+    @alive
+    def its_attribute(self, verb: str, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]:
+        """KVM_HAS, GET and SET_DEVICE_ATTR of an ITS that `create_its` made."""
+        if self.its is None:
+            return errno.EBADF, b""
+        if group == gic.ITS_REGISTERS:
+            return self._its_register(self.its, verb, attribute, value)
+        if verb == "has":
+            known = all_ids.attribute_id(gic.ITS, group, attribute) in self.profile.attributes
+            return 0 if known else errno.ENXIO, b""
+        if group == gic.ADDRESSES:
+            return self._its_address(verb, attribute, value)
+        return self._its_order(self.its, attribute) if verb == "set" and group == gic.CONTROL else errno.ENXIO, b""
+
+    def _its_address(self, verb: str, attribute: int, value: int) -> tuple[int, bytes]:
+        if attribute != _ITS_ADDRESS:
+            return errno.ENODEV, b""
+        if verb == "get":
+            return 0, struct.pack("<Q", self.its_base)
+        no = Vgic(self.guest.vcpus, release=version(self.profile)).frame(self.its_base, value, _ITS_SIZE)
+        self.its_base = self.its_base if no else value
+        return no, b""
+
+    @staticmethod
+    def _its_order(its: Its, attribute: int) -> int:
+        """vgic_its_ctrl()."""
+        if attribute == gic.ITS_SAVE_TABLES:
+            return its.save_tables()
+        if attribute == gic.ITS_RESTORE_TABLES:
+            return its.restore_tables()
+        if attribute == _ITS_RESET:
+            its.reset()
+        return 0 if attribute in (_ITS_RESET, gic.INIT) else errno.ENXIO
+
+    def _its_register(self, its: Its, verb: str, offset: int, value: int) -> tuple[int, bytes]:
+        """vgic_its_attr_regs_access()."""
+        no = its_missing(offset)
+        if verb != "has" and no != errno.EINVAL and self.its_base == UNDEFINED:
+            no = errno.ENXIO
+        if no or verb == "has":
+            return no, b""
+        return (its.write(offset, value), b"") if verb == "set" else (0, struct.pack("<Q", its.read(offset)))
+
+    def peek(self, address: int, size: int) -> bytes:
+        """Guest RAM."""
+        return bytes(self.memory.view(address, size))
 
     @alive
     def line(self, verb: str, vcpu: int, group: int, attribute: int, value: int = 0) -> tuple[int, bytes]:

@@ -11,6 +11,8 @@ from migstream.backends.sim.arm64 import exceptions, ids
 from migstream.backends.sim.arm64.rules import Rule, invalid, kept, mask, refused, registers, since
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from migstream.backends.sim.arm64.guest import Access, Errnos, Mask
@@ -21,7 +23,10 @@ _EL1_32BIT = 1 << 1
 _MODE, _AARCH32 = 0x1F, 1 << 4
 _AARCH32_USR, _AARCH32_SYS = 0x10, 0x1F
 _AARCH32_MODES = (0x11, 0x12, 0x13, 0x17, 0x1B)
-"""FIQ, IRQ, SVC, ABT, UND: those of a vCPU whose EL1 is AArch32. 0x1f, SYS, is not in the kernel's list."""
+"""FIQ, IRQ, SVC, ABT, UND: those of a vCPU whose EL1 is AArch32."""
+
+_SYS_KNOWN = (5, 11)
+"""set_core_reg() takes SYS, too. Measured: 6.1 and later."""
 
 _AARCH64_MODES = (0b00000, 0b00100, 0b00101)
 """EL0t, EL1t, EL1h."""
@@ -30,28 +35,31 @@ _AARCH64_MODES = (0b00000, 0b00100, 0b00101)
 def _pstate(at: Access, values: Words) -> Errnos:
     mode, narrow = values[:, 0] & np.uint64(_MODE), at.features & _EL1_32BIT != 0
     wide_ones = np.isin(mode, np.array(_AARCH64_MODES, np.uint64))
-    narrow_ones = np.isin(mode, np.array(_AARCH32_MODES, np.uint64))
+    known = (*_AARCH32_MODES, _AARCH32_SYS) if since(at.guest.profile, *_SYS_KNOWN) else _AARCH32_MODES
+    narrow_ones = np.isin(mode, np.array(known, np.uint64))
     return invalid(~((mode == _AARCH32_USR) | (wide_ones & ~narrow) | (narrow_ones & narrow)))
 
 
 def _narrow(at: Access, values: Words) -> None:
-    """In an AArch32 mode every write of a core register cuts X0 to X14, or X0 to X30, and PC to 32 bits."""
+    """In an AArch32 mode every write of a core register cuts those of the mode, and PC, to 32 bits."""
     pstate = at.of(ids.PSTATE).load()[:, 0]
-    narrow = pstate & np.uint64(_AARCH32) != 0
-    if not narrow.any():
-        return
-    whole = _compared(at, pstate)
-    user = (whole == _AARCH32_USR) | (whole == _AARCH32_SYS)
-    for number, id in enumerate((*ids.X, ids.PC)):
-        chosen = narrow & ~user if 15 <= number < 31 else narrow
-        if chosen.any():
-            cut = at.of(id).where(chosen)
+    modes = np.where(pstate & np.uint64(_AARCH32) != 0, pstate & np.uint64(_MODE), np.uint64(0))
+    for mode in np.unique(modes[modes != 0]).tolist():
+        for id in (*(ids.X[number] for number in _narrowed(at.guest.profile, mode)), ids.PC):
+            cut = at.of(id).where(modes == mode)
             cut.store(cut.load() & np.uint64(0xFFFF_FFFF))
 
 
-def _compared(at: Access, pstate: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """What is compared with USR and SYS: the mode; up to 5.14 all of PSTATE, by mistake."""
-    return pstate if at.guest.notes.get("whole pstate") else pstate & np.uint64(_MODE)
+def _narrowed(profile: HostProfile, mode: int) -> Sequence[int]:
+    """X registers by number."""
+    if mode in (_AARCH32_USR, _AARCH32_SYS):
+        return range(15)
+    return range(31) if since(profile, 5, 11) else _BANKED[mode]
+
+
+_BANKED = {0x11: (*range(8), *range(24, 31)), 0x12: (*range(13), 16, 17), 0x13: (*range(13), 18, 19),
+           0x17: (*range(13), 20, 21), 0x1B: (*range(13), 22, 23)}
+"""Where R0 to R14 of FIQ, IRQ, SVC, ABT and UND are: vcpu_reg_offsets of 5.10, measured: SVC."""
 
 
 def _is_core(profile: HostProfile, id: int) -> bool:
@@ -198,6 +206,20 @@ def _show_counters(at: Access, values: Words) -> Words:
     return values & counters(at)[:, np.newaxis]
 
 
+def _wide_counters(profile: HostProfile, id: int) -> bool:
+    return id in ids.PMEVCNTR and since(profile, 6, 3)
+
+
+_PMU_3P5 = 6
+"""ID_AA64DFR0_EL1.PMUVer."""
+
+
+def _show_event_counter(at: Access, values: Words) -> Words:
+    """The VM's PMUVer decides, which can be lowered and raised again: the upper half stays stored."""
+    wide = at.guest.field(ids.ID_AA64DFR0, 8, int(at.features[0])) >= _PMU_3P5
+    return values if wide else values & np.uint64(0xFFFF_FFFF)
+
+
 def _counted_pmcr(profile: HostProfile, id: int) -> bool:
     """Kernels where PMCR_EL0.N is the VM's and can be lowered (since 6.8)."""
     return id == ids.PMCR and kept(profile, id) not in (0, (1 << 64) - 1)
@@ -294,6 +316,8 @@ RULES: tuple[Rule, ...] = (
     Rule("both show the same", _stored_elsewhere, "sys_reg_descs: both name the setting one's storage",
          after=_store_pair, show=_show_pair),
     Rule("no bits of counters that went away", _masked_pairs, "get_pmreg() since 6.8", show=_show_counters),
+    Rule("event counters have 64 bits since PMUv3p5", _wide_counters, "kvm_pmc_is_64bit() since 6.3; measured: 6.12, "
+         "7.2", show=_show_event_counter),
     Rule("the number of counters is the VM's", _counted_pmcr, "set_pmcr() since 6.8", keep=_keep_pmcr, after=_lower_n,
          show=_show_pmcr),
     Rule("a state that vCPUs have", registers(ids.MP_STATE), "kvm_arch_vcpu_ioctl_set_mpstate()", refuse=_mp_state),

@@ -81,7 +81,7 @@ class Vgic:
 
     def _count(self, value: int) -> int:
         """vgic_set_common_attr()."""
-        if value < gic.PRIVATE_IRQS + 32 or value >= gic.MOST_IRQS or value & 31:
+        if value < gic.PRIVATE_IRQS + 32 or value > gic.MOST_IRQS or value & 31:
             return errno.EINVAL
         if self.ready or self.irqs:
             return errno.EBUSY
@@ -103,11 +103,15 @@ class Vgic:
         return errno.EINVAL if crooked else errno.E2BIG if big else 0
 
     def _distributor(self, value: int) -> int:
-        wrong, twice = self._range(value, _FRAME), errno.EEXIST if self.distributor != UNDEFINED else 0
-        no = twice or wrong if self.release >= (5, 16) else wrong or twice
+        no = self.frame(self.distributor, value, _FRAME)
         if not no:
             self.distributor = value
         return no
+
+    def frame(self, now: int, value: int, size: int) -> int:
+        """The errno of a frame of registers at an address that is set once."""
+        wrong, twice = self._range(value, size), errno.EEXIST if now != UNDEFINED else 0
+        return twice or wrong if self.release >= (5, 16) else wrong or twice
 
     def _redistributors(self, value: int) -> int:
         """vgic_v3_set_redist_base(): one region for all vCPUs, not over the distributor."""

@@ -15,7 +15,7 @@ from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64.board import make_devices
 from migstream.backends.sim.arm64.guest import NO_FEATURES, Access, Guest
 from migstream.backends.sim.arm64.ioctls import DeviceIoctls, alive
-from migstream.backends.sim.arm64.its import CTLR, Its
+from migstream.backends.sim.arm64.its import CTLR
 from migstream.backends.sim.arm64.proposals import ASYMMETRIC_CAP, PROPOSED_RULES, SCOPE_CAP
 from migstream.backends.sim.arm64.rules import since
 from migstream.backends.sim.arm64.runner import Runner
@@ -73,7 +73,7 @@ class Arm64SimVm(DeviceIoctls, TurnsVm):
         self.profile = profile
         self.guest = Guest(profile, machine, host, rules)
         self._programs: dict[Layout, list[AnyColumn]] = {}
-        self.its = Its(lambda: self.memory, self._pending_tables) if "its" in machine.devices else None
+        self.its = self.new_its() if "its" in machine.devices else None
 
     def build(self, enabled_caps: dict[int, tuple[int, ...]]) -> None:
         """Memory and capabilities, in KVM's order. Raises: BackendError, UsageError."""
@@ -220,10 +220,7 @@ class Arm64SimVm(DeviceIoctls, TurnsVm):
         column = chip.GicColumn(id, chip.rule(self.guest, id))
         if id in gic.BEFORE_READ and self.its:
             return chip.Ordered(column, self.its.save_pending)
-        return column
-
-    def _pending_tables(self) -> list[int]:
-        return [int(value) for value in self.guest.column(_PENDBASER)[:, 0]]
+        return chip.Ordered(column, after_write=self.its.switched) if id == chip.GICR_CTLR and self.its else column
 
     def start(self) -> None:
         """See `Vm.start`. Raises: BackendError where a vCPU is not complete."""
@@ -257,13 +254,29 @@ class Arm64SimVm(DeviceIoctls, TurnsVm):
             self.guest.left_over[vcpu] = self.guest.left_over.get(vcpu, 0) | (features & known if old == -1 else 0)
             return errno.ENOENT, b""
         features |= self.guest.left_over.get(vcpu, 0)
-        if no := self._init_errno(features):
+        if no := self._width(vcpu, features) or self._init_errno(features):
             self.guest.features[vcpu] = NO_FEATURES
             self.guest.left_over[vcpu] = 0
             return no, b""
         self.guest.off[vcpu] = features & _POWER_OFF
         self._reset(vcpu, features)
         return 0, b""
+
+    def _width(self, vcpu: int, features: int) -> int:
+        """All vCPUs AArch32 at EL1 or none: EINVAL.
+
+        kvm_set_vm_width() since 5.18, where the first to be initialized decides; before, vcpu_allowed_register_width()
+        looks at the others, of which one that was not initialized is AArch64.
+        """
+        wanted = features & vcpu_features.EL1_32BIT
+        if since(self.profile, 5, 18):
+            return 0 if self.guest.notes.setdefault("width", wanted) == wanted else errno.EINVAL
+        others = (k for k in range(self.guest.vcpus) if k != vcpu)
+        return errno.EINVAL if any(self._told(k) & vcpu_features.EL1_32BIT != wanted for k in others) else 0
+
+    def _told(self, vcpu: int) -> int:
+        features = int(self.guest.features[vcpu])
+        return self.guest.left_over.get(vcpu, 0) if features == NO_FEATURES else features
 
     def _off(self, vcpu: int) -> int:
         return self.guest.off.get(vcpu, 0)
@@ -367,6 +380,3 @@ class Arm64SimVm(DeviceIoctls, TurnsVm):
         if not no and self.profile.behaviour.get("entering_is_running"):
             entering.through_cpu(self.guest, np.array([vcpu]))
         return no, b""
-
-
-_PENDBASER = all_ids.attribute_id(gic.GICV3, gic.REDISTRIBUTOR, 0x78)
