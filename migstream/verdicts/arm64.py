@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from migstream.model import Slot
 from migstream.registers import vcpu_features
 from migstream.registers.bits import describe
 from migstream.verdicts import facts, id_fields
@@ -119,23 +122,66 @@ def _level(case: Case) -> int:
     return _LEVELS_2.get(number, 0x100) if case.row.name.endswith("_2") else number
 
 
+_NOT_REQUIRED = 3
+_PFR1, _SSBS = "ID_AA64PFR1_EL1", 0xF0
+
+
+def _ssbs_goes(case: Case) -> bool:
+    """The guest has no SSBS, the host has, and lets it be taken away: since 6.12, where a guest's own SSBS counts."""
+    id = BY_NAME[_PFR1]
+    host, bits = case.pair.default(id) or 0, case.pair.bits(id)
+    return bool(host & _SSBS) and bits is not None and bool(bits[0] & _SSBS) and case.field_of(_PFR1, "SSBS") == 0
+
+
+def _host_level(case: Case) -> int | None:
+    """The level that the kernel has for this guest when the write comes: ID registers are written before.
+
+    A CPU that is MITIGATED says NOT_AVAIL to those who have SSBS (PSTATE.SSBS is better) and NOT_REQUIRED to others.
+    A CPU with SSBS that is VULNERABLE all the same (nospectre_v4) can't be told from it: no profile knows.
+    """
+    if case.row.name.endswith("_2") and case.default == 0 and _ssbs_goes(case) and _pfr1_taken(case):
+        return _NOT_REQUIRED
+    return case.default
+
+
+def _pfr1_taken(case: Case) -> bool:
+    return _taken(Case(case.pair, Slot(BY_NAME[_PFR1], 8)))
+
+
 def _level_above(case: Case) -> bool:
-    return case.default is not None and _level(case) > case.default
+    host = _host_level(case)
+    return host is not None and _level(case) > host
 
 
 def _level_below(case: Case) -> bool:
-    return case.default is not None and _level(case) < case.default
+    host = _host_level(case)
+    return host is not None and _level(case) < host
 
 
-def _ssbs_taken(case: Case) -> bool:
-    """The guest has no SSBS, the host has: nobody knows whether this kernel looks at the guest's or its own."""
-    host = case.pair.default(BY_NAME["ID_AA64PFR1_EL1"]) or 0
-    contract = case.pair.saved.contract
-    return bool(host & _SSBS) and not case.field_of("ID_AA64PFR1_EL1", "SSBS") \
-        and not (contract and contract.kernel == case.host.kernel)
+def _level_differs(case: Case) -> bool:
+    host = _host_level(case)
+    return host is not None and not case.known.only(host)
 
 
-_SSBS = 0xF0
+def _ssbs_open(case: Case) -> bool:
+    """SSBS would go, but the register that has it is not taken as it was saved: what will be written decides."""
+    return _ssbs_goes(case) and not _pfr1_taken(case)
+
+
+def _level_met(case: Case) -> Kernel:
+    """What a write of the saved level meets."""
+    if _level_above(case):
+        return Kernel.REFUSES
+    return Kernel.DROPS if _level_differs(case) else Kernel.TAKES
+
+
+def _told(case: Case, then: str) -> str:
+    host = _host_level(case)
+    return f"the guest was told level {max(case.known.numbers):#x}, this host has {host or 0:#x} for it; {then}"
+
+
+def _level_text(then: str) -> Callable[[Case], str]:
+    return lambda case: _told(case, then)
 
 
 def _taken(case: Case) -> bool:
@@ -234,15 +280,13 @@ RULES: tuple[Rule, ...] = (
     Rule("PSCI_VERSION", above_default, _REFUSED, "PSCI {value}, this kernel has at most {host}", _HYPERCALLS),
     Rule("SMCCC_ARCH_WORKAROUND_?", absent, _NOTICED, "this kernel does not say whether the guest needs the "
          "workaround; the guest was told {value}", _HYPERCALLS),
-    Rule("SMCCC_ARCH_WORKAROUND_2", _ssbs_taken, _NOTICED, "the guest's ID_AA64PFR1_EL1 has no SSBS, this host's has: "
-         "some kernels then say NOT_REQUIRED, some NOT_AVAIL; the guest was told {value}",
-         "arch/arm64/kvm/hypercalls.c get_kernel_wa_level: cpus_have_cap or kvm_has_feat; measured on 6.12 and 7.2",
-         Kernel.UNKNOWN),
-    Rule("SMCCC_ARCH_WORKAROUND_?", _level_above, _NOTICED,
-         "the guest was told level {value}, this host has {host}; a write only checks", _HYPERCALLS),
-    Rule("SMCCC_ARCH_WORKAROUND_?", _level_below, _NOTICED, "the guest was told level {value}, and hears the host's "
-         "{host} when it asks again: a write is only checked, not stored", _HYPERCALLS, Kernel.DROPS),
-    Rule("SMCCC_ARCH_WORKAROUND_?", differs, _FITS,
+    Rule("SMCCC_ARCH_WORKAROUND_2", _ssbs_open, _NOTICED, "the guest's ID_AA64PFR1_EL1 has no SSBS and can't be taken "
+         "as it is: SSBS, and with it this level, is what is written instead; the guest was told {value}",
+         "arch/arm64/kvm/hypercalls.c get_kernel_wa_level: kvm_has_feat SSBS (6.12, e8d164974cfa)", _level_met),
+    Rule("SMCCC_ARCH_WORKAROUND_?", _level_above, _NOTICED, _level_text("a write only checks"), _HYPERCALLS),
+    Rule("SMCCC_ARCH_WORKAROUND_?", _level_below, _NOTICED, _level_text("it hears that when it asks again: a write is "
+         "only checked, not stored"), _HYPERCALLS, Kernel.DROPS),
+    Rule("SMCCC_ARCH_WORKAROUND_?", _level_differs, _FITS,
          "level {value} is checked against the host's {host} and not stored", _HYPERCALLS, Kernel.DROPS),
     # identity and geometry
     Rule("CLIDR_EL1 CCSIDR*", _unequal_identity, _HARMLESS,

@@ -37,11 +37,6 @@ HIGHER: frozenset[tuple[str, str]] = frozenset((
 SIGNED: frozenset[tuple[str, str]] = frozenset((("ID_MMFR0_EL1", "InnerShr"), ("ID_MMFR0_EL1", "OuterShr")))
 """S_ARM64_FTR_BITS whose names don't show it (cpufeature.c ftr_id_mmfr0)."""
 
-TAKEN_AND_DROPPED: frozenset[tuple[str, str]] = frozenset((
-    ("ID_AA64PFR0_EL1", "MPAM"), ("ID_AA64PFR1_EL1", "MPAM_frac"), ("ID_AA64MMFR2_EL1", "NV")))
-"""Fields that newer kernels take at the host CPU's own value and show as 0; whether they do, no profile says."""
-
-
 def judge(case: Case) -> Verdict | None:
     """The answer for an ID register; None where the host's default isn't recorded or there is no difference.
 
@@ -56,12 +51,32 @@ def judge(case: Case) -> Verdict | None:
     unnamed = changed & ~sum(field.mask for field in case.fields)
     unnamed &= ~_tried(case)
     if not bad and not unnamed:
-        return Verdict(case.slot, Answer.FITS, case.slot, source=_SOURCE)
+        return _taken(case, fields, number, default)
     names = [_difference(field, number, default) + (f" ({why})" if why else "") for field, why in bad]
     names += [f"bits {unnamed:#x}"] if unnamed else []
-    open_question = all((case.row.name, field.name) in TAKEN_AND_DROPPED for field, _ in bad) and bad
-    kernel = Kernel.UNKNOWN if open_question or not _has_trials(case) else Kernel.REFUSES
+    kernel = Kernel.REFUSES if _has_trials(case) else Kernel.UNKNOWN
     return Verdict(case.slot, Answer.NOTICED, None, ", ".join(names), _SOURCE, kernel=kernel)
+
+
+def _taken(case: Case, fields: list[Field], number: int, default: int) -> Verdict:
+    """The kernel takes it; of some fields it takes the CPU's own value and goes on showing 0.
+
+    ID_AA64PFR0_EL1.MPAM, ID_AA64PFR1_EL1.MPAM_frac, ID_AA64MMFR2_EL1.NV: shown by mistake once, so that older streams
+    have them. No other value than the CPU's is taken. Those values are one bit each (0, 1; of NV also 2), so the
+    trials of single bits, in which such a bit is taken and does not read back, have met all that there are.
+    """
+    lost = _dropped(case)
+    names = [_difference(field, number, default) for field in fields if field.mask & lost & (number ^ default)]
+    if not names:
+        return Verdict(case.slot, Answer.FITS, case.slot, source=_SOURCE)
+    return Verdict(case.slot, Answer.NOTICED, case.slot, f"{', '.join(names)} (this kernel takes it and shows its own)",
+                   _SOURCE, kernel=Kernel.DROPS)
+
+
+def _dropped(case: Case) -> int:
+    """Bits that the kernel took flipped, and that read back as they were."""
+    tried = case.pair.bits(case.slot.id)
+    return tried[0] & ~tried[1] if tried else 0
 
 
 def _refusal(case: Case, field: Field, number: int, default: int) -> str:
