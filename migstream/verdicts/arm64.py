@@ -17,7 +17,6 @@ from migstream.verdicts.facts import (
     bits_clear,
     both,
     constant,
-    differs,
     guest_lacks,
     loses_bits,
     no_feature,
