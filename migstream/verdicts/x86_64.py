@@ -223,6 +223,11 @@ def _size_computed(case: Case) -> bool:
     return any(words.get((0xD, 1, EAX), 0) & 0b1010 and not words.get((0xD, 1, EBX)) for words in tables)
 
 
+def _cpuid_met(case: Case) -> Kernel:
+    """KVM takes any CPUID here; some of it reads back otherwise."""
+    return Kernel.DROPS if _shown_otherwise(case) or _size_computed(case) else Kernel.TAKES
+
+
 def _bad_types(case: Case) -> bool:
     """A PAT entry that is no memory type: 0, 1, 4, 5, 6 and 7 are."""
     return any(byte not in (0, 1, 4, 5, 6, 7) for value in case.known.distinct for byte in value)
@@ -240,12 +245,13 @@ RULES: tuple[Rule, ...] = (
          "Documentation/virt/kvm/devices/vcpu.rst; profile: tsc_offset_kept",
          lambda case: Kernel.TAKES if case.host.behaviour.get("tsc_offset_kept") else Kernel.UNKNOWN),
     Rule("KVM_CPUID2", _evmcs, _REFUSED, "its guest uses the enlightened VMCS, which this KVM hasn't",
-         "KVM_CAP_HYPERV_ENLIGHTENED_VMCS; CPUID 0x4000000A.EAX", Kernel.TAKES),
+         "KVM_CAP_HYPERV_ENLIGHTENED_VMCS; CPUID 0x4000000A.EAX", _cpuid_met),
     Rule("KVM_CPUID2", _missing_features, _NOTICED, lambda case: _list(_promised(case), "not supported here"),
          "KVM_GET_SUPPORTED_CPUID; KVM_SET_CPUID2 takes more and then an instruction of it ends in #UD",
-         lambda case: Kernel.DROPS if _shown_otherwise(case) else Kernel.TAKES),
+         _cpuid_met),
     Rule("KVM_CPUID2", _shown_otherwise, _NOTICED,
-         lambda case: _list(_otherwise(case), "shown otherwise here, whatever is written"), "profile: cpuid_forced, by writing each word as 0 and as all ones", Kernel.DROPS),
+         lambda case: _list(_otherwise(case), "shown otherwise here, whatever is written"),
+         "profile: cpuid_forced, by writing each word as 0 and as all ones", Kernel.DROPS),
     Rule("KVM_CPUID2", _size_computed, _FITS, "KVM computes the size of XSAVE's compact form itself",
          "arch/x86/kvm/cpuid.c kvm_update_cpuid_runtime", Kernel.DROPS, target=lambda case: case.slot),
     Rule("KVM_TSC_KHZ", _other_rate, _NOTICED, "{value} kHz, this host's TSC runs at {host} and can't be scaled",
@@ -287,8 +293,8 @@ RULES: tuple[Rule, ...] = (
     # values
     Rule("HV_X64_MSR_TSC_FREQUENCY", _not_of_tsc_khz, _FITS, "KVM makes it of KVM_TSC_KHZ, whatever is written",
          "arch/x86/kvm/hyperv.c kvm_hv_get_msr: virtual_tsc_khz", Kernel.DROPS),
-    Rule("MSR_IA32_ARCH_CAPABILITIES", _unseen_capabilities, _HARMLESS, "the guest's CPUID has no ARCH_CAPABILITIES: it "
-         "can't read it", f"{_X86}: guest_cpu_cap_has (6.14 or so)"),
+    Rule("MSR_IA32_ARCH_CAPABILITIES", _unseen_capabilities, _HARMLESS, "the guest's CPUID has no ARCH_CAPABILITIES: "
+         "it can't read it", f"{_X86}: guest_cpu_cap_has (6.14 or so)"),
     Rule("MSR_MISC_FEATURES_ENABLES", _no_fault_offered, _REFUSED, "CPUID faulting is on, and the guest's "
          "MSR_PLATFORM_INFO does not offer it", f"{_X86}: supports_cpuid_fault"),
     Rule("MSR_IA32_CR_PAT", _bad_types, _REFUSED, "{value} has a memory type that there is not",
