@@ -87,11 +87,42 @@ def _dropped(case: Case) -> str:
     return f"{', '.join(describe(case.fields, lost))} read as on this host: {default & lost:#x}"
 
 
+_MODES_64, _MODES_EL2, _MODES_32 = {0, 4, 5}, {8, 9}, {0x11, 0x12, 0x13, 0x17, 0x1B, 0x1F}
+_USER_32 = 0x10
+
+
 def _bad_mode(case: Case) -> bool:
-    modes = {number & 0x1F for number in case.known.numbers}
-    allowed = {0, 4, 5} | ({8, 9} if case.pair.features & 1 << 7 else set())
-    aarch32 = bool(case.pair.features & 1 << 1)
-    return any(mode not in allowed for mode in modes if not (aarch32 and mode & 0x10))
+    """PSTATE.M: EL0t, EL1t, EL1h; EL2t and EL2h of a nested guest; of EL1_32BIT the AArch32 ones; User where the CPU
+    has 32-bit EL0 (ID_AA64PFR0_EL1.EL0 is 2)."""
+    features = case.pair.features
+    allowed = _MODES_32 if features & 1 << 1 else _MODES_64 | (_MODES_EL2 if features & 1 << 7 else set())
+    user = {_USER_32} if (case.pair.default(BY_NAME["ID_AA64PFR0_EL1"]) or 0) & 0xF == 2 else set()
+    return any(number & 0x1F not in allowed | user for number in case.known.numbers)
+
+
+def _not_the_lock(case: Case) -> bool:
+    """Other bits than OSLK differ."""
+    return case.default is not None and bool(case.known.differing(case.default) & ~_OSLK)
+
+
+_OSLK, _COUNTERS, _UPPER = 2, 0xF800, 0xFFFF_FFFF << 32
+
+
+def _fewer_counters(case: Case) -> bool:
+    """PMCR_EL0.N is kept up to the host's, and there is nothing else that is not."""
+    bits, default = case.pair.bits(case.slot.id), case.default
+    if bits is None or default is None or not bits[0] & ~bits[1] & _COUNTERS:
+        return False
+    lost = case.known.differing(default) & bits[0] & ~bits[1] & ~_COUNTERS
+    return not lost and all(number & _COUNTERS <= default & _COUNTERS for number in case.known.numbers)
+
+
+def _upper_half_gone(case: Case) -> bool:
+    """The host keeps 32 bits of this guest's counters: its PMUVer, where the host takes that, is below V3P5."""
+    if case.default in (None, NEVER_WRITTEN) or bits_clear(_UPPER)(case):
+        return False
+    dfr0 = Case(case.pair, Slot(BY_NAME["ID_AA64DFR0_EL1"], 8))
+    return _counters_of_32_bits(dfr0 if _taken(dfr0) or dfr0.default is None else dfr0.with_value(dfr0.default))
 
 
 def _bitmap_above(case: Case) -> bool:
@@ -228,7 +259,7 @@ def _other_chip(case: Case) -> bool:
     return case.default is not None and bool(case.known.differing(case.default) & ~_REVISION)
 
 
-_REVISION = 0xF000
+_REVISION, _FIRST_REVISION = 0xF000, 2
 
 
 def _unequal_identity(case: Case) -> bool:
@@ -282,7 +313,8 @@ RULES: tuple[Rule, ...] = (
     Rule("SMCCC_ARCH_WORKAROUND_2", _ssbs_open, _NOTICED, "the guest's ID_AA64PFR1_EL1 has no SSBS and can't be taken "
          "as it is: SSBS, and with it this level, is what is written instead; the guest was told {value}",
          "arch/arm64/kvm/hypercalls.c get_kernel_wa_level: kvm_has_feat SSBS (6.12, e8d164974cfa)", _level_met),
-    Rule("SMCCC_ARCH_WORKAROUND_?", _level_above, _NOTICED, _level_text("a write only checks"), _HYPERCALLS),
+    Rule("SMCCC_ARCH_WORKAROUND_?", _level_above, _REFUSED,
+         _level_text("a write only checks, and this one is refused"), _HYPERCALLS),
     Rule("SMCCC_ARCH_WORKAROUND_?", _level_below, _NOTICED, _level_text("it hears that when it asks again: a write is "
          "only checked, not stored"), _HYPERCALLS, Kernel.DROPS),
     Rule("SMCCC_ARCH_WORKAROUND_?", _level_differs, _FITS,
@@ -310,6 +342,8 @@ RULES: tuple[Rule, ...] = (
          "implementation", "arch/arm64/kvm/vgic/vgic-mmio-v3.c vgic_mmio_uaccess_write_v3_misc"),
     Rule("GICD_IIDR", _revision_above, _NOTICED, "{value}, this kernel's interrupt controller is an older revision "
          "({host})", "Documentation/virt/kvm/devices/arm-vgic-v3.rst"),
+    Rule("GICD_IIDR", lambda case: min(case.known.numbers) >> 12 & 0xF < _FIRST_REVISION, _NOTICED,
+         "{value}: kernels take no revision below 2", "arch/arm64/kvm/vgic/vgic-mmio-v3.c; measured on 5.10 to 7.2"),
     Rule("GICR_CTLR", saved_with("GICD_IIDR", _revision_above), _NOTICED,
          "CES and IR read 0 before revision 3", "arch/arm64/kvm/vgic/vgic-mmio-v3.c", Kernel.DROPS),
     # state
@@ -321,6 +355,14 @@ RULES: tuple[Rule, ...] = (
          f"{_SYSREGS} reset_unknown, reset_pmu_reg (5.14)", Kernel.DROPS, write=_host_default),
     Rule("PSTATE", _bad_mode, _REFUSED, "a mode that a vCPU with these features can't be in",
          "arch/arm64/kvm/guest.c set_core_reg"),
+    Rule("OSLSR_EL1", _not_the_lock, _REFUSED, "{value}: only OSLK may be another than in {host}",
+         f"{_SYSREGS} set_oslsr_el1"),
+    Rule("PMCR_EL0", _fewer_counters, _FITS, "",
+         f"{_SYSREGS} set_pmcr: a number of counters up to the host's is kept, a larger one ignored (6.7)",
+         Kernel.TAKES, target=lambda case: case.slot),
+    Rule("PMEVCNTR*", _upper_half_gone, _FITS, "the guest's counters have 32 bits; what is above is not kept",
+         "arch/arm64/kvm/pmu-emul.c kvm_pmc_is_64bit: PMUVer below V3P5", Kernel.DROPS,
+         target=lambda case: case.slot),
     Rule("PM*", loses_bits, _NOTICED, _dropped, "profile: bits that read back, by trial", Kernel.DROPS),
     Rule("PMEVCNTR* PMEVTYPER*", both(absent, _beyond_counters), _HARMLESS,
          "the guest's PMCR_EL0.N has no such counter", "Arm ARM D24.5, PMEVCNTR<n>_EL0; pmu-emul.c: a list of 31 "

@@ -152,7 +152,7 @@ def additions(pair: Pair) -> Iterator[Addition]:
     """What a fresh VM would show beyond what the guest has met, set to what its kernel behaved as."""
     saved = pair.saved.ids
     promised = pair.saved.contract.behaves_as if pair.saved.contract else {}
-    for id in sorted((pair.host.listed & promised.keys()) - saved):
+    for id in sorted((_there(pair) & promised.keys()) - saved):
         row, value = lookup(id), promised[id]
         slot = Slot(id, len(value))
         case = Case(replace_saved(pair, id, value), slot)
@@ -164,6 +164,11 @@ def additions(pair: Pair) -> Iterator[Addition]:
         yield Addition(verdict, row.scope)
 
 
+def _there(pair: Pair) -> frozenset[int]:
+    """Registers that the host lists for a vCPU like the guest's: KVM_GET_REG_LIST, on x86-64 MSRs."""
+    return pair.host.listed | {ids.msr_id(index) for index in pair.msrs}
+
+
 def replace_saved(pair: Pair, id: int, value: bytes) -> Pair:
     """The same pair, with one more register known."""
     return pair.with_value(Slot(id, len(value)), value)
@@ -173,7 +178,7 @@ def unhidden(pair: Pair) -> Iterator[Addition]:
     """What neither kernel has a register for, where the target is known to behave otherwise: nothing can hide it."""
     saved = pair.saved.ids
     promised = pair.saved.contract.behaves_as if pair.saved.contract else {}
-    for id in sorted((promised.keys() & pair.host_behaves_as.keys()) - saved - pair.host.listed):
+    for id in sorted((promised.keys() & pair.host_behaves_as.keys()) - saved - _there(pair)):
         value, here = promised[id], pair.host_behaves_as[id]
         if value != here:
             slot = Slot(id, len(value))
@@ -210,7 +215,7 @@ def unexplained(pair: Pair) -> Iterator[str]:
     known = contract.behaves_as if contract else {}
     why = "the contract does not pin it" if contract and contract.behaviour.found == BASELINE else \
         "the stream lacks it and nobody asked the saving kernel what it behaves as"
-    for id in sorted(pair.host.listed - saved - known.keys()):
+    for id in sorted(_there(pair) - saved - known.keys()):
         row = lookup(id)
         if row.klass == Klass.FEATURE and row.known and pair.default(id):
             yield (f"{row.name}: {why}: "

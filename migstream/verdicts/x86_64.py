@@ -113,8 +113,8 @@ _ALWAYS = 0b11
 """x87 and SSE: every CPU with FXSAVE."""
 
 
-def _component_names(case: Case) -> str:
-    return ", ".join(describe(BITS["XCR0"], _not_here(case))) or f"{_not_here(case):#x}"
+def _named_components(bits: int) -> str:
+    return ", ".join(describe(BITS["XCR0"], bits)) or f"{bits:#x}"
 
 
 def _wider(case: Case) -> bool:
@@ -207,6 +207,32 @@ def _no_fault_offered(case: Case) -> bool:
 _PLATFORM_INFO, _CPUID_FAULT = 0xCE, 1 << 31
 
 
+def _cpuid_refusals(case: Case) -> Iterator[str]:
+    """What kvm_check_cpuid() refuses of the guest's CPUID."""
+    here = components(case.host.cpuid)
+    for table in case.known.distinct:
+        if dynamic := components(table) & _DYNAMIC & ~here:
+            yield f"XSAVE components that a process has to ask for and this host has not: {_named_components(dynamic)}"
+        width = cpuid_words(table).get((0x8000_0008, 0, EAX), 0) >> 8 & 0xFF
+        if width not in (0, 48, 57):
+            yield f"linear addresses of {width} bits: 48 or 57"
+
+
+_DYNAMIC = 1 << 18
+"""XFEATURE_MASK_USER_DYNAMIC: XTILE_DATA."""
+
+
+def _cpuid_refused(case: Case) -> bool:
+    return next(_cpuid_refusals(case), None) is not None
+
+
+def _without_cpuid(case: Case) -> bool:
+    """The guest's CPUID is refused, and this KVM has no such MSR for a vCPU without CPUID."""
+    offered = case.host.feature_msrs.get(_ARCH_CAPABILITIES)
+    whole = CPUID2.id in case.pair.saved.columns and _cpuid_refused(Case(case.pair, Slot(CPUID2.id, 8)))
+    return bool(offered) and not case.default and whole and not case.known.only(0)
+
+
 def _unseen_capabilities(case: Case) -> bool:
     """The guest's CPUID has no ARCH_CAPABILITIES, and this KVM then has no such MSR: a vCPU without CPUID reads 0."""
     cpuid, offered = case.pair.saved.columns.get(CPUID2.id), case.host.feature_msrs.get(_ARCH_CAPABILITIES)
@@ -244,6 +270,8 @@ RULES: tuple[Rule, ...] = (
          "it is relative to one host's TSC; MSR_IA32_TSC restores the guest's, and offsets that differ are moved",
          "Documentation/virt/kvm/devices/vcpu.rst; profile: tsc_offset_kept",
          lambda case: Kernel.TAKES if case.host.behaviour.get("tsc_offset_kept") else Kernel.UNKNOWN),
+    Rule("KVM_CPUID2", _cpuid_refused, _REFUSED, lambda case: _list(_cpuid_refusals(case), "refused here"),
+         "arch/x86/kvm/cpuid.c kvm_check_cpuid: EPERM, EINVAL"),
     Rule("KVM_CPUID2", _evmcs, _REFUSED, "its guest uses the enlightened VMCS, which this KVM hasn't",
          "KVM_CAP_HYPERV_ENLIGHTENED_VMCS; CPUID 0x4000000A.EAX", _cpuid_met),
     Rule("KVM_CPUID2", _missing_features, _NOTICED, lambda case: _list(_promised(case), "not supported here"),
@@ -259,7 +287,7 @@ RULES: tuple[Rule, ...] = (
          "KVM_CAP_TSC_CONTROL", lambda case: Kernel.TAKES if min(case.known.numbers) > (case.default or 0)
          else Kernel.REFUSES),
     Rule("KVM_XSAVE", lambda case: bool(_not_here(case)), _REFUSED,
-         lambda case: f"components in use that this host has not: {_component_names(case)}",
+         lambda case: f"components in use that this host has not: {_named_components(_not_here(case))}",
          "arch/x86/kernel/fpu/xstate.c validate_user_xstate_header; CPUID 0xD.0", Kernel.REFUSES),
     Rule("KVM_XSAVE", both(_wider, lambda case: bool(components(case.host.cpuid))), _AS,
          lambda case: f"{case.host.sizes[case.slot.id]} of {case.slot.size} bytes: what is not here is not in use",
@@ -293,6 +321,8 @@ RULES: tuple[Rule, ...] = (
     # values
     Rule("HV_X64_MSR_TSC_FREQUENCY", _not_of_tsc_khz, _FITS, "KVM makes it of KVM_TSC_KHZ, whatever is written",
          "arch/x86/kvm/hyperv.c kvm_hv_get_msr: virtual_tsc_khz", Kernel.DROPS),
+    Rule("MSR_IA32_ARCH_CAPABILITIES", _without_cpuid, _REFUSED, "the guest's CPUID is refused, and without one this "
+         "kernel has no such MSR", f"{_X86}: guest_cpu_cap_has (6.14 or so)"),
     Rule("MSR_IA32_ARCH_CAPABILITIES", _unseen_capabilities, _HARMLESS, "the guest's CPUID has no ARCH_CAPABILITIES: "
          "it can't read it", f"{_X86}: guest_cpu_cap_has (6.14 or so)"),
     Rule("MSR_MISC_FEATURES_ENABLES", _no_fault_offered, _REFUSED, "CPUID faulting is on, and the guest's "

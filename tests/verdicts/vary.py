@@ -143,8 +143,10 @@ def altered(dice: Random, id: int, value: bytes) -> bytes:
     return (number & (1 << 8 * len(value)) - 1).to_bytes(len(value), "little")
 
 
-STATE = f"PSTATE OSLSR_EL1 PM* VBAR_EL1 SCTLR_EL1 FPCR GICD_IIDR {FLAGS} MSR_IA32_CR_PAT KVM_CPUID2 KVM_TSC_KHZ".split()
-"""What is forged besides features and identities: what rules judge by value, and some that they don't."""
+STATE = (f"PSTATE OSLSR_EL1 PMCR_EL0 PMEV* PMCC* PMUSERENR_EL0 PMSELR_EL0 VBAR_EL1 SCTLR_EL1 FPCR GICD_IIDR {FLAGS} "
+         "MSR_IA32_CR_PAT KVM_CPUID2 KVM_TSC_KHZ").split()
+"""What is forged besides features and identities: what rules judge by value, and some that they don't. Not registers
+that share their storage (PMCNTENSET and PMCNTENCLR): no kernel saves two values for one."""
 
 
 @cache
