@@ -261,7 +261,8 @@ def kinds(stream: Path, contract: Path, tmp_path_factory: pytest.TempPathFactory
 
 WRONG = (
     # what is given as the stream or contract
-    ("file", "policy", 64, "neither a stream nor a contract (this is a policy)"), ("file", "profile", 64, "(this is a host profile)"),
+    ("file", "policy", 64, "neither a stream nor a contract (this is a policy)"),
+    ("file", "profile", 64, "(this is a host profile)"),
     ("file", "text", 1, ""), ("file", "empty", 2, ""), ("file", "json", 64, "(this is the --json output of a command)"),
     ("file", "deep", 1, "not a contract: not JSON"), ("file", "newer contract", 3, "contract version 2"),
     ("file", "newer stream", 3, ""), ("file", "folder", 74, "directory"), ("file", "none", 74, "No such file"),

@@ -165,8 +165,8 @@ def additions(pair: Pair) -> Iterator[Addition]:
 
 
 def _there(pair: Pair) -> frozenset[int]:
-    """Registers that the host lists for a vCPU like the guest's: KVM_GET_REG_LIST, on x86-64 MSRs."""
-    return pair.host.listed | {ids.msr_id(index) for index in pair.msrs}
+    """Registers that the host has for a vCPU like the guest's: KVM_GET_REG_LIST, on x86-64 MSRs, feature MSRs too."""
+    return pair.host.listed | {ids.msr_id(index) for index in (*pair.msrs, *pair.host.feature_msrs)}
 
 
 def replace_saved(pair: Pair, id: int, value: bytes) -> Pair:
