@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from migstream.contract import BASELINE
+from migstream.host.baseline_x86_64 import shown
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Klass, Scope, Slot
 from migstream.registers import ids, x86_64
@@ -217,8 +218,11 @@ def unexplained(pair: Pair) -> Iterator[str]:
         "the stream lacks it and nobody asked the saving kernel what it behaves as"
     for id in sorted(_there(pair) - saved - known.keys()):
         row = lookup(id)
-        if row.klass == Klass.FEATURE and row.known and pair.default(id):
-            yield (f"{row.name}: {why}: "
-                   f"the guest meets this kernel's default, {pair.default(id):#x}")
+        if row.klass == Klass.FEATURE and row.known and (here := _met_here(pair, id)):
+            yield f"{row.name}: {why}: the guest meets this kernel's default, {here:#x}"
 
 
+def _met_here(pair: Pair, id: int) -> int | None:
+    """What a guest meets in a register that nobody writes: of a feature MSR, what a vCPU with a CPUID shows."""
+    index = ids.msr_index(id)
+    return shown(pair.host, index) if index is not None and index in pair.host.feature_msrs else pair.default(id)
