@@ -30,9 +30,6 @@ LOWEST: dict[tuple[int, int], tuple[int, ...]] = {
 }
 """Words that are the highest leaf or subleaf."""
 
-RUNTIME = {(1, 0, ECX): 1 << 27, (1, 0, EDX): 1 << 9, (7, 0, ECX): 1 << 4}
-"""Bits that KVM computes from the vCPU's state: OSXSAVE, APIC, OSPKE."""
-
 SIZES = {(0x8000_0008, 0, EAX): 0xFFFF}
 """Words of numbers of eight bits (physical and linear address bits) of which the lowest serves all; which bits."""
 
@@ -66,7 +63,7 @@ def _forced(draft: Draft, hosts: Mapping[str, HostProfile], common: _Entries) ->
         for key, (_, words) in common.items():
             for n, word in enumerate(words):
                 kept, put = host.cpuid_forced.get(cpuid_word(*key, n), (0xFFFF_FFFF, 0))
-                changed = (word ^ (word & kept | put)) & ~COMPUTED.get((*key, n), 0) & ~RUNTIME.get((*key, n), 0)
+                changed = (word ^ (word & kept | put)) & ~COMPUTED.get((*key, n), 0) & ~RUNTIME_BITS.get((*key, n), 0)
                 label = f"CPUID {_leaf(key)} {_REGISTERS[n]}"
                 if changed and draft.is_free(label):
                     draft.left_out.append(f"{label}: not the same everywhere, as asked")
