@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from migstream import __version__, cli_check, cli_convert, cli_host, filekind, native
+from migstream import __version__, cli_check, cli_convert, cli_host, native
+from migstream.cli_files import open_contract, open_policy
 from migstream.cli_host import BACKENDS, Parser, open_profile
 from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
 
@@ -201,7 +202,7 @@ def _demo(options: argparse.Namespace) -> int:
     if options.output == "-":
         raise UsageError("-o -: the demo's own result goes to standard output; name a file")
 
-    contract = _open_contract(options.contract) if options.contract else None
+    contract = open_contract(options.contract) if options.contract else None
     if contract and options.vcpu_features:
         raise UsageError("--vcpu-features: the contract says them")
     features = contract.vcpu_features if contract else options.vcpu_features
@@ -219,20 +220,6 @@ def _demo(options: argparse.Namespace) -> int:
     else:
         result.print()
     return 0
-
-
-def _open_contract(path: str) -> Contract:
-    from pathlib import Path
-
-    from migstream.contract import from_json
-
-    try:
-        data = Path(path).read_bytes()
-        return from_json(data.decode("utf-8"), path)
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not a contract: not text{filekind.of_bytes(data)}") from error
 
 
 # inspect and verify
@@ -288,7 +275,7 @@ def _contract_file(name: str) -> Contract | None:
     if name == "-" or not os.path.isfile(name):
         return None
     with open(name, "rb") as file:
-        return _open_contract(name) if file.read(1) == b"{" else None
+        return open_contract(name) if file.read(1) == b"{" else None
 
 
 def _contract(options: argparse.Namespace, seen: Survey) -> dict[str, Any]:
@@ -420,7 +407,7 @@ def _replay(options: argparse.Namespace) -> int:
     from migstream.errors import StreamError
     from migstream.transport import Restorer, open_source, read_items
 
-    policy = cli_check.open_policy(options.policy)
+    policy = open_policy(options.policy)
     backend = open_backend(options.backend)
     if options.host:
         backend.know(open_profile(options.host))

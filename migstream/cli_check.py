@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from migstream import filekind
+from migstream.cli_files import open_policy, text_of
 from migstream.errors import UsageError
+from migstream.limits import MAX_CONTRACT, MAX_POLICY
 
 if TYPE_CHECKING:
     from migstream.contract import Contract
@@ -47,7 +48,10 @@ _VMM_WORDS = "a VMM: contract, opts-out, knows:PROFILE (rows for that kernel's r
 
 
 def run(options: argparse.Namespace) -> int:
-    """Judge; the exit status is the worst answer's. Raises: StreamError and below, UsageError, PolicyError."""
+    """Judge; the exit status is the worst answer's.
+
+    Raises: StreamError, DocumentError and below, UsageError, OutputError, PolicyError.
+    """
     asked = [name for name in ("file", "matrix", "fleet") if getattr(options, name) is not None]
     if len(asked) != 1:
         raise UsageError("check: a stream or contract with --host, or --matrix, or --fleet: one of the three")
@@ -174,13 +178,20 @@ def _contract_notes(contract: Any) -> list[str]:
 
 
 def read_input(name: str) -> Input:
-    """Read a stream or a contract, told apart by their first byte. Raises: StreamError, UsageError, OutputError."""
+    """Read a stream or a contract, told apart by how they begin.
+
+    Raises: StreamError and below, DocumentError and below, OutputError; UsageError for another kind of file.
+    """
     from migstream.transport import open_source
 
     with open_source(name) as file:
         head = file.read(1)
         if head in (b"{", b" ", b"\n", b"\t", b"\r", b"["):
-            return _contract(name, head + file.read())
+            return _contract(name, head + file.read(MAX_CONTRACT))
+        if head.isascii() and head.decode().isprintable():  # no stream begins so; a policy may
+            head += file.read(MAX_POLICY)
+            if kind := filekind.of_bytes(head):
+                raise UsageError(f"{name}: neither a stream nor a contract{kind}")
         return _stream(name, _Resumed(head, file))
 
 
@@ -199,10 +210,7 @@ class _Resumed:
 def _contract(name: str, data: bytes) -> Input:
     from migstream.contract import from_json
 
-    try:
-        contract = from_json(data.decode("utf-8"), name)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{name}: not a contract: not UTF-8 text") from error
+    contract = from_json(text_of(name, data, "contract", MAX_CONTRACT), name)
     return Input(name, "contract", contract, contract.kernel, contract.cpu)
 
 
@@ -217,21 +225,6 @@ def _stream(name: str, source: Source) -> Input:
     assert machine is not None
     saved = Saved.of(machine, seen.reader.layouts, [bank.decode() for bank in seen.banks], seen.contract())
     return Input(name, "stream", saved, host.kernel if host else "", host.cpu if host else "")
-
-
-def open_policy(name: str | None) -> Policy:
-    """The policy in a TOML file; the one that overrules nothing for None. Raises: UsageError."""
-    from migstream.verdicts.policy import NO_POLICY, parse
-
-    if name is None:
-        return NO_POLICY
-    try:
-        data = Path(name).read_bytes()
-        if kind := filekind.of_bytes(data).replace(" (this is a policy)", ""):
-            raise UsageError(f"{name}: not a policy{kind}")
-        return parse(data.decode("utf-8"), name)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{name}: {getattr(error, 'strerror', None) or 'not a policy: not UTF-8 text'}") from error
 
 
 # Hosts among themselves.

@@ -17,7 +17,8 @@ from functools import cached_property
 from typing import Any
 
 from migstream import filekind
-from migstream.errors import Corrupt, UsageError, printable
+from migstream.errors import Corrupt, DocumentError, DocumentLimit, UsageError, printable
+from migstream.limits import MAX_CONTRACT
 from migstream.model import Arch, Bank, Klass
 from migstream.registers import ids
 from migstream.registers.catalogue import fits_arch, lookup
@@ -167,32 +168,34 @@ def to_json(contract: Contract) -> str:
 def from_json(text: str, name: str = "contract") -> Contract:
     """Return the contract in a file's text.
 
-    Raises: UsageError naming `name` and the field: another kind of file, another version, a field that is missing,
-    unknown or wrong.
+    Raises: UsageError for another kind of file of ours; DocumentError naming `name` and the field: no JSON, a version
+    that is not read, a field that is missing, unknown or wrong; DocumentTooNew; DocumentLimit.
     """
+    if len(text) > MAX_CONTRACT:
+        raise DocumentLimit(f"{name}: not a contract: over {MAX_CONTRACT} bytes")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{name}: not a contract: not JSON: {printable(error)}") from error
+        raise DocumentError(f"{name}: not a contract: not JSON: {printable(error)}") from error
     if not isinstance(data, dict) or "migstream_contract" not in data:
-        raise UsageError(f"{name}: not a contract: field 'migstream_contract' missing{filekind.of_object(data)}")
-    if data["migstream_contract"] != CONTRACT_VERSION:
-        raise UsageError(f"{name}: field 'migstream_contract': contract version {printable(data['migstream_contract'])}"
-                         f"; this migstream reads {CONTRACT_VERSION}")
+        kind = filekind.of_object(data)
+        wrong = UsageError if kind else DocumentError
+        raise wrong(f"{name}: not a contract: field 'migstream_contract' missing{kind}")
+    filekind.check_version(name, "contract", data["migstream_contract"], CONTRACT_VERSION)
     fields = {key: _field(name, data, key, read) for key, read in _READERS.items()}
     if unknown := sorted(map(str, data.keys() - _READERS.keys() - {"migstream_contract"})):
-        raise UsageError(f"{name}: not a contract: unknown field {printable(repr(unknown[0]))}")
+        raise DocumentError(f"{name}: not a contract: unknown field {printable(repr(unknown[0]))}")
     behaviour = Behaviour(*(fields.pop(key) for key in ("found", "behaves_as", "how", "firmware", "unknown")))
     return _checked(name, Contract(**fields, behaviour=behaviour))
 
 
 def _field(name: str, data: dict[str, Any], key: str, read: Callable[[Any], Any]) -> Any:
     if key not in data:
-        raise UsageError(f"{name}: not a contract: field {key!r} missing")
+        raise DocumentError(f"{name}: not a contract: field {key!r} missing")
     try:
         return read(data[key])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{name}: not a contract: field {key!r}: {printable(error)}") from error
+        raise DocumentError(f"{name}: not a contract: field {key!r}: {printable(error)}") from error
 
 
 def _text(value: Any) -> str:
@@ -245,13 +248,13 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 
 
 def _checked(name: str, contract: Contract) -> Contract:
-    """Raises: UsageError for no register at all, one of another architecture, or a value of another size."""
+    """Raises: DocumentError for no register at all, one of another architecture, or a value of another size."""
     if not contract.values:
-        raise UsageError(f"{name}: field 'values': is empty: it promises nothing that could be judged")
+        raise DocumentError(f"{name}: field 'values': is empty: it promises nothing that could be judged")
     for where, values in (("values", contract.values), ("behaves_as", contract.behaves_as)):
         for id, value in values.items():
             if why := wrong_register(id, value, contract.arch):
-                raise UsageError(f"{name}: field {where!r}: {lookup(id).name}: {why}")
+                raise DocumentError(f"{name}: field {where!r}: {lookup(id).name}: {why}")
     return contract
 
 

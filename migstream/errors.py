@@ -1,6 +1,6 @@
 """Every exception of the project on one page, each with the exit status that it gives the command line.
 
-Three families, so that a caller can tell who is to blame: *the file is wrong* (`StreamError`, `ProfileError`),
+Three families, so that a caller can tell who is to blame: *the file is wrong* (`StreamError`, `DocumentError`),
 *the host can't* (`BackendError`, `DoesNotFit`), *you misused me* (`UsageError`). Each message is one line: where;
 what; expected; found. Text that came out of a stream is escaped before it gets into a message.
 """
@@ -116,10 +116,26 @@ class OutputError(MigstreamError):
     exit_status = 74
 
 
-class ProfileError(MigstreamError):
-    """A host profile is wrong: no JSON, an old version, a field that is missing, damaged, or contradicts another."""
+class DocumentError(MigstreamError):
+    """A file of ours beside the stream is wrong: a contract, a policy, a host profile. Another kind is `UsageError`."""
 
     exit_status = 1
+
+
+class DocumentTooNew(DocumentError):
+    """A contract or policy of a version that this migstream doesn't know yet."""
+
+    exit_status = 3
+
+
+class DocumentLimit(DocumentError):
+    """A contract or policy above the limits of formats/SPEC.md."""
+
+    exit_status = 4
+
+
+class ProfileError(DocumentError):
+    """A host profile is wrong: no JSON, an old version, a field that is missing, damaged, or contradicts another."""
 
 
 class ProfileTooNew(ProfileError):

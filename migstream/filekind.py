@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from migstream.errors import DocumentError, DocumentTooNew, printable
+
 _MAGIC = bytes.fromhex("894d4947")
 """How a stream begins (formats/SPEC.md, 2.1)."""
 
 _JSON = {"migstream_host_profile": "a host profile", "migstream_contract": "a contract",
          "migstream_json": "the --json output of a command"}
 _POLICY = "migstream_policy"
+
+
+def check_version(name: str, kind: str, found: object, known: int) -> None:
+    """Raises: DocumentTooNew, DocumentError for a version that is not the one that this migstream reads."""
+    if type(found) is int and found == known:
+        return
+    newer = type(found) is int and found > known
+    raise (DocumentTooNew if newer else DocumentError)(
+        f"{name}: field 'migstream_{kind}': {kind} version {printable(found)}; this migstream reads {known}")
 
 
 def of_object(data: Any) -> str:

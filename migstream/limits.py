@@ -59,6 +59,15 @@ RAM_CHUNK = 4 << 20
 MAX_PROFILE = 4 << 20
 """Bytes of a host profile's JSON, 20 times the largest recorded one; read whole before it is looked at."""
 
+MAX_CONTRACT = 1 << 20
+"""Bytes of a contract file, 50 times one of arm64 with all features; read whole before it is looked at."""
+
+MAX_POLICY = 1 << 20
+"""Bytes of a policy file, likewise."""
+
+MAX_POLICY_NAMES = 1024
+"""Names and globs of a policy, all rows together: each glob is held against every register of the catalogue."""
+
 MAX_PROFILE_ROWS = 8192
 """Entries of one table or list of a host profile: as many as columns of a layout. Two such profiles are compared in
 seconds."""

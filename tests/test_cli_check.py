@@ -58,17 +58,21 @@ def test_what_check_refuses_is_what_replay_refuses(capsys: Capture, stream: Path
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize(("text", "message"), [
-    ("[[tolerate]]", "no migstream_policy"),
-    ("migstream_policy = 9", "policy version 9"),
-    ("migstream_policy = 1\n[[tolerate]]\nregister = 'NO_SUCH'\nreason = 'x'", "no register is called 'NO_SUCH'"),
-    ("migstream_policy = 1\n[[tolerate]]\nregister = 'KVM_CPUID2'", "no reason"),
-    ("not toml", "not TOML"),
+@pytest.mark.parametrize(("text", "status", "message"), [
+    ("[[tolerate]]", 1, "no migstream_policy"),
+    ("migstream_policy = 9", 3, "policy version 9"),
+    ("migstream_policy = 0", 1, "policy version 0"),
+    ("migstream_policy = 1\n[[tolerate]]\nregister = 'NO_SUCH'\nreason = 'x'", 1, "no register is called 'NO_SUCH'"),
+    ("migstream_policy = 1\n[[tolerate]]\nregister = 'KVM_CPUID2'", 1, "no reason"),
+    ("not toml", 1, "not TOML"),
+    (f"migstream_policy = 1\n[[tolerate]]\nregister = {['*_EL1'] * 1025}\nreason = 'x'", 4, "1025 names and globs"),
+    ("migstream_policy = 1\n" + "#" * (1 << 20), 4, "over 1048576 bytes"),
 ])
-def test_a_policy_that_is_none(capsys: Capture, stream: Path, tmp_path: Path, text: str, message: str) -> None:
+def test_a_policy_that_is_none(capsys: Capture, stream: Path, tmp_path: Path, text: str, status: int,
+                               message: str) -> None:
     policy = tmp_path / "policy.toml"
     policy.write_text(text)
-    assert main(["check", str(stream), "--host", HOST, "--policy", str(policy)]) == 64
+    assert main(["check", str(stream), "--host", HOST, "--policy", str(policy)]) == status
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
 
@@ -257,9 +261,10 @@ def kinds(stream: Path, contract: Path, tmp_path_factory: pytest.TempPathFactory
 
 WRONG = (
     # what is given as the stream or contract
-    ("file", "policy", 1, "not a migstream stream"), ("file", "profile", 64, "(this is a host profile)"),
+    ("file", "policy", 64, "neither a stream nor a contract (this is a policy)"),
+    ("file", "profile", 64, "(this is a host profile)"),
     ("file", "text", 1, ""), ("file", "empty", 2, ""), ("file", "json", 64, "(this is the --json output of a command)"),
-    ("file", "deep", 64, "not a contract: not JSON"), ("file", "newer contract", 64, "contract version 2"),
+    ("file", "deep", 1, "not a contract: not JSON"), ("file", "newer contract", 3, "contract version 2"),
     ("file", "newer stream", 3, ""), ("file", "folder", 74, "directory"), ("file", "none", 74, "No such file"),
     # as the host
     ("host", "stream", 64, "not a host profile (this is a stream)"),
@@ -269,9 +274,9 @@ WRONG = (
     ("host", "none", 74, "No such file"), ("host", "folder", 74, "directory"),
     # as the policy
     ("policy", "stream", 64, "not a policy (this is a stream)"), ("policy", "contract", 64, "(this is a contract)"),
-    ("policy", "profile", 64, "(this is a host profile)"), ("policy", "text", 64, "not a policy: not TOML"),
-    ("policy", "empty", 64, "no migstream_policy = 1"), ("policy", "newer policy", 64, "policy version 2"),
-    ("policy", "none", 64, "No such file"), ("policy", "folder", 64, "directory"),
+    ("policy", "profile", 64, "(this is a host profile)"), ("policy", "text", 1, "not a policy: not TOML"),
+    ("policy", "empty", 1, "no migstream_policy = 1"), ("policy", "newer policy", 3, "policy version 2"),
+    ("policy", "none", 74, "No such file"), ("policy", "folder", 74, "directory"),
 )
 
 
@@ -330,7 +335,7 @@ def test_a_contract_of_nothing(capsys: Capture, contract: Path, tmp_path: Path, 
                                message: str) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps({**json.loads(contract.read_text()), **change}))
-    assert main(["check", str(path), "--host", "x86_64-7.2"]) == 64
+    assert main(["check", str(path), "--host", "x86_64-7.2"]) == 1
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
 

@@ -206,8 +206,8 @@ def test_the_four_ways_of_the_mailing_list() -> None:
     assert "the old VMM has no row for it" in moves[NN, OO]
     assert fleet.fences == [(ON, NN), (NO, NN)]
     assert show_check.fleet_status(fleet) == 10
-    assert any("no old VMM is left" in line for line in show_check.fence_lines(fleet))
-    assert any("no old kernel is left" in line for line in show_check.fence_lines(fleet))
+    assert any("once every old VMM is gone" in line for line in show_check.fence_lines(fleet))
+    assert any("once every old kernel is gone" in line for line in show_check.fence_lines(fleet))
 
 
 def test_two_vmms_that_know_all_need_no_fence() -> None:

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from migstream.contract import Behaviour, Contract
-from migstream.errors import MigstreamError, UsageError
+from migstream.errors import DocumentError, MigstreamError
 from migstream.host import profiles
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Layout, Machine, Phase, Scope, Slot
@@ -221,7 +221,7 @@ BAD = (
 
 @pytest.mark.parametrize(("text", "message"), BAD)
 def test_a_file_that_is_none_is_one_clear_line(text: str, message: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(DocumentError) as caught:
         parse(text, "p.toml")
     line = str(caught.value)
     assert line.startswith("p.toml: ") and "\n" not in line and "\x1b" not in line
@@ -269,6 +269,6 @@ def _policy_or_error(text: str) -> None:
     try:
         found = parse(text, "p.toml")
     except MigstreamError as error:
-        assert error.exit_status == 64 and "\n" not in str(error) and str(error).startswith("p.toml: ")
+        assert error.exit_status in (1, 3, 4) and "\n" not in str(error) and str(error).startswith("p.toml: ")
         return
     assert all(clause.reason and any(clause.names(name) for name in known_names()) for clause in found.clauses)

@@ -105,7 +105,6 @@ def baseline(hosts: Hosts, features: int | None = None, free: Sequence[str] = ()
 
 _OWN = {
     **{row.id: "cache geometry: the host's, or what its kernel makes up" for row in arm64.CCSIDR},
-    arm64_ids.sysreg(3, 1, 0, 0, 1): "cache geometry: the host's, or what its kernel makes up",
     arm64.MPIDR_EL1: "each vCPU's own place",
     arm64.VCPU_INIT.id: "told as vCPU features",
 }
@@ -355,10 +354,21 @@ def _vector_lengths(draft: Draft, row: Register, offers: _Offers) -> int | None:
     return None
 
 
+def _geometry(draft: Draft, row: Register, offers: _Offers) -> int | None:
+    """One host's value, if all others take it; else each shows its own, which `check` calls harmless."""
+    for value in dict.fromkeys(offer.value for offer in offers.values()):
+        if not any((offer.value ^ value) & ~offer.writable for offer in offers.values()):
+            return value
+    draft.left_out.append(f"{row.name}: cache geometry: hosts differ, and no value serves all")
+    return None
+
+
 _SPECIAL: dict[int, Callable[[Draft, Register, _Offers], int | None]] = {
     arm64_ids.firmware(0): _psci,
     **{arm64_ids.firmware(n): _level for n in (1, 2, 3)},
     **{arm64_ids.bitmap(n): _bitmap for n in range(4)},
     arm64_ids.SVE_VLS: _vector_lengths,
+    arm64_ids.sysreg(3, 1, 0, 0, 1): _geometry,
 }
-"""Registers that are not judged field by field: firmware (fw-pseudo-registers.rst, hypercalls.c, psci.c) and SVE."""
+"""Registers that are not judged field by field: firmware (fw-pseudo-registers.rst, hypercalls.c, psci.c), SVE, and
+CLIDR_EL1: a constant up to 6.2, since then whatever CTR_EL0 lets it be."""

@@ -12,55 +12,34 @@ from functools import reduce
 from operator import and_, or_
 from typing import TYPE_CHECKING
 
-from migstream.host.profile import HostProfile, cpuid_word
+from migstream.host.profile import HostProfile, cpuid_word, shown_cpuid
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
-from migstream.registers.cpuid import RUNTIME_BITS, bit_name
+from migstream.registers.cpuid import COMPUTED, EAX, EBX, ECX, EDX, FEATURE_WORDS, RUNTIME_BITS, bit_name
 
 if TYPE_CHECKING:
     from migstream.host.baseline import Draft
 
-_EAX, _EBX, _ECX, _EDX = range(4)
 _REGISTERS = ("EAX", "EBX", "ECX", "EDX")
 _ENTRY = struct.Struct("<7I12x")
 _Entries = dict[tuple[int, int], tuple[int, list[int]]]
 """(leaf, subleaf) -> flags and the four words."""
 
-FEATURES: dict[tuple[int, int], tuple[int, ...]] = {
-    (1, 0): (_ECX, _EDX), (6, 0): (_EAX,), (7, 0): (_EBX, _ECX, _EDX), (7, 1): (_EAX, _EBX, _ECX, _EDX),
-    (7, 2): (_EDX,), (0xD, 0): (_EAX, _EDX), (0xD, 1): (_EAX, _ECX, _EDX), (0x12, 0): (_EAX,),
-    (0x14, 0): (_EBX, _ECX), (0x19, 0): (_EBX,),
-    (0x4000_0001, 0): (_EAX,), (0x8000_0001, 0): (_ECX, _EDX), (0x8000_0007, 0): (_EBX, _EDX),
-    (0x8000_0008, 0): (_EBX,), (0x8000_000A, 0): (_EDX,), (0x8000_001F, 0): (_EAX,), (0x8000_0021, 0): (_EAX,),
-    (0x8000_0022, 0): (_EAX,), (0xC000_0001, 0): (_EDX,),
-}
-"""Words that are feature bits: a bit is there if all hosts have it."""
-
 LOWEST: dict[tuple[int, int], tuple[int, ...]] = {
-    (0, 0): (_EAX,), (7, 0): (_EAX,), (0x14, 0): (_EAX,), (0x8000_0000, 0): (_EAX,), (0x4000_0000, 0): (_EAX,),
+    (0, 0): (EAX,), (7, 0): (EAX,), (0x14, 0): (EAX,), (0x8000_0000, 0): (EAX,), (0x4000_0000, 0): (EAX,),
 }
 """Words that are the highest leaf or subleaf."""
 
-MASKED: dict[tuple[int, int, int], int] = {
-    (1, 0, _EBX): 0xFFFF_0000, (0xB, 0, _EDX): 0xFFFF_FFFF, (0xB, 1, _EDX): 0xFFFF_FFFF,
-    (0x1F, 0, _EDX): 0xFFFF_FFFF, (0x8000_001E, 0, _EAX): 0xFFFF_FFFF, (0x8000_001E, 0, _EBX): 0xFFFF_FFFF,
-    (0xD, 0, _EBX): 0xFFFF_FFFF, (0xD, 1, _EBX): 0xFFFF_FFFF,
-}
-"""Bits that are each vCPU's own (APIC ids) or that KVM computes (sizes of what is enabled): not compared."""
-
-RUNTIME = {(1, 0, _ECX): 1 << 27, (1, 0, _EDX): 1 << 9, (7, 0, _ECX): 1 << 4}
-"""Bits that KVM computes from the vCPU's state: OSXSAVE, APIC, OSPKE."""
-
-SIZES = {(0x8000_0008, 0, _EAX): 0xFFFF}
+SIZES = {(0x8000_0008, 0, EAX): 0xFFFF}
 """Words of numbers of eight bits (physical and linear address bits) of which the lowest serves all; which bits."""
 
-EXACT = {**{(0, 0, n): "vendor" for n in (_EBX, _ECX, _EDX)}, (1, 0, _EAX): "family, model and stepping"}
+EXACT = {**{(0, 0, n): "vendor" for n in (EBX, ECX, EDX)}, (1, 0, EAX): "family, model and stepping"}
 """Words that are who the CPU is: a guest of one can't be told that it is another."""
 
 
 def fill(draft: Draft, hosts: Mapping[str, HostProfile]) -> None:
     """Add CPUID and feature MSRs to a draft."""
-    tables = {name: entries(profile.cpuid) for name, profile in hosts.items()}
+    tables = {name: entries(shown_cpuid(profile)) for name, profile in hosts.items()}
     common: _Entries = {}
     first = next(iter(tables.values()))
     for key, (flags, own) in first.items():
@@ -84,7 +63,7 @@ def _forced(draft: Draft, hosts: Mapping[str, HostProfile], common: _Entries) ->
         for key, (_, words) in common.items():
             for n, word in enumerate(words):
                 kept, put = host.cpuid_forced.get(cpuid_word(*key, n), (0xFFFF_FFFF, 0))
-                changed = (word ^ (word & kept | put)) & ~MASKED.get((*key, n), 0) & ~RUNTIME.get((*key, n), 0)
+                changed = (word ^ (word & kept | put)) & ~COMPUTED.get((*key, n), 0) & ~RUNTIME_BITS.get((*key, n), 0)
                 label = f"CPUID {_leaf(key)} {_REGISTERS[n]}"
                 if changed and draft.is_free(label):
                     draft.left_out.append(f"{label}: not the same everywhere, as asked")
@@ -116,11 +95,11 @@ def _word(draft: Draft, key: tuple[int, int], n: int, has: Mapping[str, int], ta
     if draft.is_free(name):
         draft.left_out.append(f"{name}: the first host's, as asked")
         return values[0]
-    if n in FEATURES.get(key, ()):
+    if (*key, n) in FEATURE_WORDS:
         return _features(draft, key, n, has, taken)
     if n in LOWEST.get(key, ()) or (*key, n) in SIZES:
         return _least(draft, name, has, SIZES.get((*key, n), 0))
-    pinned = ~MASKED.get((*key, n), 0)
+    pinned = ~COMPUTED.get((*key, n), 0)
     if len({value & pinned for value in values}) > 1:
         if (*key, n) in EXACT:
             draft.refusals.append(f"{name} ({EXACT[*key, n]}): {', '.join(f'{h} {v:#x}' for h, v in has.items())}")

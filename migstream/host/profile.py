@@ -7,6 +7,7 @@ by the plan, and as the ground truth of the simulator.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from migstream.host import profile_values as values
 from migstream.model import Arch, Scope
 from migstream.registers import vcpu_features
 from migstream.registers.catalogue import lookup
+from migstream.registers.cpuid import COMPUTED, RUNTIME_BITS
 
 PROFILE_VERSION = 2
 """1 had two more lists of registers, which followed from `registers` and `feature_registers`; capture it again."""
@@ -178,6 +180,21 @@ def _always_of_vm(id: int) -> bool:
 def cpuid_word(function: int, index: int, register: int) -> int:
     """Key of `HostProfile.cpuid_forced`: leaf, subleaf (below 2^24), and 0 to 3 for EAX, EBX, ECX, EDX."""
     return function << 32 | index << 8 | register
+
+
+def shown_cpuid(profile: HostProfile) -> bytes:
+    """The supported CPUID as a vCPU reads it back, as far as it does not depend on the vCPU's state (`RUNTIME_BITS`).
+
+    Some hosts show features that they don't list, whatever is written.
+    """
+    table = bytearray(profile.cpuid)
+    for at in range(8, len(table) - 39, 40):
+        leaf, subleaf, _, *words = struct.unpack_from("<7I", table, at)
+        for n, word in enumerate(words):
+            kept, put = profile.cpuid_forced.get(cpuid_word(leaf, subleaf, n), (0xFFFF_FFFF, 0))
+            own = RUNTIME_BITS.get((leaf, subleaf, n), 0) | COMPUTED.get((leaf, subleaf, n), 0)
+            struct.pack_into("<I", table, at + 12 + 4 * n, word & own | (word & kept | put) & ~own)
+    return bytes(table)
 
 
 def to_json(profile: HostProfile) -> str:

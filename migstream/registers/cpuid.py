@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 
 from migstream.registers.bits import Field, flags
 
+Word = tuple[int, int, int]
+"""Leaf, subleaf, and 0 to 3 for EAX to EDX."""
 
-def cpuid_words(value: bytes) -> dict[tuple[int, int, int], int]:
-    """Words of a `struct kvm_cpuid2` by leaf, subleaf and 0 to 3 for EAX to EDX."""
-    (count,) = struct.unpack_from("<I", value)
-    out: dict[tuple[int, int, int], int] = {}
+EAX, EBX, ECX, EDX = range(4)
+
+
+@lru_cache(maxsize=64)
+def cpuid_words(value: bytes) -> dict[Word, int]:
+    """Words of a `struct kvm_cpuid2`; none for no table. Kept, because many hosts are asked: not to be changed."""
+    (count,) = struct.unpack_from("<I", value) if len(value) >= 4 else (0,)
+    out: dict[Word, int] = {}
     for at in range(8, min(8 + 40 * count, len(value) - 39), 40):
         function, index, _, *words = struct.unpack_from("<7I", value, at)
         out |= {(function, index, n): word for n, word in enumerate(words)}
     return out
 
 
-RUNTIME_BITS: dict[tuple[int, int, int], int] = {
+FEATURE_WORDS: frozenset[Word] = frozenset((leaf, subleaf, word) for leaf, subleaf, words in (
+    (1, 0, (ECX, EDX)), (6, 0, (EAX,)), (7, 0, (EBX, ECX, EDX)), (7, 1, (EAX, EBX, ECX, EDX)), (7, 2, (EDX,)),
+    (0xD, 0, (EAX, EDX)), (0xD, 1, (EAX, ECX, EDX)), (0x12, 0, (EAX,)), (0x14, 0, (EBX, ECX)), (0x19, 0, (EBX,)),
+    (0x1E, 1, (EAX,)), (0x24, 0, (EBX,)), (0x4000_0001, 0, (EAX,)), (0x8000_0001, 0, (ECX, EDX)),
+    (0x8000_0007, 0, (EBX, EDX)), (0x8000_0008, 0, (EBX,)), (0x8000_000A, 0, (EDX,)), (0x8000_001F, 0, (EAX,)),
+    (0x8000_0021, 0, (EAX,)), (0x8000_0022, 0, (EAX,)), (0xC000_0001, 0, (EDX,)),
+) for word in words)
+"""Words that are sets of features, one bit each (Intel SDM 2A, AMD APM 3; KVM's own at 0x40000001; Centaur's at
+0xC0000001). A bit is there for a fleet if all hosts have it; one that the guest saw was a promise."""
+
+COMPUTED: dict[Word, int] = {
+    (1, 0, EBX): 0xFFFF_0000, (0xB, 0, EDX): 0xFFFF_FFFF, (0xB, 1, EDX): 0xFFFF_FFFF, (0x1F, 0, EDX): 0xFFFF_FFFF,
+    (0x8000_001E, 0, EAX): 0xFFFF_FFFF, (0x8000_001E, 0, EBX): 0xFFFF_FFFF,
+    (0xD, 0, EBX): 0xFFFF_FFFF, (0xD, 1, EBX): 0xFFFF_FFFF,
+}
+"""Bits that are each vCPU's own (APIC ids) or that KVM computes (sizes of what is enabled): not compared."""
+
+RUNTIME_BITS: dict[Word, int] = {
     (1, 0, 2): 1 << 27 | 1 << 31 | 1 << 24 | 1 << 21 | 1 << 3,  # OSXSAVE, hypervisor, TSC_DEADLINE, x2APIC; MONITOR
     (1, 0, 3): 1 << 9 | 1 << 28,                                # APIC follows APICBASE; HTT is topology
     (7, 0, 2): 1 << 4,                                          # OSPKE follows CR4.PKE
@@ -31,7 +55,7 @@ def bit_name(leaf: int, subleaf: int, word: int, bit: int) -> str:
     return " ".join((f"bit {bit}", *(field.name for field in names if field.low == bit)))
 
 
-NAMES: dict[tuple[int, int, int], tuple[Field, ...]] = {
+NAMES: dict[Word, tuple[Field, ...]] = {
     (1, 0, 2): flags(
         "0:SSE3 1:PCLMULQDQ 2:DTES64 3:MONITOR 4:DS_CPL 5:VMX 6:SMX 7:EST 8:TM2 9:SSSE3 10:CNXT_ID 11:SDBG 12:FMA "
         "13:CX16 14:XTPR 15:PDCM 17:PCID 18:DCA 19:SSE4_1 20:SSE4_2 21:X2APIC 22:MOVBE 23:POPCNT 24:TSC_DEADLINE "

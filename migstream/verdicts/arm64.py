@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from migstream.model import Slot
 from migstream.registers import vcpu_features
 from migstream.registers.bits import describe
 from migstream.verdicts import facts, id_fields
@@ -14,7 +17,6 @@ from migstream.verdicts.facts import (
     bits_clear,
     both,
     constant,
-    differs,
     guest_lacks,
     loses_bits,
     no_feature,
@@ -85,11 +87,42 @@ def _dropped(case: Case) -> str:
     return f"{', '.join(describe(case.fields, lost))} read as on this host: {default & lost:#x}"
 
 
+_MODES_64, _MODES_EL2, _MODES_32 = {0, 4, 5}, {8, 9}, {0x11, 0x12, 0x13, 0x17, 0x1B, 0x1F}
+_USER_32 = 0x10
+
+
 def _bad_mode(case: Case) -> bool:
-    modes = {number & 0x1F for number in case.known.numbers}
-    allowed = {0, 4, 5} | ({8, 9} if case.pair.features & 1 << 7 else set())
-    aarch32 = bool(case.pair.features & 1 << 1)
-    return any(mode not in allowed for mode in modes if not (aarch32 and mode & 0x10))
+    """PSTATE.M: EL0t, EL1t, EL1h; EL2t and EL2h of a nested guest; of EL1_32BIT the AArch32 ones; User where the CPU
+    has 32-bit EL0 (ID_AA64PFR0_EL1.EL0 is 2)."""
+    features = case.pair.features
+    allowed = _MODES_32 if features & 1 << 1 else _MODES_64 | (_MODES_EL2 if features & 1 << 7 else set())
+    user = {_USER_32} if (case.pair.default(BY_NAME["ID_AA64PFR0_EL1"]) or 0) & 0xF == 2 else set()
+    return any(number & 0x1F not in allowed | user for number in case.known.numbers)
+
+
+def _not_the_lock(case: Case) -> bool:
+    """Other bits than OSLK differ."""
+    return case.default is not None and bool(case.known.differing(case.default) & ~_OSLK)
+
+
+_OSLK, _COUNTERS, _UPPER = 2, 0xF800, 0xFFFF_FFFF << 32
+
+
+def _fewer_counters(case: Case) -> bool:
+    """PMCR_EL0.N is kept up to the host's, and there is nothing else that is not."""
+    bits, default = case.pair.bits(case.slot.id), case.default
+    if bits is None or default is None or not bits[0] & ~bits[1] & _COUNTERS:
+        return False
+    lost = case.known.differing(default) & bits[0] & ~bits[1] & ~_COUNTERS
+    return not lost and all(number & _COUNTERS <= default & _COUNTERS for number in case.known.numbers)
+
+
+def _upper_half_gone(case: Case) -> bool:
+    """The host keeps 32 bits of this guest's counters: its PMUVer, where the host takes that, is below V3P5."""
+    if case.default in (None, NEVER_WRITTEN) or bits_clear(_UPPER)(case):
+        return False
+    dfr0 = Case(case.pair, Slot(BY_NAME["ID_AA64DFR0_EL1"], 8))
+    return _counters_of_32_bits(dfr0 if _taken(dfr0) or dfr0.default is None else dfr0.with_value(dfr0.default))
 
 
 def _bitmap_above(case: Case) -> bool:
@@ -119,23 +152,66 @@ def _level(case: Case) -> int:
     return _LEVELS_2.get(number, 0x100) if case.row.name.endswith("_2") else number
 
 
+_NOT_REQUIRED = 3
+_PFR1, _SSBS = "ID_AA64PFR1_EL1", 0xF0
+
+
+def _ssbs_goes(case: Case) -> bool:
+    """The guest has no SSBS, the host has, and lets it be taken away: since 6.12, where a guest's own SSBS counts."""
+    id = BY_NAME[_PFR1]
+    host, bits = case.pair.default(id) or 0, case.pair.bits(id)
+    return bool(host & _SSBS) and bits is not None and bool(bits[0] & _SSBS) and case.field_of(_PFR1, "SSBS") == 0
+
+
+def _host_level(case: Case) -> int | None:
+    """The level that the kernel has for this guest when the write comes: ID registers are written before.
+
+    A CPU that is MITIGATED says NOT_AVAIL to those who have SSBS (PSTATE.SSBS is better) and NOT_REQUIRED to others.
+    A CPU with SSBS that is VULNERABLE all the same (nospectre_v4) can't be told from it: no profile knows.
+    """
+    if case.row.name.endswith("_2") and case.default == 0 and _ssbs_goes(case) and _pfr1_taken(case):
+        return _NOT_REQUIRED
+    return case.default
+
+
+def _pfr1_taken(case: Case) -> bool:
+    return _taken(Case(case.pair, Slot(BY_NAME[_PFR1], 8)))
+
+
 def _level_above(case: Case) -> bool:
-    return case.default is not None and _level(case) > case.default
+    host = _host_level(case)
+    return host is not None and _level(case) > host
 
 
 def _level_below(case: Case) -> bool:
-    return case.default is not None and _level(case) < case.default
+    host = _host_level(case)
+    return host is not None and _level(case) < host
 
 
-def _ssbs_taken(case: Case) -> bool:
-    """The guest has no SSBS, the host has: nobody knows whether this kernel looks at the guest's or its own."""
-    host = case.pair.default(BY_NAME["ID_AA64PFR1_EL1"]) or 0
-    contract = case.pair.saved.contract
-    return bool(host & _SSBS) and not case.field_of("ID_AA64PFR1_EL1", "SSBS") \
-        and not (contract and contract.kernel == case.host.kernel)
+def _level_differs(case: Case) -> bool:
+    host = _host_level(case)
+    return host is not None and not case.known.only(host)
 
 
-_SSBS = 0xF0
+def _ssbs_open(case: Case) -> bool:
+    """SSBS would go, but the register that has it is not taken as it was saved: what will be written decides."""
+    return _ssbs_goes(case) and not _pfr1_taken(case)
+
+
+def _level_met(case: Case) -> Kernel:
+    """What a write of the saved level meets."""
+    if _level_above(case):
+        return Kernel.REFUSES
+    return Kernel.DROPS if _level_differs(case) else Kernel.TAKES
+
+
+def _told(case: Case, then: str) -> str:
+    host = _host_level(case)
+    return f"the guest was told level {max(case.known.numbers):#x}, this host has {host or 0:#x} for it; {then}"
+
+
+def _level_text(then: str) -> Callable[[Case], str]:
+    return lambda case: _told(case, then)
 
 
 def _taken(case: Case) -> bool:
@@ -183,7 +259,7 @@ def _other_chip(case: Case) -> bool:
     return case.default is not None and bool(case.known.differing(case.default) & ~_REVISION)
 
 
-_REVISION = 0xF000
+_REVISION, _FIRST_REVISION = 0xF000, 2
 
 
 def _unequal_identity(case: Case) -> bool:
@@ -234,15 +310,14 @@ RULES: tuple[Rule, ...] = (
     Rule("PSCI_VERSION", above_default, _REFUSED, "PSCI {value}, this kernel has at most {host}", _HYPERCALLS),
     Rule("SMCCC_ARCH_WORKAROUND_?", absent, _NOTICED, "this kernel does not say whether the guest needs the "
          "workaround; the guest was told {value}", _HYPERCALLS),
-    Rule("SMCCC_ARCH_WORKAROUND_2", _ssbs_taken, _NOTICED, "the guest's ID_AA64PFR1_EL1 has no SSBS, this host's has: "
-         "some kernels then say NOT_REQUIRED, some NOT_AVAIL; the guest was told {value}",
-         "arch/arm64/kvm/hypercalls.c get_kernel_wa_level: cpus_have_cap or kvm_has_feat; measured on 6.12 and 7.2",
-         Kernel.UNKNOWN),
-    Rule("SMCCC_ARCH_WORKAROUND_?", _level_above, _NOTICED,
-         "the guest was told level {value}, this host has {host}; a write only checks", _HYPERCALLS),
-    Rule("SMCCC_ARCH_WORKAROUND_?", _level_below, _NOTICED, "the guest was told level {value}, and hears the host's "
-         "{host} when it asks again: a write is only checked, not stored", _HYPERCALLS, Kernel.DROPS),
-    Rule("SMCCC_ARCH_WORKAROUND_?", differs, _FITS,
+    Rule("SMCCC_ARCH_WORKAROUND_2", _ssbs_open, _NOTICED, "the guest's ID_AA64PFR1_EL1 has no SSBS and can't be taken "
+         "as it is: SSBS, and with it this level, is what is written instead; the guest was told {value}",
+         "arch/arm64/kvm/hypercalls.c get_kernel_wa_level: kvm_has_feat SSBS (6.12, e8d164974cfa)", _level_met),
+    Rule("SMCCC_ARCH_WORKAROUND_?", _level_above, _REFUSED,
+         _level_text("a write only checks, and this one is refused"), _HYPERCALLS),
+    Rule("SMCCC_ARCH_WORKAROUND_?", _level_below, _NOTICED, _level_text("it hears that when it asks again: a write is "
+         "only checked, not stored"), _HYPERCALLS, Kernel.DROPS),
+    Rule("SMCCC_ARCH_WORKAROUND_?", _level_differs, _FITS,
          "level {value} is checked against the host's {host} and not stored", _HYPERCALLS, Kernel.DROPS),
     # identity and geometry
     Rule("CLIDR_EL1 CCSIDR*", _unequal_identity, _HARMLESS,
@@ -267,6 +342,8 @@ RULES: tuple[Rule, ...] = (
          "implementation", "arch/arm64/kvm/vgic/vgic-mmio-v3.c vgic_mmio_uaccess_write_v3_misc"),
     Rule("GICD_IIDR", _revision_above, _NOTICED, "{value}, this kernel's interrupt controller is an older revision "
          "({host})", "Documentation/virt/kvm/devices/arm-vgic-v3.rst"),
+    Rule("GICD_IIDR", lambda case: min(case.known.numbers) >> 12 & 0xF < _FIRST_REVISION, _NOTICED,
+         "{value}: kernels take no revision below 2", "arch/arm64/kvm/vgic/vgic-mmio-v3.c; measured on 5.10 to 7.2"),
     Rule("GICR_CTLR", saved_with("GICD_IIDR", _revision_above), _NOTICED,
          "CES and IR read 0 before revision 3", "arch/arm64/kvm/vgic/vgic-mmio-v3.c", Kernel.DROPS),
     # state
@@ -278,6 +355,14 @@ RULES: tuple[Rule, ...] = (
          f"{_SYSREGS} reset_unknown, reset_pmu_reg (5.14)", Kernel.DROPS, write=_host_default),
     Rule("PSTATE", _bad_mode, _REFUSED, "a mode that a vCPU with these features can't be in",
          "arch/arm64/kvm/guest.c set_core_reg"),
+    Rule("OSLSR_EL1", _not_the_lock, _REFUSED, "{value}: only OSLK may be another than in {host}",
+         f"{_SYSREGS} set_oslsr_el1"),
+    Rule("PMCR_EL0", _fewer_counters, _FITS, "",
+         f"{_SYSREGS} set_pmcr: a number of counters up to the host's is kept, a larger one ignored (6.7)",
+         Kernel.TAKES, target=lambda case: case.slot),
+    Rule("PMEVCNTR*", _upper_half_gone, _FITS, "the guest's counters have 32 bits; what is above is not kept",
+         "arch/arm64/kvm/pmu-emul.c kvm_pmc_is_64bit: PMUVer below V3P5", Kernel.DROPS,
+         target=lambda case: case.slot),
     Rule("PM*", loses_bits, _NOTICED, _dropped, "profile: bits that read back, by trial", Kernel.DROPS),
     Rule("PMEVCNTR* PMEVTYPER*", both(absent, _beyond_counters), _HARMLESS,
          "the guest's PMCR_EL0.N has no such counter", "Arm ARM D24.5, PMEVCNTR<n>_EL0; pmu-emul.c: a list of 31 "

@@ -12,7 +12,7 @@ from dataclasses import replace
 from migstream.contract import Contract
 from migstream.host.baseline_x86_64 import shown
 from migstream.host.behaviour import of_profile
-from migstream.host.profile import HostProfile
+from migstream.host.profile import HostProfile, shown_cpuid
 from migstream.model import Arch, Klass, Layout, Machine, Phase, Scope, Slot
 from migstream.registers import gic, ids, vcpu_features, x86_64
 from migstream.registers.catalogue import lookup
@@ -109,7 +109,7 @@ def _defaults(pair: Pair) -> Iterator[tuple[int, bytes]]:
         id = ids.msr_id(index)
         if index in host.msr_bits and lookup(id).klass == Klass.FEATURE:
             yield id, shown(host, index).to_bytes(8, "little")
-    yield x86_64.CPUID2.id, host.cpuid
+    yield x86_64.CPUID2.id, shown_cpuid(host)
 
 
 def _chip(host: HostProfile) -> Iterator[tuple[int, bytes]]:

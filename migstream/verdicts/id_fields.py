@@ -23,6 +23,12 @@ NOT_TAKEN: dict[tuple[str, str], frozenset[int]] = {
 }
 """Values that the kernel refuses whatever the host has."""
 
+TAKEN_AS_0: dict[tuple[str, str], int] = {
+    ("ID_DFR0_EL1", "PerfMon"): 0xF, ("ID_AA64DFR0_EL1", "PMUVer"): 0xF,
+}
+"""IMPDEF: once shown to guests by mistake; a kernel that lets the register be changed takes it, and has 0 for it
+(sys_regs.c set_id_dfr0_el1, set_id_aa64dfr0_el1)."""
+
 EXACT: dict[tuple[str, str], int] = {
     ("CTR_EL0", "L1Ip"): 2, ("ID_AA64MMFR0_EL1", "TGRAN4_2"): 1, ("ID_AA64MMFR0_EL1", "TGRAN16_2"): 1,
     ("ID_AA64MMFR0_EL1", "TGRAN64_2"): 1, ("ID_AA64ISAR1_EL1", "APA"): 0, ("ID_AA64ISAR1_EL1", "API"): 0,
@@ -36,11 +42,6 @@ HIGHER: frozenset[tuple[str, str]] = frozenset((
 
 SIGNED: frozenset[tuple[str, str]] = frozenset((("ID_MMFR0_EL1", "InnerShr"), ("ID_MMFR0_EL1", "OuterShr")))
 """S_ARM64_FTR_BITS whose names don't show it (cpufeature.c ftr_id_mmfr0)."""
-
-TAKEN_AND_DROPPED: frozenset[tuple[str, str]] = frozenset((
-    ("ID_AA64PFR0_EL1", "MPAM"), ("ID_AA64PFR1_EL1", "MPAM_frac"), ("ID_AA64MMFR2_EL1", "NV")))
-"""Fields that newer kernels take at the host CPU's own value and show as 0; whether they do, no profile says."""
-
 
 def judge(case: Case) -> Verdict | None:
     """The answer for an ID register; None where the host's default isn't recorded or there is no difference.
@@ -56,18 +57,46 @@ def judge(case: Case) -> Verdict | None:
     unnamed = changed & ~sum(field.mask for field in case.fields)
     unnamed &= ~_tried(case)
     if not bad and not unnamed:
-        return Verdict(case.slot, Answer.FITS, case.slot, source=_SOURCE)
+        return _taken(case, fields, number, default)
     names = [_difference(field, number, default) + (f" ({why})" if why else "") for field, why in bad]
     names += [f"bits {unnamed:#x}"] if unnamed else []
-    open_question = all((case.row.name, field.name) in TAKEN_AND_DROPPED for field, _ in bad) and bad
-    kernel = Kernel.UNKNOWN if open_question or not _has_trials(case) else Kernel.REFUSES
+    kernel = Kernel.REFUSES if _has_trials(case) else Kernel.UNKNOWN
     return Verdict(case.slot, Answer.NOTICED, None, ", ".join(names), _SOURCE, kernel=kernel)
+
+
+def _taken(case: Case, fields: list[Field], number: int, default: int) -> Verdict:
+    """The kernel takes it; of some fields it takes the CPU's own value and goes on showing 0.
+
+    ID_AA64PFR0_EL1.MPAM, ID_AA64PFR1_EL1.MPAM_frac, ID_AA64MMFR2_EL1.NV: shown by mistake once, so that older streams
+    have them. No other value than the CPU's is taken. Those values are one bit each (0, 1; of NV also 2), so the
+    trials of single bits, in which such a bit is taken and does not read back, have met all that there are.
+    """
+    lost = _dropped(case) | sum(field.mask for field in fields if _taken_as_0(case, field, number))
+    names = [_difference(field, number, default) for field in fields if field.mask & lost & (number ^ default)]
+    if not names:
+        return Verdict(case.slot, Answer.FITS, case.slot, source=_SOURCE)
+    return Verdict(case.slot, Answer.NOTICED, case.slot, f"{', '.join(names)} (this kernel takes it and shows its own)",
+                   _SOURCE, kernel=Kernel.DROPS)
+
+
+def _taken_as_0(case: Case, field: Field, number: int) -> bool:
+    meant = TAKEN_AS_0.get((case.row.name, field.name))
+    writable = _tried(case) or case.host.writable_masks.get(case.slot.id)
+    return bool(writable) and meant is not None and (number & field.mask) >> field.low == meant
+
+
+def _dropped(case: Case) -> int:
+    """Bits that the kernel took flipped, and that read back as they were."""
+    tried = case.pair.bits(case.slot.id)
+    return tried[0] & ~tried[1] if tried else 0
 
 
 def _refusal(case: Case, field: Field, number: int, default: int) -> str:
     """Why a field can't be what the guest saw; "" where it can."""
     key, changed = (case.row.name, field.name), (number ^ default) & field.mask
     if not changed:
+        return ""
+    if _taken_as_0(case, field, number):
         return ""
     if not (_tried(case) | case.host.writable_masks.get(case.slot.id, 0)) & field.mask:
         return "this kernel lets nobody change it" if _has_trials(case) else _NOBODY_TRIED

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from migstream.contract import BASELINE
+from migstream.host.baseline_x86_64 import shown
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Klass, Scope, Slot
 from migstream.registers import ids, x86_64
@@ -163,7 +164,7 @@ def additions(pair: Pair) -> Iterator[Addition]:
     """What a fresh VM would show beyond what the guest has met, set to what its kernel behaved as."""
     saved = pair.saved.ids
     promised = pair.saved.contract.behaves_as if pair.saved.contract else {}
-    for id in sorted((pair.host.listed & promised.keys()) - saved):
+    for id in sorted((_there(pair) & promised.keys()) - saved):
         row, value = lookup(id), promised[id]
         slot = Slot(id, len(value))
         case = Case(replace_saved(pair, id, value), slot)
@@ -175,6 +176,11 @@ def additions(pair: Pair) -> Iterator[Addition]:
         yield Addition(verdict, row.scope)
 
 
+def _there(pair: Pair) -> frozenset[int]:
+    """Registers that the host has for a vCPU like the guest's: KVM_GET_REG_LIST, on x86-64 MSRs, feature MSRs too."""
+    return pair.host.listed | {ids.msr_id(index) for index in (*pair.msrs, *pair.host.feature_msrs)}
+
+
 def replace_saved(pair: Pair, id: int, value: bytes) -> Pair:
     """The same pair, with one more register known."""
     return pair.with_value(Slot(id, len(value)), value)
@@ -184,7 +190,7 @@ def unhidden(pair: Pair) -> Iterator[Addition]:
     """What neither kernel has a register for, where the target is known to behave otherwise: nothing can hide it."""
     saved = pair.saved.ids
     promised = pair.saved.contract.behaves_as if pair.saved.contract else {}
-    for id in sorted((promised.keys() & pair.host_behaves_as.keys()) - saved - pair.host.listed):
+    for id in sorted((promised.keys() & pair.host_behaves_as.keys()) - saved - _there(pair)):
         value, here = promised[id], pair.host_behaves_as[id]
         if value != here:
             slot = Slot(id, len(value))
@@ -221,10 +227,13 @@ def unexplained(pair: Pair) -> Iterator[str]:
     known = contract.behaves_as if contract else {}
     why = "the contract does not pin it" if contract and contract.behaviour.found == BASELINE else \
         "the stream lacks it and nobody asked the saving kernel what it behaves as"
-    for id in sorted(pair.host.listed - saved - known.keys()):
+    for id in sorted(_there(pair) - saved - known.keys()):
         row = lookup(id)
-        if row.klass == Klass.FEATURE and row.known and pair.default(id):
-            yield (f"{row.name}: {why}: "
-                   f"the guest meets this kernel's default, {pair.default(id):#x}")
+        if row.klass == Klass.FEATURE and row.known and (here := _met_here(pair, id)):
+            yield f"{row.name}: {why}: the guest meets this kernel's default, {here:#x}"
 
 
+def _met_here(pair: Pair, id: int) -> int | None:
+    """What a guest meets in a register that nobody writes: of a feature MSR, what a vCPU with a CPUID shows."""
+    index = ids.msr_index(id)
+    return shown(pair.host, index) if index is not None and index in pair.host.feature_msrs else pair.default(id)

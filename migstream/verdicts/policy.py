@@ -15,13 +15,16 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
-from migstream.errors import MigstreamError, UsageError, printable
+from migstream import filekind
+from migstream.errors import DocumentError, DocumentLimit, MigstreamError, printable
+from migstream.limits import MAX_POLICY, MAX_POLICY_NAMES
 from migstream.model import Klass
 from migstream.registers import arm64, gic, x86_64
 from migstream.registers.catalogue import lookup
@@ -43,7 +46,7 @@ class PolicyError(MigstreamError):
     exit_status = 4
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Clause:
     """One row of a policy: what, for which registers (globs), why, and whether a guest may notice."""
 
@@ -54,7 +57,12 @@ class Clause:
 
     def names(self, register: str) -> bool:
         """Whether the row is about a register of this name."""
-        return any(fnmatch.fnmatchcase(register, glob) for glob in self.registers)
+        return self._pattern.match(register) is not None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """All globs of the row as one."""
+        return re.compile("|".join(map(fnmatch.translate, self.registers)))
 
 
 @dataclass(frozen=True)
@@ -142,45 +150,54 @@ _APPLY = {"require": _require, "ignore": _ignore, "clamp": _clamp, "tolerate": _
 
 
 def parse(text: str, name: str = "policy") -> Policy:
-    """Return the policy in TOML text. Raises: UsageError naming `name`, the row and the field."""
+    """Return the policy in TOML text. Raises: DocumentError and below naming `name`, the row and the field."""
+    if len(text) > MAX_POLICY:
+        raise DocumentLimit(f"{name}: not a policy: over {MAX_POLICY} bytes")
     try:
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
-        raise UsageError(f"{name}: not a policy: not TOML: {printable(error)}") from error
+        raise DocumentError(f"{name}: not a policy: not TOML: {printable(error)}") from error
     version = data.pop("migstream_policy", None)
     if version is None:
-        raise UsageError(f"{name}: not a policy: no migstream_policy = {POLICY_VERSION}")
-    if type(version) is not int or version != POLICY_VERSION:
-        raise UsageError(f"{name}: policy version {printable(version)}; this migstream reads {POLICY_VERSION}")
+        raise DocumentError(f"{name}: not a policy: no migstream_policy = {POLICY_VERSION}")
+    filekind.check_version(name, "policy", version, POLICY_VERSION)
     if unknown := sorted(data.keys() - {*VERBS}):
-        raise UsageError(f"{name}: unknown word {printable(repr(unknown[0]))}; there are {', '.join(VERBS)}")
-    return Policy(tuple(_clause(name, verb, row) for verb in VERBS for row in _rows(name, verb, data)), name)
+        raise DocumentError(f"{name}: unknown word {printable(repr(unknown[0]))}; there are {', '.join(VERBS)}")
+    clauses = tuple(_clause(name, verb, row) for verb in VERBS for row in _rows(name, verb, data))
+    if (count := sum(len(clause.registers) for clause in clauses)) > MAX_POLICY_NAMES:
+        raise DocumentLimit(f"{name}: {count} names and globs; at most {MAX_POLICY_NAMES}")
+    for clause in clauses:
+        for glob in clause.registers:
+            if not _is_known(glob):
+                raise DocumentError(f"{name}: [[{clause.verb}]]: no register is called {printable(repr(glob))}")
+    return Policy(clauses, name)
+
+
+def _is_known(glob: str) -> bool:
+    return glob in known_names() or any(map(re.compile(fnmatch.translate(glob)).match, known_names()))
 
 
 def _rows(name: str, verb: str, data: dict[str, Any]) -> Iterator[dict[str, Any]]:
     rows = data.get(verb, [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UsageError(f"{name}: {verb}: rows are written [[{verb}]]")
+        raise DocumentError(f"{name}: {verb}: rows are written [[{verb}]]")
     yield from rows
 
 
 def _clause(name: str, verb: str, row: dict[str, Any]) -> Clause:
     where = f"{name}: [[{verb}]]"
     if unknown := sorted(row.keys() - _ROW_FIELDS):
-        raise UsageError(f"{where}: unknown field {printable(repr(unknown[0]))}; there are register, reason, "
+        raise DocumentError(f"{where}: unknown field {printable(repr(unknown[0]))}; there are register, reason, "
                          "guest_notices")
     registers = row.get("register")
     globs = [registers] if isinstance(registers, str) else registers
     if not isinstance(globs, list) or not globs or not all(isinstance(glob, str) for glob in globs):
-        raise UsageError(f"{where}: register: expected a name, a glob, or a list of them")
+        raise DocumentError(f"{where}: register: expected a name, a glob, or a list of them")
     reason, notices = row.get("reason"), row.get("guest_notices", False)
     if not isinstance(reason, str) or not reason.strip():
-        raise UsageError(f"{where} {printable(globs[0])}: no reason; every row of a policy has one")
+        raise DocumentError(f"{where} {printable(globs[0])}: no reason; every row of a policy has one")
     if not isinstance(notices, bool):
-        raise UsageError(f"{where} {printable(globs[0])}: guest_notices: expected true or false")
-    for glob in globs:
-        if not fnmatch.filter(known_names(), glob):
-            raise UsageError(f"{where}: no register is called {printable(repr(glob))}")
+        raise DocumentError(f"{where} {printable(globs[0])}: guest_notices: expected true or false")
     return Clause(verb, tuple(globs), reason.strip(), notices)
 
 
@@ -189,8 +206,8 @@ NO_POLICY = Policy()
 
 
 @cache
-def known_names() -> tuple[str, ...]:
+def known_names() -> frozenset[str]:
     """Names of all registers of the catalogue, of both architectures."""
     lines = (lookup(id).name for id in gic.LINES)
-    return tuple({*(row.name for row in (*arm64.ROWS, *x86_64.ROWS)), *(row.name for row in MSRS), *lines,
-                  *gic.names()})
+    return frozenset({*(row.name for row in (*arm64.ROWS, *x86_64.ROWS)), *(row.name for row in MSRS), *lines,
+                      *gic.names()})

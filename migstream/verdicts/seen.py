@@ -27,7 +27,11 @@ def judge(case: Case) -> Verdict | None:
         return None
     plain = id_fields.judge(case) or Verdict(case.slot, Answer.FITS, case.slot)
     met = case.known.numbers[0] if read is None else int.from_bytes(read, "little")
-    return _stuck(case, met, here, plain.kernel) if here is not None else _shown(case, met, plain.kernel)
+    if here is None:
+        return _shown(case, met, plain.kernel)
+    if read is None and not (contract and contract.kernel == case.host.kernel):
+        return _untold(case, met, here, plain.kernel)
+    return _stuck(case, here if read is None else met, here, plain.kernel)
 
 
 def _stuck(case: Case, met: int, here: int, kernel: Kernel) -> Verdict:
@@ -40,6 +44,17 @@ def _stuck(case: Case, met: int, here: int, kernel: Kernel) -> Verdict:
         return Verdict(case.slot, Answer.FITS, target, source=_SOURCE)
     return Verdict(case.slot, Answer.HARMLESS, None, f"a guest reads {here:#x} here, as it did, whatever the register "
                    "has", _SOURCE, kernel=kernel)
+
+
+def _untold(case: Case, register: int, here: int, kernel: Kernel) -> Verdict:
+    """The stream does not say what the guest read: its kernel may have shown it the register, or the CPU's own."""
+    target = case.slot if kernel == Kernel.TAKES else None
+    if register == here:
+        return Verdict(case.slot, Answer.FITS if target else Answer.HARMLESS, target, "" if target else
+                       f"a guest reads {here:#x} here, whatever the register has", _SOURCE, kernel=kernel)
+    return Verdict(case.slot, Answer.NOTICED, target, f"a guest reads {here:#x} here, whatever the register has; the "
+                   f"register had {register:#x} where it was saved, and the stream does not say what the guest read "
+                   "(an older migstream's)", _SOURCE, kernel=kernel)
 
 
 def _shown(case: Case, met: int, kernel: Kernel) -> Verdict:

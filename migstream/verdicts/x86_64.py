@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from functools import lru_cache, reduce
 from operator import or_
@@ -12,8 +11,8 @@ from migstream.model import Arch, Slot
 from migstream.registers import ids
 from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import describe
-from migstream.registers.cpuid import RUNTIME_BITS, bit_name
-from migstream.registers.x86_64 import CPUID2, XSAVE
+from migstream.registers.cpuid import EAX, EBX, EDX, FEATURE_WORDS, RUNTIME_BITS, Word, bit_name, cpuid_words
+from migstream.registers.x86_64 import CPUID2, TSC_KHZ, XSAVE
 from migstream.verdicts.facts import Case, absent, both, constant, loses_bits, refuses_bits, value
 from migstream.verdicts.model import Answer, Kernel
 from migstream.verdicts.rule import Rule
@@ -39,58 +38,58 @@ _EVMCS_FILTERED = f"{_VMX_CONTROLS} MSR_IA32_VMX_VMFUNC"
 _EVMCS_SOURCE = ("arch/x86/kvm/vmx/hyperv.c nested_evmcs_filter_control_msr; the review of "
                  "KVM_CAP_HYPERV_ENLIGHTENED_VMCS2 (2022): expose the filtered MSRs, go by values and not by a version")
 
-CpuidKey = tuple[int, int]
-
-FEATURE_WORDS: dict[CpuidKey, tuple[int, ...]] = {
-    (1, 0): (2, 3), (6, 0): (0,), (7, 0): (1, 2, 3), (7, 1): (0, 1, 3), (7, 2): (3,), (0xD, 0): (0, 3),
-    (0xD, 1): (0, 2, 3), (0x14, 0): (1, 2), (0x1E, 1): (0,), (0x24, 0): (1,), (0x4000_0001, 0): (0,),
-    (0x8000_0001, 0): (2, 3), (0x8000_0007, 0): (3,), (0x8000_0008, 0): (1,), (0x8000_000A, 0): (3,),
-    (0x8000_001F, 0): (0,), (0x8000_0021, 0): (0,),
-}
-"""Words of CPUID that are sets of features, one bit each: leaf and subleaf, EAX to EDX as 0 to 3 (Intel SDM 2A, AMD
-APM 3; KVM's own at 0x40000001). A bit that the guest saw and this KVM does not support was a promise."""
-
-_EVMCS: CpuidKey = (0x4000_000A, 0)
-"""Hyper-V's nested features; EAX has the version of the enlightened VMCS."""
-
-@lru_cache(maxsize=64)
-def entries(cpuid: bytes) -> dict[CpuidKey, tuple[int, int, int, int]]:
-    """struct kvm_cpuid2 as a table: EAX, EBX, ECX, EDX by leaf and subleaf."""
-    count = struct.unpack_from("<I", cpuid)[0] if len(cpuid) >= 8 else 0
-    rows = (struct.unpack_from("<7I", cpuid, 8 + 40 * k) for k in range(min(count, (len(cpuid) - 8) // 40)))
-    return {(function, index): tuple(words) for function, index, _, *words in rows}
+_EVMCS = (0x4000_000A, 0, EAX)
+"""Hyper-V's nested features; the word has the version of the enlightened VMCS."""
 
 
 @lru_cache(maxsize=8)
-def features_of(cpuids: tuple[bytes, ...]) -> dict[tuple[int, int, int], int]:
-    """Feature bits that some of these tables have, by leaf, subleaf and word. Kept: many hosts are asked."""
-    found: dict[tuple[int, int, int], int] = {}
-    for table in map(entries, cpuids):
-        for key, words in (*FEATURE_WORDS.items(), (_EVMCS, (0,))):
-            for word in words if key in table else ():
-                found[(*key, word)] = found.get((*key, word), 0) | table[key][word]
-    return found
+def features_of(cpuids: tuple[bytes, ...]) -> dict[Word, int]:
+    """Feature bits that some of these tables have, by word. Kept: many hosts are asked."""
+    found: dict[Word, int] = {}
+    for table in map(cpuid_words, cpuids):
+        for word in (FEATURE_WORDS | {_EVMCS}) & table.keys():
+            found[word] = found.get(word, 0) | table[word]
+    return dict(sorted(found.items()))
+
+
+def _named(word: Word, bits: int) -> Iterator[str]:
+    leaf, subleaf, register = word
+    for bit in (bit for bit in range(32) if bits >> bit & 1):
+        yield f"CPUID {leaf:#x}.{subleaf}:{('EAX', 'EBX', 'ECX', 'EDX')[register]} {bit_name(*word, bit)}"
 
 
 def _promised(case: Case) -> Iterator[str]:
     """Features that the guest's CPUID has and this KVM does not support."""
-    here = entries(case.host.cpuid)
-    for (leaf, index, word), had in features_of(case.known.distinct).items():
-        if (leaf, index) == _EVMCS:
-            continue
-        _, forced = case.host.cpuid_forced.get(cpuid_word(leaf, index, word), (0, 0))
-        known = here.get((leaf, index), (0, 0, 0, 0))[word] | forced | RUNTIME_BITS.get((leaf, index, word), 0)
-        for bit in (bit for bit in range(32) if had & ~known & 1 << bit):
-            yield f"CPUID {leaf:#x}.{index}:{('EAX', 'EBX', 'ECX', 'EDX')[word]} {bit_name(leaf, index, word, bit)}"
+    here = cpuid_words(case.host.cpuid)
+    for word, had in features_of(case.known.distinct).items():
+        _, forced = case.host.cpuid_forced.get(cpuid_word(*word), (0, 0))
+        if word != _EVMCS:
+            yield from _named(word, had & ~(here.get(word, 0) | forced | RUNTIME_BITS.get(word, 0)))
 
 
 def _missing_features(case: Case) -> bool:
     return bool(case.host.cpuid) and next(_promised(case), None) is not None
 
 
-def _cpuid_text(case: Case) -> str:
-    found = list(_promised(case))
-    return f"{', '.join(found[:6])}{f' and {len(found) - 6} more' if len(found) > 6 else ''}: not supported here"
+def _otherwise(case: Case) -> Iterator[str]:
+    """Features that this KVM shows whatever is written, and the guest's CPUID has otherwise."""
+    for table in map(cpuid_words, case.known.distinct):
+        for word in sorted(FEATURE_WORDS & table.keys()):
+            kept, put = case.host.cpuid_forced.get(cpuid_word(*word), (_WHOLE, 0))
+            had = table[word]
+            yield from _named(word, (had ^ (had & kept | put)) & ~RUNTIME_BITS.get(word, 0))
+
+
+_WHOLE = 0xFFFF_FFFF
+
+
+def _shown_otherwise(case: Case) -> bool:
+    return bool(case.host.cpuid_forced) and next(_otherwise(case), None) is not None
+
+
+def _list(found: Iterator[str], then: str) -> str:
+    names = list(dict.fromkeys(found))
+    return f"{', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}: {then}"
 
 
 _XSTATE_BV = slice(512, 520)
@@ -99,8 +98,8 @@ _XSTATE_BV = slice(512, 520)
 
 def components(cpuid: bytes) -> int:
     """XSAVE components that a table of CPUID has, a bit each: leaf 0xD, EAX and EDX of subleaf 0."""
-    low, _, _, high = entries(cpuid).get((0xD, 0), (0, 0, 0, 0))
-    return high << 32 | low
+    words = cpuid_words(cpuid)
+    return words.get((0xD, 0, EDX), 0) << 32 | words.get((0xD, 0, EAX), 0)
 
 
 def _not_here(case: Case) -> int:
@@ -124,8 +123,8 @@ DECIDING: dict[int, Callable[[HostProfile], tuple[tuple[int, int], ...]]] = {XSA
 """Registers of whose value the rules below look at a part alone: (word, bits); the rest is never the same twice."""
 
 
-def _component_names(case: Case) -> str:
-    return ", ".join(describe(BITS["XCR0"], _not_here(case))) or f"{_not_here(case):#x}"
+def _named_components(bits: int) -> str:
+    return ", ".join(describe(BITS["XCR0"], bits)) or f"{bits:#x}"
 
 
 def _wider(case: Case) -> bool:
@@ -150,7 +149,7 @@ def _controls(case: Case) -> str:
 
 def _evmcs(case: Case) -> bool:
     """The guest's CPUID has an enlightened VMCS version (0x4000000A.EAX), and this KVM has none."""
-    version = features_of(case.known.distinct).get((*_EVMCS, 0), 0) & 0xFFFF
+    version = features_of(case.known.distinct).get(_EVMCS, 0) & 0xFFFF
     return bool(version) and not case.host.capabilities.get("HYPERV_ENLIGHTENED_VMCS")
 
 
@@ -163,7 +162,7 @@ def _uses_evmcs(case: Case) -> bool:
     if ids.capability_id(Arch.X86_64, EVMCS_CAP) in case.pair.saved.columns:
         return True
     cpuid = case.pair.saved.columns.get(CPUID2.id)
-    return cpuid is not None and bool(features_of(cpuid.distinct).get((*_EVMCS, 0), 0) & 0xFFFF)
+    return cpuid is not None and bool(features_of(cpuid.distinct).get(_EVMCS, 0) & 0xFFFF)
 
 
 def _left_by_evmcs(case: Case) -> int | None:
@@ -201,6 +200,70 @@ def _other_rate(case: Case) -> bool:
     return any(abs(number - host) * 1_000_000 > _TSC_ADJUSTABLE * host for number in case.known.numbers)
 
 
+def _not_of_tsc_khz(case: Case) -> bool:
+    """The MSR is not a thousand times the TSC frequency that is written before it."""
+    khz = case.pair.saved.columns.get(TSC_KHZ.id)
+    rates = khz.numbers if khz is not None else (case.pair.default(TSC_KHZ.id) or 0,)
+    return any(not case.known.only(1000 * rate) for rate in rates)
+
+
+def _no_fault_offered(case: Case) -> bool:
+    """CPUID faulting is on, and the MSR_PLATFORM_INFO that is written before does not offer it."""
+    info = case.pair.saved.columns.get(ids.msr_id(_PLATFORM_INFO))
+    offers = min(info.numbers) if info is not None else case.pair.default(ids.msr_id(_PLATFORM_INFO)) or 0
+    return not offers & _CPUID_FAULT and any(number & 1 for number in case.known.numbers)
+
+
+_PLATFORM_INFO, _CPUID_FAULT = 0xCE, 1 << 31
+
+
+def _cpuid_refusals(case: Case) -> Iterator[str]:
+    """What kvm_check_cpuid() refuses of the guest's CPUID."""
+    here = components(case.host.cpuid)
+    for table in case.known.distinct:
+        if dynamic := components(table) & _DYNAMIC & ~here:
+            yield f"XSAVE components that a process has to ask for and this host has not: {_named_components(dynamic)}"
+        width = cpuid_words(table).get((0x8000_0008, 0, EAX), 0) >> 8 & 0xFF
+        if width not in (0, 48, 57):
+            yield f"linear addresses of {width} bits: 48 or 57"
+
+
+_DYNAMIC = 1 << 18
+"""XFEATURE_MASK_USER_DYNAMIC: XTILE_DATA."""
+
+
+def _cpuid_refused(case: Case) -> bool:
+    return next(_cpuid_refusals(case), None) is not None
+
+
+def _without_cpuid(case: Case) -> bool:
+    """The guest's CPUID is refused, and this KVM has no such MSR for a vCPU without CPUID."""
+    offered = case.host.feature_msrs.get(_ARCH_CAPABILITIES)
+    whole = CPUID2.id in case.pair.saved.columns and _cpuid_refused(Case(case.pair, Slot(CPUID2.id, 8)))
+    return bool(offered) and not case.default and whole and not case.known.only(0)
+
+
+def _unseen_capabilities(case: Case) -> bool:
+    """The guest's CPUID has no ARCH_CAPABILITIES, and this KVM then has no such MSR: a vCPU without CPUID reads 0."""
+    cpuid, offered = case.pair.saved.columns.get(CPUID2.id), case.host.feature_msrs.get(_ARCH_CAPABILITIES)
+    told = cpuid is None or any(cpuid_words(table).get((7, 0, EDX), 0) & 1 << 29 for table in cpuid.distinct)
+    return bool(offered) and not case.default and not told and not case.known.only(0)
+
+
+_ARCH_CAPABILITIES = 0x10A
+
+
+def _size_computed(case: Case) -> bool:
+    """XSAVEC or XSAVES without the size that KVM then puts beside them."""
+    tables = map(cpuid_words, case.known.distinct)
+    return any(words.get((0xD, 1, EAX), 0) & 0b1010 and not words.get((0xD, 1, EBX)) for words in tables)
+
+
+def _cpuid_met(case: Case) -> Kernel:
+    """KVM takes any CPUID here; some of it reads back otherwise."""
+    return Kernel.DROPS if _shown_otherwise(case) or _size_computed(case) else Kernel.TAKES
+
+
 def _bad_types(case: Case) -> bool:
     """A PAT entry that is no memory type: 0, 1, 4, 5, 6 and 7 are."""
     return any(byte not in (0, 1, 4, 5, 6, 7) for value in case.known.distinct for byte in value)
@@ -217,14 +280,24 @@ RULES: tuple[Rule, ...] = (
          "it is relative to one host's TSC; MSR_IA32_TSC restores the guest's, and offsets that differ are moved",
          "Documentation/virt/kvm/devices/vcpu.rst; profile: tsc_offset_kept",
          lambda case: Kernel.TAKES if case.host.behaviour.get("tsc_offset_kept") else Kernel.UNKNOWN),
+    Rule("KVM_CPUID2", _cpuid_refused, _REFUSED, lambda case: _list(_cpuid_refusals(case), "refused here"),
+         "arch/x86/kvm/cpuid.c kvm_check_cpuid: EPERM, EINVAL"),
     Rule("KVM_CPUID2", _evmcs, _REFUSED, "its guest uses the enlightened VMCS, which this KVM hasn't",
-         "KVM_CAP_HYPERV_ENLIGHTENED_VMCS; CPUID 0x4000000A.EAX", Kernel.TAKES),
-    Rule("KVM_CPUID2", _missing_features, _NOTICED, _cpuid_text,
-         "KVM_GET_SUPPORTED_CPUID; KVM_SET_CPUID2 takes more and then an instruction of it ends in #UD", Kernel.TAKES),
+         "KVM_CAP_HYPERV_ENLIGHTENED_VMCS; CPUID 0x4000000A.EAX", _cpuid_met),
+    Rule("KVM_CPUID2", _missing_features, _NOTICED, lambda case: _list(_promised(case), "not supported here"),
+         "KVM_GET_SUPPORTED_CPUID; KVM_SET_CPUID2 takes more and then an instruction of it ends in #UD",
+         _cpuid_met),
+    Rule("KVM_CPUID2", _shown_otherwise, _NOTICED,
+         lambda case: _list(_otherwise(case), "shown otherwise here, whatever is written"),
+         "profile: cpuid_forced, by writing each word as 0 and as all ones", Kernel.DROPS),
+    Rule("KVM_CPUID2", _size_computed, _FITS, "KVM computes the size of XSAVE's compact form itself",
+         "arch/x86/kvm/cpuid.c kvm_update_cpuid_runtime", Kernel.DROPS, target=lambda case: case.slot),
     Rule("KVM_TSC_KHZ", _other_rate, _NOTICED, "{value} kHz, this host's TSC runs at {host} and can't be scaled",
-         "arch/x86/kvm/x86.c set_tsc_khz; KVM_CAP_TSC_CONTROL", Kernel.UNKNOWN),
+         "arch/x86/kvm/x86.c set_tsc_khz: a slower one is refused, a faster one caught up with at each exit; "
+         "KVM_CAP_TSC_CONTROL", lambda case: Kernel.TAKES if min(case.known.numbers) > (case.default or 0)
+         else Kernel.REFUSES),
     Rule("KVM_XSAVE", lambda case: bool(_not_here(case)), _REFUSED,
-         lambda case: f"components in use that this host has not: {_component_names(case)}",
+         lambda case: f"components in use that this host has not: {_named_components(_not_here(case))}",
          "arch/x86/kernel/fpu/xstate.c validate_user_xstate_header; CPUID 0xD.0", Kernel.REFUSES),
     Rule("KVM_XSAVE", both(_wider, lambda case: bool(components(case.host.cpuid))), _AS,
          lambda case: f"{case.host.sizes[case.slot.id]} of {case.slot.size} bytes: what is not here is not in use",
@@ -256,6 +329,14 @@ RULES: tuple[Rule, ...] = (
     Rule("KVM_*", absent, _REFUSED,
          lambda case: f"this kernel has no KVM_CAP_{case.row.needs}", "profile: capabilities"),
     # values
+    Rule("HV_X64_MSR_TSC_FREQUENCY", _not_of_tsc_khz, _FITS, "KVM makes it of KVM_TSC_KHZ, whatever is written",
+         "arch/x86/kvm/hyperv.c kvm_hv_get_msr: virtual_tsc_khz", Kernel.DROPS),
+    Rule("MSR_IA32_ARCH_CAPABILITIES", _without_cpuid, _REFUSED, "the guest's CPUID is refused, and without one this "
+         "kernel has no such MSR", f"{_X86}: guest_cpu_cap_has (6.14 or so)"),
+    Rule("MSR_IA32_ARCH_CAPABILITIES", _unseen_capabilities, _HARMLESS, "the guest's CPUID has no ARCH_CAPABILITIES: "
+         "it can't read it", f"{_X86}: guest_cpu_cap_has (6.14 or so)"),
+    Rule("MSR_MISC_FEATURES_ENABLES", _no_fault_offered, _REFUSED, "CPUID faulting is on, and the guest's "
+         "MSR_PLATFORM_INFO does not offer it", f"{_X86}: supports_cpuid_fault"),
     Rule("MSR_IA32_CR_PAT", _bad_types, _REFUSED, "{value} has a memory type that there is not",
          f"{_X86} kvm_pat_valid"),
     Rule("MSR_EFER", _efer_refused, _REFUSED, "{value}: bits that this kernel does not take", "profile: efer_taken"),

@@ -51,6 +51,17 @@ CCSIDR = {f"CCSIDR[{n}]": row.id for n, row in enumerate(arm64.CCSIDR)}
     ("7.2", "ID_AA64MMFR0_EL1", 0x323_1020_1126, TAKES),
     ("7.2", "CTR_EL0", 0x9444_4004, REFUSES),                  # L1Ip is exact: VIPT and nothing else
     ("7.2", "CTR_EL0", 0x9444_8004, TAKES),
+    ("7.2", "GICD_IIDR", 0x4B00_043B, REFUSES),                # no revision below 2
+    ("7.2", "GICD_IIDR", 0x4B00_243B, TAKES),
+    ("7.2", "OSLSR_EL1", 0xA, TAKES),                          # OSLK alone can be another
+    ("7.2", "OSLSR_EL1", 0x9, REFUSES),
+    ("7.2", "PSTATE", 0x6000_03D0, TAKES),                     # AArch32 User: the CPU has 32-bit EL0
+    ("7.2", "PSTATE", 0x6000_03D3, REFUSES),                   # AArch32 Supervisor
+    ("7.2", "PSTATE", 0x6000_03C9, REFUSES),                   # EL2h
+    ("7.2", "ID_AA64MMFR2_EL1", 0x1021_0110_1200_1011, REFUSES),  # NV: the CPU has none
+    ("6.12", "ID_AA64PFR0_EL1", 0x1101_0B10_2111_0222, REFUSES),  # MPAM likewise
+    ("6.12", "ID_DFR0_EL1", 0xF01_0009, DROPS),                # IMPDEF: taken, and 0 then
+    ("6.1", "ID_DFR0_EL1", 0xF01_0009, REFUSES),
     ("7.2", "ID_AA64PFR0_EL1", 0x1101_0010_2111_0220, REFUSES),  # EL0 has to be something
     ("6.12", "ID_AA64PFR0_EL1", 0x1101_0010_2111_0220, TAKES),
 ])

@@ -8,8 +8,10 @@ have saved; only what a target says to each is then of interest.
 from __future__ import annotations
 
 import fnmatch
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -17,10 +19,12 @@ from migstream.backends.base import Vm
 from migstream.contract import PINNED
 from migstream.host.scratch import Scratch
 from migstream.model import Bank, Scope, Slot
-from migstream.registers import arm64_ids, ids, vcpu_features
+from migstream.registers import arm64_ids, ids, vcpu_features, x86_64
 from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import Field
 from migstream.registers.catalogue import Register, lookup
+from migstream.registers.cpuid import FEATURE_WORDS, RUNTIME_BITS
+from migstream.verdicts.x86_64 import FLAGS
 
 if TYPE_CHECKING:
     from migstream.model import Words
@@ -80,9 +84,41 @@ def _field(dice: Random, field: Field, value: int) -> int:
     return value & ~field.mask | wanted << field.low
 
 
+def _cpuid(dice: Random, row: Register, value: int) -> int:
+    """A feature bit or two of a struct kvm_cpuid2 flipped, but for those that a vCPU's own state decides."""
+    size = (value.bit_length() + 7) // 8
+    table = value.to_bytes(size, "little")
+    entries = {struct.unpack_from("<II", table, at): at for at in range(8, size - 39, 40)}
+    words = [word for word in sorted(FEATURE_WORDS) if word[:2] in entries]
+    for leaf, subleaf, word in (dice.choice(words) for _ in range(dice.randrange(1, 4))):
+        bit = 1 << dice.randrange(32) & ~RUNTIME_BITS.get((leaf, subleaf, word), 0)
+        value ^= bit << 8 * (entries[leaf, subleaf] + 12 + 4 * word)
+    return value
+
+
+def _khz(dice: Random, row: Register, value: int) -> int:
+    return dice.choice((value // 2, value - 1, value + 1, value + value // 8, 2 * value, 1000))
+
+
+def _types(dice: Random, row: Register, value: int) -> int:
+    """Memory types of MSR_IA32_CR_PAT; now and then one that there is not."""
+    kinds = (0, 1, 4, 5, 6, 7) if dice.random() < 0.7 else (0, 1, 2, 3, 4, 5, 6, 7, 0x10)
+    return int.from_bytes(bytes(dice.choice(kinds) for _ in range(8)), "little")
+
+
+def _flags(dice: Random, row: Register, value: int) -> int:
+    """One to three bits flipped, named ones and low ones more often."""
+    named = [field.low for field in BITS.get(row.bits, ())] or [dice.randrange(64)]
+    for _ in range(dice.randrange(1, 4)):
+        kind = dice.random()
+        value ^= 1 << (dice.choice(named) if kind < 0.4 else dice.randrange(20) if kind < 0.8 else dice.randrange(64))
+    return value
+
+
 CHANGES: tuple[tuple[str, Change], ...] = (
     ("PSCI_VERSION", _psci), ("SMCCC_ARCH_WORKAROUND_?", _level), ("*_BMAP *_BMAP_2", _bitmap), ("SVE_VLS", _lengths),
     ("GICD_IIDR", _revision), ("PSTATE", _mode),
+    ("KVM_CPUID2", _cpuid), ("KVM_TSC_KHZ", _khz), ("MSR_IA32_CR_PAT", _types), (FLAGS, _flags),
     ("MSR_IA32_UCODE_REV MPIDR_EL1 KVM_*", lambda dice, row, value: value),
     ("CCSIDR* CLIDR_EL1 MIDR_EL1 REVIDR_EL1 AIDR_EL1 MSR_*", _flip), ("*", _fields))
 """By register name, the first that fits. What is each vCPU's own place, or a structure, stays."""
@@ -107,10 +143,18 @@ def altered(dice: Random, id: int, value: bytes) -> bytes:
     return (number & (1 << 8 * len(value)) - 1).to_bytes(len(value), "little")
 
 
+STATE = (f"PSTATE OSLSR_EL1 PMCR_EL0 PMEV* PMCC* PMUSERENR_EL0 PMSELR_EL0 VBAR_EL1 SCTLR_EL1 FPCR GICD_IIDR {FLAGS} "
+         "MSR_IA32_CR_PAT KVM_CPUID2 KVM_TSC_KHZ").split()
+"""What is forged besides features and identities: what rules judge by value, and some that they don't. Not registers
+that share their storage (PMCNTENSET and PMCNTENCLR): no kernel saves two values for one."""
+
+
+@cache
 def eligible(id: int) -> bool:
-    """Whether a register's values are forged: a number of the prologue that is pinned. x86-64 has none: MSRs are state.
-    """
+    """Whether a register's values are forged: a number of the prologue that is pinned, and what `STATE` names."""
     row = lookup(id)
+    if any(fnmatch.fnmatchcase(row.name, glob) for glob in STATE):
+        return True
     return row.klass in PINNED and row.phase.prologue and ids.capability_number(id) is None \
         and (not row.struct or row.name == "SVE_VLS") and ids.msr_index(id) is None
 
@@ -163,5 +207,5 @@ def _try(dice: Random, scratch: Scratch, slot: Slot, scope: Scope) -> bool:
 
 def _varied(id: int) -> bool:
     row = lookup(id)
-    pinned = row.klass in PINNED and eligible(id)
+    pinned = row.klass in PINNED and eligible(id) and id not in (x86_64.CPUID2.id, x86_64.TSC_KHZ.id)
     return pinned or any(fnmatch.fnmatchcase(row.name, glob) for glob in MSRS)
