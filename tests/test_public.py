@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,19 @@ def test_every_public_object_is_documented(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="frobnicate"):
         migstream.frobnicate  # noqa: B018 - to ask for it is the test
+
+
+_SILENCED = re.compile(r"# noqa|# type: ignore")
+_WITH_REASON = re.compile(r"# noqa: [A-Z0-9, ]+ - \w|# type: ignore\[[\w, -]+\]  # \w")
+
+
+def test_every_silenced_check_has_its_reason() -> None:
+    """As `# type: ignore[arg-type]  # why`, `# noqa: B027 - why`."""
+    bare = [f"{path.relative_to(ROOT)}:{number}" for folder in ("migstream", "tests", "bench")
+            for path in sorted((ROOT / folder).rglob("*.py"))
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+            if _SILENCED.search(line) and "re.compile" not in line and not _WITH_REASON.search(line)]
+    assert bare == []
 
 
 def _errors(of: type[MigstreamError]) -> set[type[MigstreamError]]:

@@ -14,7 +14,7 @@ from migstream.frames import FrameWriter, Section
 from migstream.model import Bank, HostSummary, Layout, OpaqueState, Phase, Scope
 from migstream.report import Report
 from migstream.sections import RamLayout
-from migstream.transport.streams import Sink, write_all
+from migstream.transport.streams import Held, Sink
 from migstream.transport.written import repeats
 
 
@@ -102,7 +102,7 @@ class Saver:
         self.vm, self.host, self.report = vm, host, Report(vm.stopwatch)
         self._per_vcpu = vm_scope_per_vcpu
         vm.threads = check_threads(threads)
-        self._out, self._level = out, codec.check_level(level)
+        self._out, self._level = Held(out), codec.check_level(level)
         self._frames = FrameWriter(vm.machine.arch)
         self._prologue: Prologue | None = None
         self._banks: list[Bank] = []
@@ -114,7 +114,7 @@ class Saver:
         with self.report.phase("prologue"):
             captured = self._prologue = captured or capture_prologue(self.vm)
             self._numbers = {layout: number for number, layout in enumerate(captured.layouts)}
-            self._write([self._frames.begin()])
+            self._out.add([self._frames.begin()])
             notes = tuple(f"not readable here: {no}" for no in captured.refused)
             self.report.notes += notes
             self._send(sections.encode(self.vm.machine))
@@ -124,6 +124,7 @@ class Saver:
                 self._send(sections.encode(layout))
             for bank in captured.banks:
                 self._bank(bank)
+            self._out.flush()
             late = [layout for layout in captured.layouts if not layout.phase.prologue]
             self.vm.prepare(late)
             self._banks = [bank for layout in late for bank in empty_banks(self.vm, layout)]
@@ -141,7 +142,8 @@ class Saver:
             rehearsal._numbers = self._numbers
             for bank in self._banks:
                 rehearsal._bank(bank)
-            rehearsal._write(rehearsal._frames.end())
+            rehearsal._out.add(rehearsal._frames.end())
+            rehearsal._out.flush()
             self.vm.warm([bank.layout for bank in self._banks])
 
     def state(self, *, ram_too: bool = True, opaque: Sequence[OpaqueState] = ()) -> Report:
@@ -167,7 +169,8 @@ class Saver:
                 self._bank(bank)
             for section in sections.encode_opaque(opaque):
                 self._send(section)
-            self._write(self._frames.end())
+            self._out.add(self._frames.end())
+            self._out.flush()
         self.report.bytes = self._frames.offset
         return self.report
 
@@ -194,10 +197,7 @@ class Saver:
     def _send(self, section: Section, what: str = "other") -> None:
         stored = self.report.stored_bytes
         stored[what] = stored.get(what, 0) + len(section.stored)
-        self._write(self._frames.send(section))
-
-    def _write(self, buffers: Sequence[bytes | memoryview]) -> None:
-        write_all(self._out, buffers)
+        self._out.add(self._frames.send(section))
 
 
 def save(vm: Vm, out: Sink, *, host: HostSummary, pause: Callable[[], None], prologue: Prologue | None = None,

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, Protocol, TextIO, cast
 
@@ -55,15 +56,34 @@ _JOINED = 1 << 16
 
 
 def write_all(out: Sink, buffers: Sequence[bytes | memoryview]) -> None:
-    """Write all of some buffers, in order; short ones in one call. Raises: OutputError."""
+    """Write all of some buffers, in order; neighbours that are short in one call. Raises: OutputError."""
     try:
-        if len(buffers) > 1 and sum(map(len, buffers)) <= _JOINED:
-            _write_whole(out, b"".join(buffers))
-            return
-        for buffer in buffers:
-            _write_whole(out, buffer)
+        for long, group in groupby(buffers, lambda buffer: len(buffer) > _JOINED):
+            for buffer in group if long else (b"".join(group),):
+                _write_whole(out, buffer)
     except OSError as error:
         raise OutputError(f"writing the stream: {error.strerror or error}") from error
+
+
+class Held:
+    """A sink for many short buffers: they are held until they are worth a write, or until `flush()`."""
+
+    def __init__(self, out: Sink) -> None:
+        self._out = out
+        self._buffers: list[bytes | memoryview] = []
+        self._bytes = 0
+
+    def add(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Take buffers, which must stay as they are. Raises: OutputError."""
+        self._buffers += buffers
+        self._bytes += sum(map(len, buffers))
+        if self._bytes > _JOINED:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held. Raises: OutputError."""
+        buffers, self._buffers, self._bytes = self._buffers, [], 0
+        write_all(self._out, buffers)
 
 
 def _write_whole(out: Sink, buffer: bytes | memoryview) -> None:
