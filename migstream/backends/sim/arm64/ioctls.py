@@ -195,16 +195,15 @@ class DeviceIoctls:
         self.its_base = self.its_base if no else value
         return no, b""
 
-    @staticmethod
-    def _its_order(its: Its, attribute: int) -> int:
-        """vgic_its_ctrl()."""
+    def _its_order(self, its: Its, attribute: int) -> int:
+        """vgic_its_ctrl(): one that there is not is good, up to 6.12 at least."""
         if attribute == gic.ITS_SAVE_TABLES:
             return its.save_tables()
         if attribute == gic.ITS_RESTORE_TABLES:
             return its.restore_tables()
         if attribute == _ITS_RESET:
             its.reset()
-        return 0 if attribute in (_ITS_RESET, gic.INIT) else errno.ENXIO
+        return errno.ENXIO if attribute not in (_ITS_RESET, gic.INIT) and since(self.profile, 6, 13) else 0
 
     def _its_register(self, its: Its, verb: str, offset: int, value: int) -> tuple[int, bytes]:
         """vgic_its_attr_regs_access()."""
