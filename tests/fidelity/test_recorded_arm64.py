@@ -262,8 +262,9 @@ MAPPED = (*AN_ITS, command(8 | 1 << 32, 4, VALID | 0xA_0000), command(9, 0, VALI
 DEVICE_TABLES = {"0xb0000": "0x80000000000c0000"}
 """Of the vocabulary's making."""
 
-SAVED = {"0x20008": "0x8000000000014004", "0x30000": "0x8000000000010005", "0x30008": "0x8000000000000002",
-         "0xa0018": "0x20000005", **DEVICE_TABLES}
+DEVICE, EVENT = "0x20008", "0xa0018"
+SAVED = {DEVICE: "0x8000000000014004", "0x30000": "0x8000000000010005", "0x30008": "0x8000000000000002",
+         EVENT: "0x20000005", **DEVICE_TABLES}
 
 ITS_ROWS = (
     Recorded(ALL, (*vm(), call("its_create"), its_get(0)), {"errno": 6}, "an ITS without an address has no registers"),
@@ -281,6 +282,14 @@ ITS_ROWS = (
     Recorded(ALL, (*MAPPED, call("its_save")), {"tables": SAVED}, "collections are saved in the order of their making"),
     Recorded(ALL, (*MAPPED, call("gic_pending")), {"tables": {"0x70400": "0x1", **DEVICE_TABLES}},
              "an LPI that is pending, in the table of its vCPU"),
+    Recorded((V61, *NEW), (*MAPPED, call("its_save"), command(15 | 1 << 32, 3), call("its_save")),
+             {"tables": {at: entry for at, entry in SAVED.items() if at != EVENT}}, "DISCARD clears what was saved"),
+    Recorded((V510,), (*MAPPED, call("its_save"), command(15 | 1 << 32, 3), call("its_save")), {"tables": SAVED},
+             "5.10: it does not"),
+    Recorded((V61, *NEW), (*MAPPED, call("its_save"), command(8 | 1 << 32), call("its_save")),
+             {"tables": {at: entry for at, entry in SAVED.items() if at != DEVICE}}, "MAPD without V, too"),
+    Recorded((V510,), (*MAPPED, call("its_save"), command(8 | 1 << 32), call("its_save")), {"tables": SAVED},
+             "5.10: neither does it"),
     Recorded(ALL, (*MAPPED, gic_set(PENDBASER, 0, 1)), {"get": shows(0x7_0180, 8)}, "it stays while LPIs are on"),
     Recorded(ALL, (*MAPPED, call("its_save"), its(gic.CONTROL, gic.ITS_RESTORE_TABLES)), {"errno": 17},
              "collections that are there already"),

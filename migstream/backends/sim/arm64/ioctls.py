@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 _ITS_ADDRESS, _ITS_RESET, _ITS_SIZE = 4, 4, 0x2_0000
 """KVM_VGIC_ITS_ADDR_TYPE, KVM_DEV_ARM_ITS_CTRL_RESET, KVM_VGIC_V3_ITS_SIZE."""
 
-_CLEARS = (6, 13)
-"""vgic_its_cmd_handle_mapd() and _discard() clear an entry in guest RAM."""
+_CLEARS = (6, 1)
+"""vgic_its_cmd_handle_mapd() and _discard() clear an entry in guest RAM: 6.13, and later ones of its stable lines."""
 
 _PENDBASER, _PROPBASER = (all_ids.attribute_id(gic.GICV3, gic.REDISTRIBUTOR, offset) for offset in (0x78, 0x70))
 
