@@ -222,8 +222,7 @@ NARROW_ROWS = (
     Recorded(ALL, (*vm(1, NARROW), get(ids.PSTATE)), word(0x1D3), "AArch32 at EL1 begins in SVC"),
     Recorded(ALL, (*vm(1, NARROW), put(ids.PSTATE, 5)), {"set": {"errno": 22}}, "and has no EL1h"),
     Recorded(ALL, (*vm(1, PSCI), put(ids.PSTATE, 0x1D3)), {"set": {"errno": 22}}, "which AArch64 has"),
-    Recorded((V61, *NEW), (*vm(1, NARROW), put(ids.PSTATE, 0x1DF)), {"set": {"errno": 0}}, "SYS is a mode"),
-    Recorded((V510,), (*vm(1, NARROW), put(ids.PSTATE, 0x1DF)), {"set": {"errno": 22}}, "5.10: SYS is none"),
+    Recorded(ALL, (*vm(1, NARROW), put(ids.PSTATE, 0x1DF)), {"set": {"errno": 0}}, "SYS is a mode"),
     Recorded((V61, *NEW), vm(2, NARROW), {"errno": 0}, "two vCPUs with AArch32"),
     Recorded((V510,), vm(2, NARROW), {"errno": 22}, "5.10: a vCPU that was not initialized is AArch64"),
     Recorded((V61,), (call("create", vcpus=2), call("init", vcpu=0, features=NARROW),
@@ -263,12 +262,14 @@ MAPPED = (*AN_ITS, command(8 | 1 << 32, 4, VALID | 0xA_0000), command(9, 0, VALI
 DEVICE_TABLES = {"0xb0000": "0x80000000000c0000"}
 """Of the vocabulary's making."""
 
-SAVED = {"0x20008": "0x8000000000014004", "0x30000": "0x8000000000010005", "0x30008": "0x8000000000000002",
-         "0xa0018": "0x20000005", **DEVICE_TABLES}
+DEVICE, EVENT = "0x20008", "0xa0018"
+SAVED = {DEVICE: "0x8000000000014004", "0x30000": "0x8000000000010005", "0x30008": "0x8000000000000002",
+         EVENT: "0x20000005", **DEVICE_TABLES}
 
 ITS_ROWS = (
     Recorded(ALL, (*vm(), call("its_create"), its_get(0)), {"errno": 6}, "an ITS without an address has no registers"),
-    Recorded(ALL, (*vm(), call("its_create"), its(gic.CONTROL, 9)), {"errno": 6}, "an order that there is not"),
+    Recorded((V72,), (*vm(), call("its_create"), its(gic.CONTROL, 9)), {"errno": 6}, "an order that there is not"),
+    Recorded((V510, V61, V612), (*vm(), call("its_create"), its(gic.CONTROL, 9)), {"errno": 0}, "6.12: it is good"),
     Recorded(ALL, (*AN_ITS, its_get(0)), shows(0x8000_0001, 8), "on and idle"),
     Recorded(ALL, (*AN_ITS[:-1], command(9, 0, VALID), its_get(0)), shows(0, 8), "off, and commands wait"),
     Recorded(ALL, (*AN_ITS[:-1], its_register(ITS_BASER0, 0), its_register(0, 1), its_get(0)), shows(0x8000_0000, 8),
@@ -281,6 +282,14 @@ ITS_ROWS = (
     Recorded(ALL, (*MAPPED, call("its_save")), {"tables": SAVED}, "collections are saved in the order of their making"),
     Recorded(ALL, (*MAPPED, call("gic_pending")), {"tables": {"0x70400": "0x1", **DEVICE_TABLES}},
              "an LPI that is pending, in the table of its vCPU"),
+    Recorded((V61, *NEW), (*MAPPED, call("its_save"), command(15 | 1 << 32, 3), call("its_save")),
+             {"tables": {at: entry for at, entry in SAVED.items() if at != EVENT}}, "DISCARD clears what was saved"),
+    Recorded((V510,), (*MAPPED, call("its_save"), command(15 | 1 << 32, 3), call("its_save")), {"tables": SAVED},
+             "5.10: it does not"),
+    Recorded((V61, *NEW), (*MAPPED, call("its_save"), command(8 | 1 << 32), call("its_save")),
+             {"tables": {at: entry for at, entry in SAVED.items() if at != DEVICE}}, "MAPD without V, too"),
+    Recorded((V510,), (*MAPPED, call("its_save"), command(8 | 1 << 32), call("its_save")), {"tables": SAVED},
+             "5.10: neither does it"),
     Recorded(ALL, (*MAPPED, gic_set(PENDBASER, 0, 1)), {"get": shows(0x7_0180, 8)}, "it stays while LPIs are on"),
     Recorded(ALL, (*MAPPED, call("its_save"), its(gic.CONTROL, gic.ITS_RESTORE_TABLES)), {"errno": 17},
              "collections that are there already"),

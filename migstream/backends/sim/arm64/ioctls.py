@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 _ITS_ADDRESS, _ITS_RESET, _ITS_SIZE = 4, 4, 0x2_0000
 """KVM_VGIC_ITS_ADDR_TYPE, KVM_DEV_ARM_ITS_CTRL_RESET, KVM_VGIC_V3_ITS_SIZE."""
 
-_CLEARS = (6, 13)
-"""vgic_its_cmd_handle_mapd() and _discard() clear an entry in guest RAM."""
+_CLEARS = (6, 1)
+"""vgic_its_cmd_handle_mapd() and _discard() clear an entry in guest RAM: 6.13, and later ones of its stable lines."""
 
 _PENDBASER, _PROPBASER = (all_ids.attribute_id(gic.GICV3, gic.REDISTRIBUTOR, offset) for offset in (0x78, 0x70))
 
@@ -195,16 +195,15 @@ class DeviceIoctls:
         self.its_base = self.its_base if no else value
         return no, b""
 
-    @staticmethod
-    def _its_order(its: Its, attribute: int) -> int:
-        """vgic_its_ctrl()."""
+    def _its_order(self, its: Its, attribute: int) -> int:
+        """vgic_its_ctrl(): one that there is not is good, up to 6.12 at least."""
         if attribute == gic.ITS_SAVE_TABLES:
             return its.save_tables()
         if attribute == gic.ITS_RESTORE_TABLES:
             return its.restore_tables()
         if attribute == _ITS_RESET:
             its.reset()
-        return 0 if attribute in (_ITS_RESET, gic.INIT) else errno.ENXIO
+        return errno.ENXIO if attribute not in (_ITS_RESET, gic.INIT) and since(self.profile, 6, 13) else 0
 
     def _its_register(self, its: Its, verb: str, offset: int, value: int) -> tuple[int, bytes]:
         """vgic_its_attr_regs_access()."""

@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 _EL1_32BIT = 1 << 1
 _MODE, _AARCH32 = 0x1F, 1 << 4
 _AARCH32_USR, _AARCH32_SYS = 0x10, 0x1F
-_AARCH32_MODES = (0x11, 0x12, 0x13, 0x17, 0x1B)
-"""FIQ, IRQ, SVC, ABT, UND: those of a vCPU whose EL1 is AArch32."""
-
-_SYS_KNOWN = (5, 11)
-"""set_core_reg() takes SYS, too. Measured: 6.1 and later."""
+_AARCH32_MODES = (0x11, 0x12, 0x13, 0x17, 0x1B, _AARCH32_SYS)
+"""FIQ, IRQ, SVC, ABT, UND, SYS: those of a vCPU whose EL1 is AArch32."""
 
 _AARCH64_MODES = (0b00000, 0b00100, 0b00101)
 """EL0t, EL1t, EL1h."""
@@ -35,8 +32,7 @@ _AARCH64_MODES = (0b00000, 0b00100, 0b00101)
 def _pstate(at: Access, values: Words) -> Errnos:
     mode, narrow = values[:, 0] & np.uint64(_MODE), at.features & _EL1_32BIT != 0
     wide_ones = np.isin(mode, np.array(_AARCH64_MODES, np.uint64))
-    known = (*_AARCH32_MODES, _AARCH32_SYS) if since(at.guest.profile, *_SYS_KNOWN) else _AARCH32_MODES
-    narrow_ones = np.isin(mode, np.array(known, np.uint64))
+    narrow_ones = np.isin(mode, np.array(_AARCH32_MODES, np.uint64))
     return invalid(~((mode == _AARCH32_USR) | (wide_ones & ~narrow) | (narrow_ones & narrow)))
 
 
