@@ -200,8 +200,9 @@ def fence_lines(fleet: Fleet) -> list[str]:
         return ["none: new kernel and new VMM exchange guests safely with no other place"]
     if len(fences[0]) == len(fleet.places):
         return ["none needed: every move is safe, there, on and back"]
-    return [f"once every {_gone(fleet, group)} is gone, and no guest is left that was started before: from then on every "
-            f"move between {' and '.join(str(n + 1) for n in group)} is safe, there, on and back" for group in fences]
+    return [f"once every {_gone(fleet, group)} is gone, and no guest is left that was started before: from then on "
+            f"every move between {' and '.join(str(n + 1) for n in group)} is safe, there, on and back"
+            for group in fences]
 
 
 def _gone(fleet: Fleet, group: Sequence[int]) -> str:
