@@ -6,7 +6,12 @@ import argparse
 import os
 from typing import BinaryIO
 
+from migstream import filekind
 from migstream.errors import UsageError
+from migstream.limits import MAX_PROFILE
+
+_KIND = MAX_PROFILE
+"""Bytes that are looked at to tell a stream from other files of ours."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -27,11 +32,15 @@ def run(options: argparse.Namespace) -> int:
 
     if options.file == "-" or options.output == "-":
         raise UsageError("convert reads its input twice and checks its output before it has a name: name two files")
-    if os.path.exists(options.output) and os.path.samefile(options.file, options.output):
+    if os.path.exists(options.file) and os.path.exists(options.output) and os.path.samefile(options.file, options.output):
         raise UsageError(f"{options.output}: convert reads its input twice and keeps it: name another file with -o")
     if options.for_host is None and options.format_minor is None:
         raise UsageError("convert: --for-host or --format-minor says what for")
     host = open_profile(options.for_host) if options.for_host else None
+    with open_source(options.file) as source:
+        head = source.read(_KIND)
+    if kind := filekind.of_bytes(head).replace(" (this is a stream)", ""):
+        raise UsageError(f"{options.file}: not a stream{kind}")
     with open_source(options.file) as source:
         seen = survey(source)
     if seen.error is not None:
