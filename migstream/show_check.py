@@ -60,11 +60,20 @@ def _idle(plan: Plan) -> list[Clause]:
             if not any(verb == clause.verb and clause.names(name) for name, verb in changed)]
 
 
+def _names(clause: Clause) -> str:
+    first, more = clause.registers[:_NAMES], len(clause.registers) - _NAMES
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
+
+
+_NAMES = 6
+"""Names of a policy's row that one line shows."""
+
+
 def _idle_lines(plan: Plan) -> list[str]:
     """The same for people: what could not be clamped has another word."""
     bad = [v.name for v in plan.verdicts if v.stands_in_the_way]
     helpless = [clause for clause in _idle(plan) if clause.verb == "clamp" and any(map(clause.names, bad))]
-    return [f"policy: {clause.verb} {', '.join(clause.registers)}: "
+    return [f"policy: {clause.verb} {_names(clause)}: "
             + ("there is no nearer value to write; tolerate is the word for it" if clause in helpless else
                "changes nothing here") for clause in _idle(plan)]
 

@@ -275,7 +275,8 @@ def test_a_stream_is_not_converted_onto_itself(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(("text", "status", "message"), [
     (None, 74, "in: No such file"), ('{"migstream_contract": 1}', 64, "in: not a stream (this is a contract)"),
-    ("migstream_policy = 1", 64, "in: not a stream (this is a policy)"), ("", 2, ""), ("anything else, " * 9, 1, "magic")])
+    ("migstream_policy = 1", 64, "in: not a stream (this is a policy)"), ("", 2, ""),
+    ("anything else, " * 9, 1, "magic")])
 def test_an_input_that_is_no_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, status: int,
                                     message: str) -> None:
     """Also where the output is there already."""
