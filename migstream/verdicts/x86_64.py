@@ -12,7 +12,7 @@ from migstream.registers import ids
 from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import describe
 from migstream.registers.cpuid import EAX, EBX, EDX, FEATURE_WORDS, RUNTIME_BITS, Word, bit_name, cpuid_words
-from migstream.registers.x86_64 import CPUID2, TSC_KHZ
+from migstream.registers.x86_64 import CPUID2, SREGS2, TSC_KHZ
 from migstream.verdicts.facts import Case, absent, both, constant, loses_bits, refuses_bits, value
 from migstream.verdicts.model import Answer, Kernel
 from migstream.verdicts.rule import Rule
@@ -254,6 +254,36 @@ def _cpuid_met(case: Case) -> Kernel:
     return Kernel.DROPS if _shown_otherwise(case) or _size_computed(case) else Kernel.TAKES
 
 
+ADDRESSES = "MSR_LSTAR MSR_CSTAR MSR_KERNEL_GS_BASE"
+"""MSRs that KVM takes canonical addresses for."""
+
+
+def _not_canonical(case: Case) -> bool:
+    """An address wider than KVM takes: by the trials (all bits of the lower half), or by the guest's own CR4.LA57."""
+    bits = case.pair.bits(case.slot.id)
+    if bits is None or not bits[0] or bits[0] & bits[0] + 1:  # not tried, or no run of bits from 0
+        return False
+    half = bits[0].bit_length()
+    return any(_beyond(number, half) and (_beyond(number, _HALF_57) or not _has_la57(case))
+               for number in case.known.numbers)
+
+
+_HALF_57, _LA57, _CR4 = 56, 1 << 12, slice(248, 256)
+
+
+def _beyond(number: int, half: int) -> bool:
+    return number >> half not in (0, (1 << 64 - half) - 1)
+
+
+def _has_la57(case: Case) -> bool:
+    """KVM_SREGS2 is written before the MSRs."""
+    try:
+        sregs = case.pair.column(SREGS2.id)
+    except KeyError:
+        return False
+    return any(int.from_bytes(value[_CR4], "little") & _LA57 for value in sregs.distinct)
+
+
 def _bad_types(case: Case) -> bool:
     """A PAT entry that is no memory type: 0, 1, 4, 5, 6 and 7 are."""
     return any(byte not in (0, 1, 4, 5, 6, 7) for value in case.known.distinct for byte in value)
@@ -329,6 +359,8 @@ RULES: tuple[Rule, ...] = (
          "MSR_PLATFORM_INFO does not offer it", f"{_X86}: supports_cpuid_fault"),
     Rule("MSR_IA32_CR_PAT", _bad_types, _REFUSED, "{value} has a memory type that there is not",
          f"{_X86} kvm_pat_valid"),
+    Rule(ADDRESSES, _not_canonical, _REFUSED, "{value}: this kernel takes no such wide address",
+         f"{_X86}: is_noncanonical_address, by the guest's CR4.LA57 up to 6.1, later by the host's"),
     Rule("MSR_EFER", _efer_refused, _REFUSED, "{value}: bits that this kernel does not take", "profile: efer_taken"),
     Rule(FLAGS, refuses_bits, _REFUSED, "{value}: bits that this kernel refuses: {bits}", _MSR_BITS),
     Rule(FLAGS, loses_bits, _NOTICED, "{value}: bits of it read back as here: {bits}", _MSR_BITS, Kernel.DROPS),
