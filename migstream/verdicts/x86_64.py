@@ -260,10 +260,10 @@ ADDRESSES = "MSR_LSTAR MSR_CSTAR MSR_KERNEL_GS_BASE"
 
 def _not_canonical(case: Case) -> bool:
     """An address wider than KVM takes: by the trials (all bits of the lower half), or by the guest's own CR4.LA57."""
-    bits = case.pair.bits(case.slot.id)
-    if bits is None or not bits[0] or bits[0] & bits[0] + 1:  # not tried, or no run of bits from 0
+    taken, _ = case.host.msr_bits.get(ids.msr_index(case.slot.id) or 0, (0, 0))
+    if not taken or taken & taken + 1:  # not tried, or no run of bits from 0
         return False
-    half = bits[0].bit_length()
+    half = taken.bit_length()
     return any(_beyond(number, half) and (_beyond(number, _HALF_57) or not _has_la57(case))
                for number in case.known.numbers)
 
