@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from migstream.host.profile import HostProfile, cpuid_word, shown_cpuid
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
-from migstream.registers.cpuid import COMPUTED, EAX, EBX, ECX, EDX, FEATURE_WORDS, RUNTIME_BITS, bit_name
+from migstream.registers.cpuid import COMPUTED, EAX, EBX, ECX, EDX, FEATURE_WORDS, RUNTIME_BITS, STATE_BITS, bit_name
 
 if TYPE_CHECKING:
     from migstream.host.baseline import Draft
@@ -63,7 +63,7 @@ def _forced(draft: Draft, hosts: Mapping[str, HostProfile], common: _Entries) ->
         for key, (_, words) in common.items():
             for n, word in enumerate(words):
                 kept, put = host.cpuid_forced.get(cpuid_word(*key, n), (0xFFFF_FFFF, 0))
-                changed = (word ^ (word & kept | put)) & ~COMPUTED.get((*key, n), 0) & ~RUNTIME_BITS.get((*key, n), 0)
+                changed = (word ^ (word & kept | put)) & ~COMPUTED.get((*key, n), 0) & ~STATE_BITS.get((*key, n), 0)
                 label = f"CPUID {_leaf(key)} {_REGISTERS[n]}"
                 if changed and draft.is_free(label):
                     draft.left_out.append(f"{label}: not the same everywhere, as asked")

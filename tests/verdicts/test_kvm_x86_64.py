@@ -9,11 +9,13 @@ import pytest
 
 from migstream.backends import open_backend
 from migstream.backends.base import Backend
-from migstream.host.profile import HostProfile
+from migstream.host import profiles
+from migstream.host.profile import HostProfile, shown_cpuid
 from migstream.host.scratch import scratch_vm
 from migstream.model import Slot
 from migstream.registers import x86_64
 from migstream.registers.bit_tables import BITS
+from migstream.registers.cpuid import COMPUTED, STATE_BITS, cpuid_words
 from migstream.verdicts.facts import Pair
 from migstream.verdicts.guest import fresh
 from migstream.verdicts.judge import judge
@@ -75,3 +77,17 @@ def _bytes(value: bytes | int) -> bytes:
 
 def _name(bit: int) -> str:
     return next((field.name for field in BITS["XCR0"] if field.low == bit), f"bit {bit}")
+
+
+def test_what_a_host_shows_whatever_is_written(backend: Backend) -> None:
+    """The supported CPUID reads back as `shown_cpuid` has it of the recorded profile: a baseline goes by that."""
+    recorded = profiles.recorded(backend.profile())
+    if recorded is None:
+        pytest.skip("no recorded profile of this machine's kernel and CPU")
+    with scratch_vm(backend) as scratch:
+        scratch.write(x86_64.CPUID2.id, recorded.cpuid, 0)
+        found = cpuid_words(_bytes(scratch.read(x86_64.CPUID2.id, len(recorded.cpuid), 0)))
+    meant = cpuid_words(shown_cpuid(recorded))
+    state = STATE_BITS | COMPUTED
+    assert {word: found[word] & ~state.get(word, 0) for word in meant} == {
+        word: value & ~state.get(word, 0) for word, value in meant.items()}
