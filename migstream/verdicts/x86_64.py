@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, reduce
 from operator import or_
 
@@ -42,12 +42,25 @@ _EVMCS = (0x4000_000A, 0, EAX)
 """Hyper-V's nested features; the word has the version of the enlightened VMCS."""
 
 
+_WIDTHS, _COMPACT_SIZE = (0x8000_0008, 0, EAX), (0xD, 1, EBX)
+
+_ASKED = FEATURE_WORDS | {_EVMCS, _WIDTHS, _COMPACT_SIZE}
+"""Words that rules look at: none that is each vCPU's own, so that the tables of many vCPUs are one."""
+
+
+@lru_cache(maxsize=8)
+def kinds_of(cpuids: tuple[bytes, ...]) -> tuple[dict[Word, int], ...]:
+    """These tables as far as rules look at them, each once. Kept: many hosts are asked of one guest."""
+    tables = ({word: value for word, value in cpuid_words(cpuid).items() if word in _ASKED} for cpuid in cpuids)
+    return tuple({tuple(sorted(table.items())): table for table in tables}.values())
+
+
 @lru_cache(maxsize=8)
 def features_of(cpuids: tuple[bytes, ...]) -> dict[Word, int]:
-    """Feature bits that some of these tables have, by word. Kept: many hosts are asked."""
+    """Feature bits that some of these tables have, by word."""
     found: dict[Word, int] = {}
-    for table in map(cpuid_words, cpuids):
-        for word in (FEATURE_WORDS | {_EVMCS}) & table.keys():
+    for table in kinds_of(cpuids):
+        for word in table.keys() - {_WIDTHS, _COMPACT_SIZE}:
             found[word] = found.get(word, 0) | table[word]
     return dict(sorted(found.items()))
 
@@ -73,7 +86,7 @@ def _missing_features(case: Case) -> bool:
 
 def _otherwise(case: Case) -> Iterator[str]:
     """Features that this KVM shows whatever is written, and the guest's CPUID has otherwise."""
-    for table in map(cpuid_words, case.known.distinct):
+    for table in kinds_of(case.known.distinct):
         for word in sorted(FEATURE_WORDS & table.keys()):
             kept, put = case.host.cpuid_forced.get(cpuid_word(*word), (_WHOLE, 0))
             had = table[word]
@@ -98,7 +111,10 @@ _XSTATE_BV = slice(512, 520)
 
 def components(cpuid: bytes) -> int:
     """XSAVE components that a table of CPUID has, a bit each: leaf 0xD, EAX and EDX of subleaf 0."""
-    words = cpuid_words(cpuid)
+    return _components(cpuid_words(cpuid))
+
+
+def _components(words: Mapping[Word, int]) -> int:
     return words.get((0xD, 0, EDX), 0) << 32 | words.get((0xD, 0, EAX), 0)
 
 
@@ -210,10 +226,10 @@ _PLATFORM_INFO, _CPUID_FAULT = 0xCE, 1 << 31
 def _cpuid_refusals(case: Case) -> Iterator[str]:
     """What kvm_check_cpuid() refuses of the guest's CPUID."""
     here = components(case.host.cpuid)
-    for table in case.known.distinct:
-        if dynamic := components(table) & _DYNAMIC & ~here:
+    for table in kinds_of(case.known.distinct):
+        if dynamic := _components(table) & _DYNAMIC & ~here:
             yield f"XSAVE components that a process has to ask for and this host has not: {_named_components(dynamic)}"
-        width = cpuid_words(table).get((0x8000_0008, 0, EAX), 0) >> 8 & 0xFF
+        width = table.get(_WIDTHS, 0) >> 8 & 0xFF
         if width not in (0, 48, 57):
             yield f"linear addresses of {width} bits: 48 or 57"
 
@@ -236,7 +252,7 @@ def _without_cpuid(case: Case) -> bool:
 def _unseen_capabilities(case: Case) -> bool:
     """The guest's CPUID has no ARCH_CAPABILITIES, and this KVM then has no such MSR: a vCPU without CPUID reads 0."""
     cpuid, offered = case.pair.saved.columns.get(CPUID2.id), case.host.feature_msrs.get(_ARCH_CAPABILITIES)
-    told = cpuid is None or any(cpuid_words(table).get((7, 0, EDX), 0) & 1 << 29 for table in cpuid.distinct)
+    told = cpuid is None or any(table.get((7, 0, EDX), 0) & 1 << 29 for table in kinds_of(cpuid.distinct))
     return bool(offered) and not case.default and not told and not case.known.only(0)
 
 
@@ -245,8 +261,8 @@ _ARCH_CAPABILITIES = 0x10A
 
 def _size_computed(case: Case) -> bool:
     """XSAVEC or XSAVES without the size that KVM then puts beside them."""
-    tables = map(cpuid_words, case.known.distinct)
-    return any(words.get((0xD, 1, EAX), 0) & 0b1010 and not words.get((0xD, 1, EBX)) for words in tables)
+    tables = kinds_of(case.known.distinct)
+    return any(words.get((0xD, 1, EAX), 0) & 0b1010 and not words.get(_COMPACT_SIZE) for words in tables)
 
 
 def _cpuid_met(case: Case) -> Kernel:
