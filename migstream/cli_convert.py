@@ -6,12 +6,8 @@ import argparse
 import os
 from typing import BinaryIO
 
-from migstream import filekind
+from migstream.cli_files import stream_only
 from migstream.errors import UsageError
-from migstream.limits import MAX_PROFILE
-
-_KIND = MAX_PROFILE
-"""Bytes that are looked at to tell a stream from other files of ours."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -37,10 +33,7 @@ def run(options: argparse.Namespace) -> int:
     if options.for_host is None and options.format_minor is None:
         raise UsageError("convert: --for-host or --format-minor says what for")
     host = open_profile(options.for_host) if options.for_host else None
-    with open_source(options.file) as source:
-        head = source.read(_KIND)
-    if kind := filekind.of_bytes(head).replace(" (this is a stream)", ""):
-        raise UsageError(f"{options.file}: not a stream{kind}")
+    stream_only(options.file)
     with open_source(options.file) as source:
         seen = survey(source)
     if seen.error is not None:
