@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from migstream import __version__, cli_check, cli_convert, cli_host, native
-from migstream.cli_files import open_contract, open_policy
+from migstream.cli_files import open_contract, open_policy, stream_only
 from migstream.cli_host import BACKENDS, Parser, open_profile
 from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
 
@@ -247,6 +247,7 @@ def _inspect(options: argparse.Namespace) -> int:
         if options.json:
             show.print_json("inspect", document)
         return 0
+    stream_only(options.file)
     with open_source(options.file) as source:
         seen = survey(source, options.section)
     if seen.reader.preamble is None and seen.error:
@@ -369,6 +370,7 @@ def _verify(options: argparse.Namespace) -> int:
     from migstream.transport import open_source, verify
 
     reader = StreamReader()
+    stream_only(options.file)
     try:
         with open_source(options.file) as source:
             length = verify(source, reader)
@@ -407,6 +409,7 @@ def _replay(options: argparse.Namespace) -> int:
     from migstream.errors import StreamError
     from migstream.transport import Restorer, open_source, read_items
 
+    stream_only(options.file)
     policy = open_policy(options.policy)
     backend = open_backend(options.backend)
     if options.host:

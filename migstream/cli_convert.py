@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import BinaryIO
 
+from migstream.cli_files import stream_only
 from migstream.errors import UsageError
 
 
@@ -27,11 +28,12 @@ def run(options: argparse.Namespace) -> int:
 
     if options.file == "-" or options.output == "-":
         raise UsageError("convert reads its input twice and checks its output before it has a name: name two files")
-    if os.path.exists(options.output) and os.path.samefile(options.file, options.output):
+    if _is_same(options.file, options.output):
         raise UsageError(f"{options.output}: convert reads its input twice and keeps it: name another file with -o")
     if options.for_host is None and options.format_minor is None:
         raise UsageError("convert: --for-host or --format-minor says what for")
     host = open_profile(options.for_host) if options.for_host else None
+    stream_only(options.file)
     with open_source(options.file) as source:
         seen = survey(source)
     if seen.error is not None:
@@ -52,6 +54,10 @@ def run(options: argparse.Namespace) -> int:
         show.print_pairs([("converted", f"{options.output}, {show.size(length)}, format 1.{wanted.minor}{stays}"),
                           *(("changed" if k == 0 else "", text) for k, text in enumerate(changes or ["nothing"]))])
     return 0
+
+
+def _is_same(one: str, other: str) -> bool:
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _check(source: BinaryIO) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from migstream import filekind
 from migstream.errors import DocumentError, DocumentLimit, OutputError, UsageError
+from migstream.limits import MAX_PROFILE
 
 if TYPE_CHECKING:
     from migstream.contract import Contract
@@ -26,6 +28,24 @@ def open_policy(name: str | None) -> Policy:
     from migstream.verdicts.policy import NO_POLICY, parse
 
     return NO_POLICY if name is None else parse(text_of(name, _read(name, MAX_POLICY + 1), "policy", MAX_POLICY), name)
+
+
+def stream_only(name: str) -> None:
+    """Raises: UsageError for a regular file that is of another kind of ours; OutputError where it can't be opened.
+
+    What else is no stream its reader says.
+    """
+    from migstream.transport import open_source
+
+    if not os.path.isfile(name):
+        return
+    with open_source(name) as file:
+        head = file.read(_MAGIC_BYTES)
+        if filekind.of_bytes(head) != _STREAM and (kind := filekind.of_bytes(head + file.read(MAX_PROFILE))):
+            raise UsageError(f"{name}: not a stream{kind}")
+
+
+_MAGIC_BYTES, _STREAM = 8, " (this is a stream)"
 
 
 def _read(name: str, size: int) -> bytes:

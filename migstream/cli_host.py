@@ -198,7 +198,8 @@ def _baseline(options: argparse.Namespace) -> int:
         return DoesNotFit.exit_status if found.refusals else 0
     if options.output != "-":
         show.print_pairs(show_contract.baseline_pairs(found, options.output))
-        show.print_table(show_contract.losses(found), 0)
+        if found.losses:
+            show.print_table(show_contract.losses(found), 0)
     if found.refusals:
         raise DoesNotFit(list(found.refusals), "no contract that all of these hosts accept")
     return 0

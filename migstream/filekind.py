@@ -19,9 +19,9 @@ def check_version(name: str, kind: str, found: object, known: int) -> None:
     """Raises: DocumentTooNew, DocumentError for a version that is not the one that this migstream reads."""
     if type(found) is int and found == known:
         return
-    newer = type(found) is int and found > known
+    newer, shown = type(found) is int and found > known, printable(repr(found))
     raise (DocumentTooNew if newer else DocumentError)(
-        f"{name}: field 'migstream_{kind}': {kind} version {printable(found)}; this migstream reads {known}")
+        f"{name}: field 'migstream_{kind}': {kind} version {shown}; this migstream reads {known}")
 
 
 def of_object(data: Any) -> str:

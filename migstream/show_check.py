@@ -60,11 +60,20 @@ def _idle(plan: Plan) -> list[Clause]:
             if not any(verb == clause.verb and clause.names(name) for name, verb in changed)]
 
 
+def _names(clause: Clause) -> str:
+    first, more = clause.registers[:_NAMES], len(clause.registers) - _NAMES
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
+
+
+_NAMES = 6
+"""Names of a policy's row that one line shows."""
+
+
 def _idle_lines(plan: Plan) -> list[str]:
     """The same for people: what could not be clamped has another word."""
     bad = [v.name for v in plan.verdicts if v.stands_in_the_way]
     helpless = [clause for clause in _idle(plan) if clause.verb == "clamp" and any(map(clause.names, bad))]
-    return [f"policy: {clause.verb} {', '.join(clause.registers)}: "
+    return [f"policy: {clause.verb} {_names(clause)}: "
             + ("there is no nearer value to write; tolerate is the word for it" if clause in helpless else
                "changes nothing here") for clause in _idle(plan)]
 
@@ -200,8 +209,9 @@ def fence_lines(fleet: Fleet) -> list[str]:
         return ["none: new kernel and new VMM exchange guests safely with no other place"]
     if len(fences[0]) == len(fleet.places):
         return ["none needed: every move is safe, there, on and back"]
-    return [f"once every {_gone(fleet, group)} is gone, and no guest is left that was started before: from then on every "
-            f"move between {' and '.join(str(n + 1) for n in group)} is safe, there, on and back" for group in fences]
+    return [f"once every {_gone(fleet, group)} is gone, and no guest is left that was started before: from then on "
+            f"every move between {' and '.join(str(n + 1) for n in group)} is safe, there, on and back"
+            for group in fences]
 
 
 def _gone(fleet: Fleet, group: Sequence[int]) -> str:

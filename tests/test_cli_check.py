@@ -393,3 +393,13 @@ def test_where_a_register_is_shown(capsys: Capture, arm64: Path) -> None:
     assert capsys.readouterr().err.rstrip().endswith("matches 'PSCI_VERSION'; --vm shows one")
     assert main(["inspect", str(arm64), "--vm", "--reg", "nothing"]) == 64
     assert capsys.readouterr().err.rstrip().endswith("matches 'nothing'")
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("kind", ["contract", "policy", "profile"])
+@pytest.mark.parametrize("words", [["inspect"], ["verify"], ["replay", "--backend", "sim"]])
+def test_a_file_of_ours_that_is_no_stream(capsys: Capture, kinds: dict[str, Path], words: list[str],
+                                          kind: str) -> None:
+    assert main([words[0], str(kinds[kind]), *words[1:]]) == 64
+    err = capsys.readouterr().err
+    assert "not a stream (this is a " in err and err.count("\n") == 1

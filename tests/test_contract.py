@@ -83,7 +83,7 @@ BAD = (
     (json.dumps({"migstream_host_profile": 2}), "field 'migstream_contract' missing (this is a host profile)"),
     (json.dumps({"migstream_json": 1}), "(this is the --json output of a command)"),
     (changed(migstream_contract=2), "field 'migstream_contract': contract version 2; this migstream reads 1"),
-    (changed(migstream_contract="\x1b[2J"), "contract version \\x1b[2J"),
+    (changed(migstream_contract="\x1b[2J"), "contract version '\\x1b[2J"),
     (changed(arch="riscv"), "field 'arch': \"no architecture 'riscv'; there are x86_64, arm64\""),
     (changed(arch="x86_64"), "field 'values': MIDR_EL1: register of another architecture than x86_64"),
     (changed(arch=None), "field 'arch' missing"), (changed(more=1), "unknown field 'more'"),

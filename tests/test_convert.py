@@ -273,6 +273,21 @@ def test_a_stream_is_not_converted_onto_itself(tmp_path: Path, capsys: pytest.Ca
     assert "name another file" in capsys.readouterr().err and path.read_bytes() == before
 
 
+@pytest.mark.parametrize(("text", "status", "message"), [
+    (None, 74, "in: No such file"), ('{"migstream_contract": 1}', 64, "in: not a stream (this is a contract)"),
+    ("migstream_policy = 1", 64, "in: not a stream (this is a policy)"), ("", 2, ""),
+    ("anything else, " * 9, 1, "magic")])
+def test_an_input_that_is_no_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, status: int,
+                                    message: str) -> None:
+    """Also where the output is there already."""
+    (tmp_path / "out").write_text("kept")
+    if text is not None:
+        (tmp_path / "in").write_text(text)
+    assert main(["convert", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--format-minor", "0"]) == status
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and (tmp_path / "out").read_text() == "kept"
+
+
 @pytest.mark.sim
 def test_a_newer_minor_than_needed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved, old, new = (str(tmp_path / name) for name in ("v.mig", "0.mig", "1.mig"))

@@ -290,7 +290,7 @@ def test_fleet_on_one_screen(capsys: Capture) -> None:
     assert status == 10 and len(out.splitlines()) < 40
     assert "old VMM" in out and "rows for" in out and "no contracts (minor 0)" in out
     assert "PSCI_VERSION: refused: PSCI 0x10003, this kernel has at most 0x10001" in out
-    assert "once no old VMM is left" in out
+    assert "once every old VMM is gone" in out
 
 
 def test_fleet_for_machines(capsys: Capture) -> None:

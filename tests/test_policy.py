@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from migstream import show_check
 from migstream.contract import Behaviour, Contract
 from migstream.errors import DocumentError, MigstreamError
 from migstream.host import profiles
@@ -199,7 +200,7 @@ BAD = (
     ("", "not a policy: no migstream_policy = 1"), ("x", "not a policy: not TOML"),
     ("migstream_policy = 2", "policy version 2; this migstream reads 1"),
     ("migstream_policy = true", "policy version True"), ("migstream_policy = 1.0", "policy version 1.0"),
-    ("migstream_policy = '1'", "policy version 1"), (f"migstream_policy = {'9' * 5000}", "not a policy: not TOML"),
+    ("migstream_policy = '1'", "policy version '1'"), (f"migstream_policy = {'9' * 5000}", "not a policy: not TOML"),
     (HEAD + "[[allow]]", "unknown word 'allow'; there are tolerate, clamp, ignore, require"),
     (HEAD + "tolerate = 1", "tolerate: rows are written [[tolerate]]"),
     (HEAD + "[tolerate]", "tolerate: rows are written [[tolerate]]"),
@@ -272,3 +273,12 @@ def _policy_or_error(text: str) -> None:
         assert error.exit_status in (1, 3, 4) and "\n" not in str(error) and str(error).startswith("p.toml: ")
         return
     assert all(clause.reason and any(clause.names(name) for name in known_names()) for clause in found.clauses)
+
+
+def test_a_row_of_many_names_is_one_short_line() -> None:
+    """And one that names many is held against a register as one pattern."""
+    policy = parse(HEAD + f"[[tolerate]]\nregister = {['ID_*_EL1'] * 999 + ['KVM_CLOCK']}\nreason = 'r'\n")
+    (clause,) = policy.clauses
+    assert [clause.names(name) for name in ("ID_PFR0_EL1", "KVM_CLOCK", "KVM_CLOCKS", "ID_PFR0", "xID_PFR0_EL1")] == [
+        True, True, False, False, False]
+    assert show_check._names(clause) == f"{', '.join(['ID_*_EL1'] * 6)} and 994 more"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from migstream.host.profile import HostProfile, cpuid_word, shown_cpuid
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
-from migstream.registers.cpuid import COMPUTED, EAX, EBX, ECX, EDX, FEATURE_WORDS, RUNTIME_BITS, bit_name
+from migstream.registers.cpuid import COMPUTED, EAX, EBX, ECX, EDX, FEATURE_WORDS, RUNTIME_BITS, STATE_BITS, bit_name
 
 if TYPE_CHECKING:
     from migstream.host.baseline import Draft
@@ -63,7 +63,7 @@ def _forced(draft: Draft, hosts: Mapping[str, HostProfile], common: _Entries) ->
         for key, (_, words) in common.items():
             for n, word in enumerate(words):
                 kept, put = host.cpuid_forced.get(cpuid_word(*key, n), (0xFFFF_FFFF, 0))
-                changed = (word ^ (word & kept | put)) & ~COMPUTED.get((*key, n), 0) & ~RUNTIME_BITS.get((*key, n), 0)
+                changed = (word ^ (word & kept | put)) & ~COMPUTED.get((*key, n), 0) & ~STATE_BITS.get((*key, n), 0)
                 label = f"CPUID {_leaf(key)} {_REGISTERS[n]}"
                 if changed and draft.is_free(label):
                     draft.left_out.append(f"{label}: not the same everywhere, as asked")
@@ -143,7 +143,7 @@ def _bits(mask: int, word: tuple[int, int, int] = (0, 0, 0)) -> str:
 
 def _msrs(draft: Draft, hosts: Mapping[str, HostProfile]) -> None:
     """Feature MSRs that all hosts offer: bits in common where bits are features, else they have to be the same."""
-    offered = set.intersection(*(set(profile.feature_msrs) for profile in hosts.values()))
+    offered = set.intersection(*({*profile.feature_msrs, *_saved(profile)} for profile in hosts.values()))
     for index in sorted(offered):
         has = {name: shown(profile, index) for name, profile in hosts.items()}
         row = lookup(ids.msr_id(index))
@@ -156,12 +156,18 @@ def _msrs(draft: Draft, hosts: Mapping[str, HostProfile]) -> None:
         draft.values[row.id] = _common(draft, row.name, has).to_bytes(8, "little")
 
 
+def _saved(host: HostProfile) -> list[int]:
+    """MSRs that the host lists and has a value of, whether or not it offers them as feature MSRs."""
+    return [index for index in host.msrs if ids.msr_id(index) in host.defaults]
+
+
 def shown(host: HostProfile, index: int) -> int:
     """What a vCPU with the supported CPUID shows of a feature MSR: what is offered where it takes that, else its own.
 
     Newer kernels answer 0 as long as a vCPU has no CPUID, and some refuse what they offer.
     """
-    offered, own = host.feature_msrs[index], int.from_bytes(host.defaults.get(ids.msr_id(index), b""), "little")
+    own = int.from_bytes(host.defaults.get(ids.msr_id(index), b""), "little")
+    offered = host.feature_msrs.get(index, own)
     taken = host.msr_bits.get(index)
     return own if taken is not None and (offered ^ own) & ~taken[0] else offered
 

@@ -20,7 +20,7 @@ from migstream.host import profile_values as values
 from migstream.model import Arch, Scope
 from migstream.registers import vcpu_features
 from migstream.registers.catalogue import lookup
-from migstream.registers.cpuid import COMPUTED, RUNTIME_BITS
+from migstream.registers.cpuid import COMPUTED, STATE_BITS
 
 PROFILE_VERSION = 2
 """1 had two more lists of registers, which followed from `registers` and `feature_registers`; capture it again."""
@@ -183,7 +183,7 @@ def cpuid_word(function: int, index: int, register: int) -> int:
 
 
 def shown_cpuid(profile: HostProfile) -> bytes:
-    """The supported CPUID as a vCPU reads it back, as far as it does not depend on the vCPU's state (`RUNTIME_BITS`).
+    """The supported CPUID as a vCPU reads it back, as far as it does not depend on the vCPU's state (`STATE_BITS`).
 
     Some hosts show features that they don't list, whatever is written.
     """
@@ -192,7 +192,7 @@ def shown_cpuid(profile: HostProfile) -> bytes:
         leaf, subleaf, _, *words = struct.unpack_from("<7I", table, at)
         for n, word in enumerate(words):
             kept, put = profile.cpuid_forced.get(cpuid_word(leaf, subleaf, n), (0xFFFF_FFFF, 0))
-            own = RUNTIME_BITS.get((leaf, subleaf, n), 0) | COMPUTED.get((leaf, subleaf, n), 0)
+            own = STATE_BITS.get((leaf, subleaf, n), 0) | COMPUTED.get((leaf, subleaf, n), 0)
             struct.pack_into("<I", table, at + 12 + 4 * n, word & own | (word & kept | put) & ~own)
     return bytes(table)
 

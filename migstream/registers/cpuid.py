@@ -41,6 +41,9 @@ COMPUTED: dict[Word, int] = {
 }
 """Bits that are each vCPU's own (APIC ids) or that KVM computes (sizes of what is enabled): not compared."""
 
+STATE_BITS: dict[Word, int] = {(1, 0, ECX): 1 << 27, (1, 0, EDX): 1 << 9, (7, 0, ECX): 1 << 4}
+"""Bits that KVM computes from the vCPU's state: OSXSAVE, APIC, OSPKE."""
+
 RUNTIME_BITS: dict[Word, int] = {
     (1, 0, 2): 1 << 27 | 1 << 31 | 1 << 24 | 1 << 21 | 1 << 3,  # OSXSAVE, hypervisor, TSC_DEADLINE, x2APIC; MONITOR
     (1, 0, 3): 1 << 9 | 1 << 28,                                # APIC follows APICBASE; HTT is topology

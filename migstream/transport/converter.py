@@ -89,7 +89,7 @@ def plan_conversion(reader: StreamReader, encoded: Iterable[EncodedBank], contra
 
 def _changes(plan: Plan) -> list[Change]:
     """What is written otherwise, dropped or added."""
-    out = [Change(verdict.name, f"{verdict.answer}: {verdict.reason}") for step in plan.steps
+    out = [Change(verdict.name, str(verdict).removeprefix(f"{verdict.name}: ")) for step in plan.steps
            for verdict in step.verdicts if verdict.target != verdict.slot or verdict.value is not None]
     return out + [Change(one.verdict.name, f"added: {one.verdict.reason}") for one in plan.additions
                   if one.verdict.target is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, reduce
 from operator import or_
 
@@ -12,7 +12,7 @@ from migstream.registers import ids
 from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import describe
 from migstream.registers.cpuid import EAX, EBX, EDX, FEATURE_WORDS, RUNTIME_BITS, Word, bit_name, cpuid_words
-from migstream.registers.x86_64 import CPUID2, TSC_KHZ, XSAVE
+from migstream.registers.x86_64 import CPUID2, SREGS2, TSC_KHZ, XSAVE
 from migstream.verdicts.facts import Case, absent, both, constant, loses_bits, refuses_bits, value
 from migstream.verdicts.model import Answer, Kernel
 from migstream.verdicts.rule import Rule
@@ -42,12 +42,25 @@ _EVMCS = (0x4000_000A, 0, EAX)
 """Hyper-V's nested features; the word has the version of the enlightened VMCS."""
 
 
+_WIDTHS, _COMPACT_SIZE = (0x8000_0008, 0, EAX), (0xD, 1, EBX)
+
+_ASKED = FEATURE_WORDS | {_EVMCS, _WIDTHS, _COMPACT_SIZE}
+"""Words that rules look at: none that is each vCPU's own, so that the tables of many vCPUs are one."""
+
+
+@lru_cache(maxsize=8)
+def kinds_of(cpuids: tuple[bytes, ...]) -> tuple[dict[Word, int], ...]:
+    """These tables as far as rules look at them, each once. Kept: many hosts are asked of one guest."""
+    tables = ({word: value for word, value in cpuid_words(cpuid).items() if word in _ASKED} for cpuid in cpuids)
+    return tuple({tuple(sorted(table.items())): table for table in tables}.values())
+
+
 @lru_cache(maxsize=8)
 def features_of(cpuids: tuple[bytes, ...]) -> dict[Word, int]:
-    """Feature bits that some of these tables have, by word. Kept: many hosts are asked."""
+    """Feature bits that some of these tables have, by word."""
     found: dict[Word, int] = {}
-    for table in map(cpuid_words, cpuids):
-        for word in (FEATURE_WORDS | {_EVMCS}) & table.keys():
+    for table in kinds_of(cpuids):
+        for word in table.keys() - {_WIDTHS, _COMPACT_SIZE}:
             found[word] = found.get(word, 0) | table[word]
     return dict(sorted(found.items()))
 
@@ -73,7 +86,7 @@ def _missing_features(case: Case) -> bool:
 
 def _otherwise(case: Case) -> Iterator[str]:
     """Features that this KVM shows whatever is written, and the guest's CPUID has otherwise."""
-    for table in map(cpuid_words, case.known.distinct):
+    for table in kinds_of(case.known.distinct):
         for word in sorted(FEATURE_WORDS & table.keys()):
             kept, put = case.host.cpuid_forced.get(cpuid_word(*word), (_WHOLE, 0))
             had = table[word]
@@ -98,7 +111,10 @@ _XSTATE_BV = slice(512, 520)
 
 def components(cpuid: bytes) -> int:
     """XSAVE components that a table of CPUID has, a bit each: leaf 0xD, EAX and EDX of subleaf 0."""
-    words = cpuid_words(cpuid)
+    return _components(cpuid_words(cpuid))
+
+
+def _components(words: Mapping[Word, int]) -> int:
     return words.get((0xD, 0, EDX), 0) << 32 | words.get((0xD, 0, EAX), 0)
 
 
@@ -220,10 +236,10 @@ _PLATFORM_INFO, _CPUID_FAULT = 0xCE, 1 << 31
 def _cpuid_refusals(case: Case) -> Iterator[str]:
     """What kvm_check_cpuid() refuses of the guest's CPUID."""
     here = components(case.host.cpuid)
-    for table in case.known.distinct:
-        if dynamic := components(table) & _DYNAMIC & ~here:
+    for table in kinds_of(case.known.distinct):
+        if dynamic := _components(table) & _DYNAMIC & ~here:
             yield f"XSAVE components that a process has to ask for and this host has not: {_named_components(dynamic)}"
-        width = cpuid_words(table).get((0x8000_0008, 0, EAX), 0) >> 8 & 0xFF
+        width = table.get(_WIDTHS, 0) >> 8 & 0xFF
         if width not in (0, 48, 57):
             yield f"linear addresses of {width} bits: 48 or 57"
 
@@ -246,7 +262,7 @@ def _without_cpuid(case: Case) -> bool:
 def _unseen_capabilities(case: Case) -> bool:
     """The guest's CPUID has no ARCH_CAPABILITIES, and this KVM then has no such MSR: a vCPU without CPUID reads 0."""
     cpuid, offered = case.pair.saved.columns.get(CPUID2.id), case.host.feature_msrs.get(_ARCH_CAPABILITIES)
-    told = cpuid is None or any(cpuid_words(table).get((7, 0, EDX), 0) & 1 << 29 for table in cpuid.distinct)
+    told = cpuid is None or any(table.get((7, 0, EDX), 0) & 1 << 29 for table in kinds_of(cpuid.distinct))
     return bool(offered) and not case.default and not told and not case.known.only(0)
 
 
@@ -255,13 +271,43 @@ _ARCH_CAPABILITIES = 0x10A
 
 def _size_computed(case: Case) -> bool:
     """XSAVEC or XSAVES without the size that KVM then puts beside them."""
-    tables = map(cpuid_words, case.known.distinct)
-    return any(words.get((0xD, 1, EAX), 0) & 0b1010 and not words.get((0xD, 1, EBX)) for words in tables)
+    tables = kinds_of(case.known.distinct)
+    return any(words.get((0xD, 1, EAX), 0) & 0b1010 and not words.get(_COMPACT_SIZE) for words in tables)
 
 
 def _cpuid_met(case: Case) -> Kernel:
     """KVM takes any CPUID here; some of it reads back otherwise."""
     return Kernel.DROPS if _shown_otherwise(case) or _size_computed(case) else Kernel.TAKES
+
+
+ADDRESSES = "MSR_LSTAR MSR_CSTAR MSR_KERNEL_GS_BASE"
+"""MSRs that KVM takes canonical addresses for."""
+
+
+def _not_canonical(case: Case) -> bool:
+    """An address wider than KVM takes: by the trials (all bits of the lower half), or by the guest's own CR4.LA57."""
+    taken, _ = case.host.msr_bits.get(ids.msr_index(case.slot.id) or 0, (0, 0))
+    if not taken or taken & taken + 1:  # not tried, or no run of bits from 0
+        return False
+    half = taken.bit_length()
+    return any(_beyond(number, half) and (_beyond(number, _HALF_57) or not _has_la57(case))
+               for number in case.known.numbers)
+
+
+_HALF_57, _LA57, _CR4 = 56, 1 << 12, slice(248, 256)
+
+
+def _beyond(number: int, half: int) -> bool:
+    return number >> half not in (0, (1 << 64 - half) - 1)
+
+
+def _has_la57(case: Case) -> bool:
+    """KVM_SREGS2 is written before the MSRs."""
+    try:
+        sregs = case.pair.column(SREGS2.id)
+    except KeyError:
+        return False
+    return any(int.from_bytes(value[_CR4], "little") & _LA57 for value in sregs.distinct)
 
 
 def _bad_types(case: Case) -> bool:
@@ -339,6 +385,8 @@ RULES: tuple[Rule, ...] = (
          "MSR_PLATFORM_INFO does not offer it", f"{_X86}: supports_cpuid_fault"),
     Rule("MSR_IA32_CR_PAT", _bad_types, _REFUSED, "{value} has a memory type that there is not",
          f"{_X86} kvm_pat_valid"),
+    Rule(ADDRESSES, _not_canonical, _REFUSED, "{value}: this kernel takes no such wide address",
+         f"{_X86}: is_noncanonical_address, by the guest's CR4.LA57 up to 6.1, later by the host's"),
     Rule("MSR_EFER", _efer_refused, _REFUSED, "{value}: bits that this kernel does not take", "profile: efer_taken"),
     Rule(FLAGS, refuses_bits, _REFUSED, "{value}: bits that this kernel refuses: {bits}", _MSR_BITS),
     Rule(FLAGS, loses_bits, _NOTICED, "{value}: bits of it read back as here: {bits}", _MSR_BITS, Kernel.DROPS),

@@ -16,7 +16,7 @@ from migstream.plan import plan_for
 from migstream.registers import ids, vcpu_features
 from migstream.registers.catalogue import lookup
 from migstream.registers.msrs import MSRS
-from migstream.registers.x86_64 import CPUID2, TSC_KHZ
+from migstream.registers.x86_64 import CPUID2, SREGS2, TSC_KHZ
 from migstream.verdicts.facts import BY_NAME, Pair
 from migstream.verdicts.guest import fresh
 from migstream.verdicts.judge import judge
@@ -179,6 +179,18 @@ def test_a_tsc_that_can_not_be_scaled(khz: int, kernel: Kernel) -> None:
     found = verdict(saved, host, TSC_KHZ.id)
     assert (found.answer, found.kernel) == (Answer.NOTICED, kernel)
     assert verdict(saved, host, MSR["HV_X64_MSR_TSC_FREQUENCY"]).kernel == DROPS
+
+
+@pytest.mark.parametrize(("kernel", "address", "la57", "answer"), [
+    ("6.1", 0x7FFF_FFFF_F000, 0, Answer.FITS), ("6.1", 0xFFFF_8000_0000_0000, 0, Answer.FITS),
+    ("6.1", 0x40_0000_0000_0000, 0, Answer.REFUSED), ("6.1", 0x40_0000_0000_0000, 1, Answer.FITS),
+    ("6.12", 0x40_0000_0000_0000, 0, Answer.FITS), ("6.12", 0x8000_0000_0000_0000, 1, Answer.REFUSED)])
+def test_an_address_as_wide_as_the_kernel_takes(kernel: str, address: int, la57: int, answer: Answer) -> None:
+    host = x86(kernel)
+    sregs = bytearray(host.defaults[SREGS2.id])
+    struct.pack_into("<Q", sregs, 248, la57 << 12)
+    saved = guest(host, {SREGS2.id: bytes(sregs), MSR["MSR_CSTAR"]: address.to_bytes(8, "little")})
+    assert verdict(saved, host, MSR["MSR_CSTAR"]).answer == answer
 
 
 @pytest.mark.parametrize(("info", "answer"), [(0, Answer.REFUSED), (1 << 31, Answer.FITS)])

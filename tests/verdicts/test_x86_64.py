@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from dataclasses import replace
 
@@ -9,12 +10,15 @@ import pytest
 
 from migstream.backends.sim import SimBackend
 from migstream.backends.sim.variants_x86_64 import GENERATIONS
+from migstream.contract import RECORDED, Behaviour
 from migstream.host import profiles
 from migstream.host.profile import HostProfile
+from migstream.host.scratch import Scratch
 from migstream.model import Arch, Layout, Machine, Phase, Scope, Slot
 from migstream.plan import plan_for
-from migstream.registers import x86_64
+from migstream.registers import ids, x86_64
 from migstream.registers.x86_64 import CPUID2
+from migstream.transport import capture_prologue, restore, save
 from migstream.verdicts.model import Answer, Column, Kernel, Saved, Verdict
 
 FP_SSE, AVX, AVX512 = 0b11, 0b100, 0b1110_0000
@@ -100,3 +104,23 @@ def test_a_host_that_nobody_has_asked_is_not_called_fitting() -> None:
 def test_a_kvm_without_an_evmcs() -> None:
     (found,) = (v for v in plan_for(promised("6.1"), profiles.load("x86_64-7.2")).verdicts if v.name == "KVM_CPUID2")
     assert found.answer == Answer.REFUSED and "enlightened VMCS" in found.reason
+
+
+# A feature MSR that the saving kernel could tell and not save, end to end.
+
+
+@pytest.mark.sim
+@pytest.mark.parametrize("promised", [0, 2])
+def test_a_promise_is_written_and_read_back(promised: int) -> None:
+    """MSR_AMD64_DE_CFG of a kernel without it: 7.2 starts with 2, and shows what the guest has met."""
+    id, stream = ids.msr_id(0xC001_1029), io.BytesIO()
+    old, new = SimBackend("x86_64-6.12+hide-msr=MSR_AMD64_DE_CFG"), SimBackend("x86_64-7.2")
+    with old.create(Machine(Arch.X86_64, 2, ())) as vm:
+        vm.create_vcpus()
+        prologue = capture_prologue(vm, Behaviour(RECORDED, {id: promised.to_bytes(8, "little")}))
+        save(vm, stream, host=old.summary(), pause=lambda: None, prologue=prologue)
+    stream.seek(0)
+    vm, report = restore(stream, new, readback=True)
+    with vm:
+        assert [Scratch(vm, 2).read(id, 8, vcpu) for vcpu in (0, 1)] == [promised.to_bytes(8, "little")] * 2
+    assert not [str(one) for one in report.differs if not one.reason]

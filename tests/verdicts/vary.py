@@ -24,7 +24,7 @@ from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import Field
 from migstream.registers.catalogue import Register, lookup
 from migstream.registers.cpuid import FEATURE_WORDS, RUNTIME_BITS
-from migstream.verdicts.x86_64 import FLAGS
+from migstream.verdicts.x86_64 import ADDRESSES, FLAGS
 
 if TYPE_CHECKING:
     from migstream.model import Words
@@ -106,6 +106,13 @@ def _types(dice: Random, row: Register, value: int) -> int:
     return int.from_bytes(bytes(dice.choice(kinds) for _ in range(8)), "little")
 
 
+def _address(dice: Random, row: Register, value: int) -> int:
+    """Of 48 bits, of 57, or of none."""
+    width = dice.choice((48, 48, 57, 64))
+    number = dice.getrandbits(width)
+    return number | (1 << 64) - (1 << width) if number >> width - 1 else number
+
+
 def _flags(dice: Random, row: Register, value: int) -> int:
     """One to three bits flipped, named ones and low ones more often."""
     named = [field.low for field in BITS.get(row.bits, ())] or [dice.randrange(64)]
@@ -118,7 +125,7 @@ def _flags(dice: Random, row: Register, value: int) -> int:
 CHANGES: tuple[tuple[str, Change], ...] = (
     ("PSCI_VERSION", _psci), ("SMCCC_ARCH_WORKAROUND_?", _level), ("*_BMAP *_BMAP_2", _bitmap), ("SVE_VLS", _lengths),
     ("GICD_IIDR", _revision), ("PSTATE", _mode),
-    ("KVM_CPUID2", _cpuid), ("KVM_TSC_KHZ", _khz), ("MSR_IA32_CR_PAT", _types), (FLAGS, _flags),
+    ("KVM_CPUID2", _cpuid), ("KVM_TSC_KHZ", _khz), ("MSR_IA32_CR_PAT", _types), (ADDRESSES, _address), (FLAGS, _flags),
     ("MSR_IA32_UCODE_REV MPIDR_EL1 KVM_*", lambda dice, row, value: value),
     ("CCSIDR* CLIDR_EL1 MIDR_EL1 REVIDR_EL1 AIDR_EL1 MSR_*", _flip), ("*", _fields))
 """By register name, the first that fits. What is each vCPU's own place, or a structure, stays."""
@@ -144,7 +151,7 @@ def altered(dice: Random, id: int, value: bytes) -> bytes:
 
 
 STATE = (f"PSTATE OSLSR_EL1 PMCR_EL0 PMEV* PMCC* PMUSERENR_EL0 PMSELR_EL0 VBAR_EL1 SCTLR_EL1 FPCR GICD_IIDR {FLAGS} "
-         "MSR_IA32_CR_PAT KVM_CPUID2 KVM_TSC_KHZ").split()
+         f"{ADDRESSES} MSR_IA32_CR_PAT KVM_CPUID2 KVM_TSC_KHZ").split()
 """What is forged besides features and identities: what rules judge by value, and some that they don't. Not registers
 that share their storage (PMCNTENSET and PMCNTENCLR): no kernel saves two values for one."""
 
