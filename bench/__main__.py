@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads any more; the interpreter must not find that out again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return 0 if result.get("complete", True) else INTERRUPTED
+    return int(result.get("exit_status", 0 if result.get("complete", True) else INTERRUPTED))
 
 
 def _print(module: Any, options: argparse.Namespace, result: dict[str, Any]) -> None:

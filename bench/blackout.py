@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import measure, summary
+from bench import measure, output, summary
+from bench.children import versions
+from bench.floor import MODES
 from bench.hosts import COUNTED, LAB, MEASURED, Host, in_lab, open_host
 from bench.journal import Journal
+from bench.output import JOURNAL
 from bench.program import LeftOut
+from bench.qemu import PROGRAM
+from bench.samples import line_check
+from bench.stop import INTERRUPTED, Interrupted, Stop
 from bench.strategies import STRATEGIES
-from bench.subjects import Subject
+from bench.subjects import Peer, Subject, c_name
+from migstream.backends.base import MAX_THREADS
 from migstream.errors import MigstreamError, OutputError, UsageError
 
 VCPUS = (1, 2, 4, 8, 16, 32, 64, 128, 240, 256, 512, 1024)
@@ -34,7 +42,9 @@ QUICK_S = 44.0
 LAB_VCPUS = (1, 2, 4)
 REPS = 20
 BESIDE = ("c", "qemu")
-JOURNAL, DOCUMENT = "samples.jsonl", "blackout.json"
+PROGRAMS = {"c": os.environ.get("CC", "cc"), "qemu": PROGRAM}
+"""What is run for each of BESIDE; its version goes into the journal."""
+
 Tell = Callable[[str], None]
 
 
@@ -56,75 +66,144 @@ class Plan:
 
     def header(self, kind: str) -> dict[str, Any]:
         """What a journal must agree with to be gone on with."""
-        return {"bench": "blackout", "kind": kind, "machine": measure.machine(), "options": {
+        programs = {name: PROGRAMS[name] for name in self.beside if kind == MEASURED}
+        known = versions(tuple(programs.values()))
+        return {"bench": "blackout", "kind": kind, "machine": measure.machine(), "software": {
+            **measure.software(), **{name: known[program] for name, program in programs.items()}}, "options": {
             "backend": self.backend, "vcpus": list(self.vcpus), "strategies": list(self.strategies),
             "threads": self.threads, "reps": self.reps, "beside": list(self.beside)}}
+
+    def things(self) -> set[str]:
+        """Names of everything that such a run can measure."""
+        c = {c_name(mode, threads) for mode in MODES for threads in (1, self.threads)} if "c" in self.beside else set()
+        return {*self.strategies, *c, *((Peer.name,) if "qemu" in self.beside else ())}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--quick", action="store_true", help=f"up to {QUICK_VCPUS[-1]} vCPUs, within a minute, no QEMU")
-    parser.add_argument("--vcpus", type=_numbers, help="counts, as 1,2,4")
+    parser.add_argument("--vcpus", type=vcpu_counts, help="counts, as 1,2,4")
     parser.add_argument("--backend", default="auto",
                         help="kvm; sim:NAME (modelled time); lab:ARCH-KERNEL (counts of writes only)")
-    parser.add_argument("--strategies", type=_names, default=tuple(STRATEGIES), help=", ".join(STRATEGIES))
-    parser.add_argument("--threads", type=int, default=2, help="of prologue+threads and of the C program (default 2)")
+    parser.add_argument("--strategies", type=strategies, default=tuple(STRATEGIES), help=", ".join(STRATEGIES))
+    parser.add_argument("--threads", type=int, default=2,
+                        help=f"of prologue+threads and of the C program, 1 to {MAX_THREADS} (default 2)")
     parser.add_argument("--reps", type=int, help=f"interleaved rounds (default {REPS})")
-    parser.add_argument("--beside", type=_beside, help="c, qemu, or none (default c,qemu)")
+    parser.add_argument("--beside", type=beside, help="c, qemu, or none (default c,qemu)")
     parser.add_argument("--counts", action="store_true", help="count register writes only, one round")
-    parser.add_argument("-o", dest="folder", type=Path, default=Path("blackout"), help="directory of the results")
+    parser.add_argument("-o", dest="folder", type=output.directory, default=Path("blackout"),
+                        help="directory of the results")
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    numbers = sorted({int(word) for word in text.split(",")})
-    if numbers[0] < 1:
-        raise argparse.ArgumentTypeError("vCPU counts begin at 1")
-    return tuple(numbers)
+def vcpu_counts(text: str) -> tuple[int, ...]:
+    """`1,2,4`, in order and each once. Raises: ArgumentTypeError."""
+    for word in text.split(","):
+        if not (word.isascii() and word.isdigit() and len(word) < 10 and int(word)):
+            raise argparse.ArgumentTypeError(f"{word!r} is no vCPU count; whole numbers from 1 are wanted, as 1,2,4")
+    return tuple(sorted({int(word) for word in text.split(",")}))
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
+def strategies(text: str) -> tuple[str, ...]:
+    """Names of STRATEGIES, each once. Raises: ArgumentTypeError."""
+    names = tuple(dict.fromkeys(text.split(",")))
     if unknown := [name for name in names if name not in STRATEGIES]:
         raise argparse.ArgumentTypeError(f"no strategy {unknown[0]!r}: {', '.join(STRATEGIES)}")
     return names
 
 
-def _beside(text: str) -> tuple[str, ...]:
-    names = () if text == "none" else tuple(text.split(","))
+def beside(text: str) -> tuple[str, ...]:
+    """Names of BESIDE, each once, or `none`. Raises: ArgumentTypeError."""
+    names = () if text == "none" else tuple(dict.fromkeys(text.split(",")))
+    if "none" in names:
+        raise argparse.ArgumentTypeError(f"{text!r} contradicts itself: none stands alone")
     if unknown := [name for name in names if name not in BESIDE]:
         raise argparse.ArgumentTypeError(f"nothing beside called {unknown[0]!r}: {', '.join(BESIDE)}, none")
     return names
 
 
-def make_plan(options: argparse.Namespace, host: Host) -> Plan:
-    """The options with their defaults. Raises: UsageError."""
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raises: UsageError for numbers that no host takes."""
+    if not 1 <= options.threads <= MAX_THREADS:
+        raise UsageError(f"--threads {options.threads}: 1 to {MAX_THREADS}")
+    if options.reps is not None and options.reps < 1:
+        raise UsageError(f"--reps {options.reps}: at least 1")
+
+
+def make_plan(options: argparse.Namespace, host: Host, left_out: list[str] | None = None) -> Plan:
+    """The options with their defaults; what of them has no meaning here goes to `left_out`. Raises: UsageError."""
+    check_numbers(options)
     quick = options.quick
     vcpus = options.vcpus or tuple(n for n in (QUICK_VCPUS if quick else VCPUS) if n <= host.most_vcpus)
     if vcpus[-1] > host.most_vcpus:
         raise UsageError(f"--vcpus {vcpus[-1]}: {host.name} allows {host.most_vcpus}")
     reps = 1 if host.kind != MEASURED else REPS if options.reps is None else options.reps
-    if reps < 1 or options.threads < 1:
-        raise UsageError("--reps and --threads begin at 1")
+    if left_out is not None and (options.reps or reps) > reps:
+        left_out.append(f"rounds 2 to {options.reps}: what is {host.kind} is the same in each")
     beside: tuple[str, ...] = BESIDE[:1] if quick else BESIDE
-    beside = () if host.kind == COUNTED else beside if options.beside is None else options.beside
-    return Plan(host.name, vcpus, options.strategies, options.threads, reps, beside, QUICK_S if quick else 0)
+    beside = beside if options.beside is None else options.beside
+    if left_out is not None and host.kind == COUNTED and options.beside:
+        left_out.append(f"{', '.join(beside)}: only register writes of the library are counted")
+    return Plan(host.name, vcpus, options.strategies, options.threads, reps, () if host.kind == COUNTED else beside,
+                QUICK_S if quick else 0)
 
 
 def run(options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
-    """Measure and return the document that `--json` prints; all times in ns. Raises: MigstreamError."""
-    if options.backend.startswith(LAB):
-        document = in_lab(options.backend, _lab_words(options), tell)
-    else:
-        host, left_out = open_host(options.backend, counts_only=options.counts)
-        plan = make_plan(options, host)
-        with Journal(options.folder / JOURNAL, plan.header(host.kind)) as journal:
-            bench = Bench(plan, host, journal, left_out, tell)
-            with contextlib.suppress(KeyboardInterrupt):
-                bench.measure()
-                bench.complete = True
-            document = bench.document()
-    _save(options.folder, document, tell)
+    """Measure and return the document that `--json` prints; all times in ns.
+
+    A run that a signal or a full disk ended gives what it has; `exit_status` is there then. Raises: MigstreamError,
+    Interrupted when there is nothing.
+    """
+    check_numbers(options)
+    output.prepare(options.folder)
+    with Stop() as stop:
+        try:
+            document = _measured(options, tell, stop)
+            _keep(options.folder, document, tell, stop)
+        except BaseException as error:
+            if not stop.caused(error) or isinstance(error, Interrupted):
+                raise
+            raise Interrupted("interrupted before anything was measured", stop.status) from None
     return document
+
+
+def _measured(options: argparse.Namespace, tell: Tell, stop: Stop) -> dict[str, Any]:
+    if options.backend.startswith(LAB):
+        return in_lab(options.backend, _lab_words(options), tell)
+    host, left_out = open_host(options.backend, counts_only=options.counts)
+    plan = make_plan(options, host, left_out)
+    check = line_check(plan.vcpus, plan.things(), plan.reps)
+    with Journal(options.folder / JOURNAL, plan.header(host.kind), check) as journal:
+        bench, failure = Bench(plan, host, journal, left_out, tell), None
+        if said := bench.resumed():
+            print(f"bench: {said}", file=sys.stderr)
+        try:
+            bench.measure()
+            bench.complete = True
+        except OutputError as error:
+            failure = error
+        except BaseException as error:
+            if not stop.caused(error):
+                raise
+        if not journal.samples:
+            raise failure or Interrupted("interrupted before the first sample: nothing was measured", stop.status)
+        document = bench.document()
+    if failure:
+        output.failed(document, failure)
+    elif not bench.complete:
+        document["exit_status"] = stop.status or INTERRUPTED
+    return document
+
+
+def _keep(folder: Path, document: dict[str, Any], tell: Tell, stop: Stop) -> None:
+    """Write the document, then draw, then say in it what was drawn."""
+    document["plots"] = []
+    try:
+        output.write(folder, document)
+        tell("drawing")
+        output.draw(folder, document, stop.caused)
+        output.write(folder, document)
+    except OutputError as error:
+        output.failed(document, error)
 
 
 def _lab_words(options: argparse.Namespace) -> list[str]:
@@ -169,22 +248,31 @@ class Bench:
             subject.rounds = 0
             self.left_out.append(f"{subject.name} from {key[0]} vCPUs of round {key[2] + 1} on: {reason}")
 
+    def resumed(self) -> str:
+        """What was found of an earlier run, in words; "" for nothing."""
+        journal = self.journal
+        if not journal.resumed:
+            return ""
+        return (f"{journal.resumed} samples of {', '.join(journal.resumed_dates)} kept from an earlier run in "
+                f"{journal.path}; another -o measures all anew")
+
     def document(self) -> dict[str, Any]:
         """What was measured so far."""
         things = list(dict.fromkeys(thing for _, thing, _ in self.journal.samples))
         order = [*self.plan.strategies, *(thing for thing in things if thing not in STRATEGIES)]
         document: dict[str, Any] = {
-            **self.journal.header, "date": time.strftime("%Y-%m-%d", time.gmtime()), "backend": self.plan.backend,
-            "complete": self.complete, "resumed_samples": self.journal.resumed,
-            "left_out": [*self.left_out, *([] if self.complete else ["what was to come after the interruption"])],
-            "curves": summary.summarize(self.journal, order, self.plan.vcpus)}
-        document["ratios"] = summary.ratios(document, self.plan.strategies)
+            **self.journal.header, "date": ", ".join(sorted(set(self.journal.dates.values()))),
+            "backend": self.plan.backend, "complete": self.complete, "resumed_samples": self.journal.resumed,
+            "resumed": self.resumed(),
+            "left_out": [*self.left_out, *([] if self.complete else ["what was to come after it was interrupted"])],
+            "curves": summary.summarize(self.journal, order, self.plan.vcpus, times=self.host.kind != COUNTED)}
+        document["ratios"] = summary.ratios(document, self.plan.strategies) if self.host.kind != COUNTED else []
         document["model"] = self._model(document)
         return document
 
     def _model(self, document: dict[str, Any]) -> dict[str, Any] | None:
         """The model beside what was measured, where it was calibrated on this machine."""
-        if self.host.kind != MEASURED or not self.host.layouts():
+        if self.host.kind != MEASURED or not self.host.layouts() or not document["curves"].keys() & STRATEGIES.keys():
             return None
         from bench.model import load_calibration
         from bench.modelled import beside_measured
@@ -206,18 +294,6 @@ def _in_turn(subjects: Sequence[Subject], number: int) -> Iterator[Subject]:
     """Another one begins in each round: who comes after whom must not matter."""
     shift = number % len(subjects)
     yield from (*subjects[shift:], *subjects[:shift])
-
-
-def _save(folder: Path, document: dict[str, Any], tell: Tell) -> None:
-    from bench import plot
-
-    tell("drawing")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        document["plots"] = [str(path) for path in plot.draw(document, folder)]
-        (folder / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{folder}: {error.strerror or error}") from error
 
 
 def print_result(document: dict[str, Any]) -> None:

@@ -101,7 +101,8 @@ class Simulated(Host):
 
     kind = MODELLED
 
-    def __init__(self, profile: HostProfile, name: str, calibration: Calibration) -> None:
+    def __init__(self, profile: HostProfile, name: str, calibration: Calibration, counts_only: bool) -> None:
+        self.kind = COUNTED if counts_only else MODELLED
         self.name, self.profile, self.calibration = name, profile, calibration
         self.most_vcpus = 1 << 16
 
@@ -111,8 +112,9 @@ class Simulated(Host):
         from bench.model import assumptions
         from bench.modelled import Modelled
 
-        left_out += [f"{name}: beside modelled time it would say nothing" for name in plan.beside]
-        left_out += [f"assumed, not calibrated: {why}" for why in assumptions(self.calibration, self.profile)]
+        if self.kind == MODELLED:
+            left_out += [f"{name}: beside modelled time it would say nothing" for name in plan.beside]
+            left_out += [f"assumed, not calibrated: {why}" for why in assumptions(self.calibration, self.profile)]
         return [Modelled(self.profile, self.calibration, STRATEGIES[name], plan.threads) for name in plan.strategies]
 
 
@@ -127,20 +129,20 @@ def open_host(name: str, *, counts_only: bool = False) -> tuple[Host, list[str]]
         try:
             return RealKvm(open_backend("kvm"), counts_only), []
         except BackendUnavailable as reason:
-            return _simulated(SIM), [f"real KVM: {reason}"]
+            return _simulated(SIM, counts_only), [f"real KVM: {reason}"]
     if name.partition(":")[0] == SIM:
-        return _simulated(name), []
+        return _simulated(name, counts_only), []
     if name != "kvm":
         raise UsageError(f"no backend {name!r}: auto, kvm, sim:NAME, lab:ARCH-KERNEL")
     return RealKvm(open_backend(name), counts_only), []
 
 
-def _simulated(name: str) -> Simulated:
+def _simulated(name: str, counts_only: bool) -> Simulated:
     from bench.model import load_calibration
     from migstream.backends.sim.backend import PREFIX, recorded
 
     title, profile = recorded(name)
-    return Simulated(profile, PREFIX + title, load_calibration())
+    return Simulated(profile, PREFIX + title, load_calibration(), counts_only)
 
 
 def in_lab(name: str, plan_words: Sequence[str], tell: Tell) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -55,6 +57,25 @@ def machine() -> dict[str, Any]:
 
     return {"cpu": cpu_model(), "cpus": os.cpu_count(), "kernel": platform.release(),
             "python": platform.python_version(), "implementation": sys.implementation.name, "system": platform.system()}
+
+
+def software() -> dict[str, str | None]:
+    """What of ours measured: version, commit (None outside a checkout), and whether the compiled part is there."""
+    from migstream import __version__, native
+
+    return {"migstream": __version__, "revision": _revision(), "native": native.DESCRIPTION}
+
+
+def _revision() -> str | None:
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--match="],
+                              capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
 
 
 def microseconds(ns: float) -> str:

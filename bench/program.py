@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from types import TracebackType
 
+from bench.children import die_with_parent
 from migstream.errors import MigstreamError
 
 HERE = Path(__file__).parent
@@ -41,7 +42,8 @@ class Talk:
     def __init__(self, program: Path) -> None:
         self.program = program
         self._process = subprocess.Popen([str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=subprocess.PIPE, text=True, bufsize=1)
+                                         stderr=subprocess.PIPE, text=True, bufsize=1,
+                                         preexec_fn=die_with_parent)
 
     def __enter__(self) -> Talk:
         return self

@@ -7,6 +7,7 @@ from `active` to `completed`. A load has RAM in it, as QEMU gives no event betwe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.children import die_with_parent, end, version
 from bench.program import LeftOut
+from migstream.errors import printable
 
 PROGRAM = "qemu-system-x86_64"
 MACHINE = ("-accel", "kvm", "-M", "pc,suppress-vmdesc=on", "-cpu", "host,arch-capabilities=off", "-m", "64M",
@@ -25,7 +28,7 @@ MACHINE = ("-accel", "kvm", "-M", "pc,suppress-vmdesc=on", "-cpu", "host,arch-ca
 """Without the JSON description of the stream at its end, and without the MSR that QEMU 7.2 can't set on every host."""
 
 MOST_VCPUS = 240
-_LIMIT_S = 60.0
+_LIMIT_S, _POLL_S = 60.0, 0.1
 _BIOS_S = 0.3
 
 
@@ -39,44 +42,56 @@ class Moved:
 
 
 class Monitor:
-    """One QEMU and its QMP socket. A context manager: QEMU is killed at its end."""
+    """One QEMU and its QMP socket. A context manager: QEMU runs from its begin to its end."""
 
     def __init__(self, folder: Path, vcpus: int, *more: str) -> None:
-        path = folder / f"qmp-{time.monotonic_ns()}"
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(path))
-            server.listen(1)
-            server.settimeout(_LIMIT_S)
-            self._errors = (folder / "qemu.err").open("w+b")
-            self._process = subprocess.Popen(
-                [PROGRAM, *MACHINE, "-smp", str(vcpus), "-qmp", f"unix:{path}", *more],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors)
-            self._connection = self._accept(server)
-        path.unlink()
-        self._lines = self._connection.makefile("rb")
+        self._folder, self._path = folder, folder / f"qmp-{time.monotonic_ns()}"
+        self._command = [PROGRAM, *MACHINE, "-smp", str(vcpus), "-qmp", f"unix:{self._path}", *more]
+        self._owned = contextlib.ExitStack()
         self.events: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Monitor:
+        """Start QEMU and greet it. Raises: LeftOut with QEMU's words, OSError."""
+        try:
+            self._start()
+        except BaseException:
+            self._owned.close()
+            raise
+        return self
+
+    def _start(self) -> None:
+        self._errors = self._owned.enter_context((self._folder / "qemu.err").open("w+b"))
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(self._path))
+            self._owned.callback(self._path.unlink, missing_ok=True)
+            server.listen(1)
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._errors,
+                start_new_session=True, preexec_fn=die_with_parent)
+            self._owned.callback(end, self._process)
+            self._connection = self._owned.enter_context(self._accept(server))
+        self._lines = self._owned.enter_context(self._connection.makefile("rb"))
         self._read(lambda message: "QMP" in message)
         self.command("qmp_capabilities")
 
     def _accept(self, server: socket.socket) -> socket.socket:
-        try:
-            connection, _ = server.accept()
-        except TimeoutError:
-            self.__exit__()
-            raise LeftOut(f"{PROGRAM}: no answer within {_LIMIT_S:.0f} s") from None
-        connection.settimeout(_LIMIT_S)
-        return connection
-
-    def __enter__(self) -> Monitor:
-        return self
+        server.settimeout(_POLL_S)
+        limit = time.monotonic() + _LIMIT_S
+        while time.monotonic() < limit:
+            with contextlib.suppress(TimeoutError):
+                connection, _ = server.accept()
+                connection.settimeout(_LIMIT_S)
+                return connection
+            if self._process.poll() is not None:
+                raise LeftOut(f"{PROGRAM}: {self._said() or f'exit status {self._process.returncode}'}")
+        raise LeftOut(f"{PROGRAM}: no answer within {_LIMIT_S:.0f} s")
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._errors.close()
-        if hasattr(self, "_connection"):
-            self._lines.close()
-            self._connection.close()
+        self._owned.close()
+
+    def _said(self) -> str:
+        self._errors.seek(0)
+        return printable(next(iter(self._errors.read().decode(errors="replace").strip().splitlines()), ""), 200)
 
     def _read(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         while True:
@@ -85,9 +100,7 @@ class Monitor:
             except TimeoutError:
                 line = b""
             if not line:
-                self._errors.seek(0)
-                said = self._errors.read().decode(errors="replace").strip().splitlines()
-                raise LeftOut(f"{PROGRAM}: {said[0] if said else 'it ended or is silent'}")
+                raise LeftOut(f"{PROGRAM}: {self._said() or 'it ended or is silent'}")
             message = json.loads(line)
             if "event" in message:
                 self.events.append(message)
@@ -124,15 +137,26 @@ class Qemu:
 
     def __init__(self, folder: Path) -> None:
         """Raises: LeftOut where there is none or it can't run here."""
-        if shutil.which(PROGRAM) is None:
+        path = shutil.which(PROGRAM)
+        if path is None:
             raise LeftOut(f"{PROGRAM} is not installed (Debian: qemu-system-x86)")
-        self._folder = folder
-        self.version = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True,
-                                      check=True).stdout.splitlines()[0]
+        known, reason = version(path)
+        if known is None:
+            raise LeftOut(f"{PROGRAM}: {reason}")
+        self._folder, self.version = folder, known
         self.move(1)
 
     def move(self, vcpus: int) -> Moved:
         """Save a guest and load it once. Raises: LeftOut."""
+        try:
+            moved = self._move(vcpus)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise LeftOut(f"{PROGRAM}: not what QEMU says or does: {type(error).__name__}: {error}") from error
+        if min(moved.save, moved.load) <= 0 or moved.bytes < 0:
+            raise LeftOut(f"{PROGRAM}: its events say that time went back")
+        return moved
+
+    def _move(self, vcpus: int) -> Moved:
         path = self._folder / "qemu.state"
         with Monitor(self._folder, vcpus) as source:
             time.sleep(_BIOS_S)

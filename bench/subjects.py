@@ -43,12 +43,17 @@ class Library(Subject):
         return blackout(self.backend, self.sources[vcpus], self.host, self.strategy, self.threads).document()
 
 
+def c_name(mode: str, threads: int) -> str:
+    """What `floor.c` in a mode is called in tables."""
+    return f"C {mode}" + (f", {threads} threads" if threads > 1 else "")
+
+
 class CProgram(Subject):
     """`floor.c` in one mode."""
 
     def __init__(self, floor: Floor, mode: str, threads: int) -> None:
         self.floor, self.mode, self.threads = floor, mode, threads
-        self.name = f"C {mode}" + (f", {threads} threads" if threads > 1 else "")
+        self.name = c_name(mode, threads)
 
     def sample(self, vcpus: int) -> dict[str, Any]:
         """Its own two times; it has neither stream nor phases."""

@@ -11,14 +11,21 @@ from bench.journal import Journal
 from bench.measure import Timing
 from migstream.show import Table, print_pairs, print_table
 
+QEMU = "QEMU"
+"""Its guest's XMM registers are zero: the one against which our bytes with zeroed ones are told."""
+
 _TIMES = ("total", "save", "load")
 _COUNTS = ("vm_writes", "vcpu_writes", "early_writes", "bytes", "still", "stream")
 
 
-def summarize(journal: Journal, things: Sequence[str], vcpus: Iterable[int]) -> dict[str, Any]:
-    """Curves by thing: at each vCPU count p50, p99 and max, phases and counts; base, slope, curvature. Times in ns."""
-    counts = list(vcpus)
-    return {thing: _curve(journal, thing, counts) for thing in things
+def summarize(journal: Journal, things: Sequence[str], vcpus: Iterable[int], *, times: bool = True) -> dict[str, Any]:
+    """Curves by thing: at each vCPU count p50, p99 and max, phases and counts; base, slope, curvature. Times in ns.
+
+    Args:
+        times: False for counts alone.
+    """
+    counts, curve = list(vcpus), _curve if times else _counted
+    return {thing: curve(journal, thing, counts) for thing in things
             if any(True for n in counts for _ in journal.of(n, thing))}
 
 
@@ -31,6 +38,15 @@ def _curve(journal: Journal, thing: str, vcpus: list[int]) -> dict[str, Any]:
     return {"points": [{"vcpus": n, **_point(samples)} for n, samples in found.items()], "fit": fits}
 
 
+def _counted(journal: Journal, thing: str, vcpus: list[int]) -> dict[str, Any]:
+    found = {n: samples for n in vcpus if (samples := list(journal.of(n, thing)))}
+    return {"points": [{"vcpus": n, "samples": len(samples), **_writes(samples)} for n, samples in found.items()]}
+
+
+def _writes(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: statistics.median(s.get(name, 0) for s in samples) for name in _COUNTS}
+
+
 def _point(samples: list[dict[str, Any]]) -> dict[str, Any]:
     first = samples[0]
     out: dict[str, Any] = {"samples": len(samples)}
@@ -39,7 +55,7 @@ def _point(samples: list[dict[str, Any]]) -> dict[str, Any]:
         out[name] = {"min": min(timing.samples), "p50": timing.median, "p99": timing.p99, "max": max(timing.samples)}
     out["phases"] = {name: statistics.median(s["phases"][name] for s in samples) for name in first["phases"]}
     out["before"], out["made"] = (statistics.median(s[name] for s in samples) for name in ("before", "made"))
-    return out | {name: statistics.median(s.get(name, 0) for s in samples) for name in _COUNTS}
+    return out | _writes(samples)
 
 
 def point(document: dict[str, Any], thing: str, vcpus: int) -> dict[str, Any] | None:
@@ -54,7 +70,12 @@ def ratios(document: dict[str, Any], things: Sequence[str]) -> list[dict[str, An
     return [_ratio(thing, at, other, there)
             for thing in things if thing in document["curves"] for at in document["curves"][thing]["points"]
             for other in others if other != thing
-            if (there := point(document, other, at["vcpus"])) and there["total"]["min"]]
+            if (there := point(document, other, at["vcpus"])) and _timed(there)]
+
+
+def _timed(at: dict[str, Any]) -> bool:
+    """Whether something can be divided by its times."""
+    return bool(at["total"]["min"] and all(at[name]["p50"] for name in _TIMES))
 
 
 def _ratio(thing: str, at: dict[str, Any], other: str, there: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +83,7 @@ def _ratio(thing: str, at: dict[str, Any], other: str, there: dict[str, Any]) ->
             **{name: at[name]["p50"] / there[name]["p50"] for name in _TIMES},
             "least": at["total"]["min"] / there["total"]["min"],
             "bytes": at["bytes"] / there["bytes"] if there["bytes"] else None,
-            "still": at["still"] / there["bytes"] if there["bytes"] else None}
+            "still": at["still"] / there["bytes"] if there["bytes"] and other == QEMU else None}
 
 
 def print_document(document: dict[str, Any]) -> None:
@@ -70,6 +91,8 @@ def print_document(document: dict[str, Any]) -> None:
     machine = document["machine"]
     print_pairs([("blackout", f"{document['backend']}; {_KINDS[document['kind']]}; {document['date']}"),
                  ("machine", f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['kernel']}"),
+                 ("software", _software(document)),
+                 *((("resumed", document["resumed"]),) if document.get("resumed") else ()),
                  *(("left out", reason) for reason in document["left_out"])])
     if document["kind"] == "counted":
         _print_counts(document)
@@ -82,8 +105,16 @@ def print_document(document: dict[str, Any]) -> None:
                                f"{model['worst_error']:.0%}; calibrated by {model['calibration']['method']}")])
 
 
+def _software(document: dict[str, Any]) -> str:
+    """Versions of what measured, in words; older documents have only Python's."""
+    known, machine = document.get("software", {}), document["machine"]
+    names = {"migstream": "migstream", "revision": "commit", "native": "", "c": "C compiler", "qemu": "QEMU"}
+    return ", ".join([*(f"{title} {known[name]}".strip() for name, title in names.items() if known.get(name)),
+                      f"Python {machine.get('python', 'unknown')}"])
+
+
 _KINDS = {"measured": "wall time", "modelled": "MODELLED time, not measured; ioctls only, no encoding",
-          "counted": "register writes counted; a lab's times say nothing"}
+          "counted": "register writes counted, no times"}
 
 
 def _points(document: dict[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
@@ -136,7 +167,7 @@ def _print_ratios(document: dict[str, Any]) -> None:
     threads = document["options"]["threads"]
     pairs = (("per-vCPU", "scoped"), ("scoped", "C plain"), ("prologue", "C best"),
              ("prologue+threads", f"C best, {threads} threads"), ("prologue+threads", "C plain"),
-             ("prologue+threads", "QEMU"))
+             ("prologue+threads", QEMU))
     rows = [(one["thing"], one["against"], str(one["vcpus"]), *(f"{one[key]:.2f}" for key in (*_TIMES, "least")),
              *(f"{one[key]:.3f}" if one[key] else "" for key in ("bytes", "still")))
             for pair in pairs for one in document["ratios"] if (one["thing"], one["against"]) == pair]
