@@ -108,7 +108,7 @@ def print_document(document: dict[str, Any]) -> None:
 def _software(document: dict[str, Any]) -> str:
     """Versions of what measured, in words; older documents have only Python's."""
     known, machine = document.get("software", {}), document["machine"]
-    names = {"migstream": "migstream", "revision": "commit", "native": "", "c": "C compiler", "qemu": "QEMU"}
+    names = {"migstream": "migstream", "revision": "commit", "native": "", "c": "", "qemu": ""}
     return ", ".join([*(f"{title} {known[name]}".strip() for name, title in names.items() if known.get(name)),
                       f"Python {machine.get('python', 'unknown')}"])
 

@@ -336,3 +336,86 @@ def test_counts_have_no_times(no_pictures: None, tmp_path: Path, capsys: pytest.
 def test_zeroed_registers_are_compared_with_qemu_alone(host: Bench, no_pictures: None, tmp_path: Path) -> None:
     for one in blackout.run(options(tmp_path, *WORDS), tell)["ratios"]:
         assert (one["still"] is not None) == (one["against"] == summary.QEMU)
+
+
+# Comparing
+
+
+def _document(**change: Any) -> dict[str, Any]:
+    return {"migstream_json": 1, "bench": "blackout", "kind": "measured", "backend": "kvm", "options": {"threads": 2},
+            "machine": {"cpu": "A", "cpus": 2, "kernel": "6.1", "system": "Linux", "python": "3.11.7"},
+            "software": {"native": "compiled batch"}, "curves": _curves(4, {"p50": 100}), **change}
+
+
+def _curves(vcpus: Any, total: Any) -> dict[str, Any]:
+    return {"scoped": {"points": [{"vcpus": vcpus, "total": total, "vm_writes": 7, "vcpu_writes": 9,
+                                   "early_writes": 0}]}}
+
+
+def _compared(folder: Path, *documents: Any) -> int:
+    names = [str(folder / f"{number}.json") for number in range(len(documents))]
+    for name, document in zip(names, documents, strict=True):
+        Path(name).write_text(document if isinstance(document, str) else json.dumps(document))
+    return main(["compare", *names])
+
+
+DAMAGED: list[Any] = [
+    "", "[" * 100_000, "null", "5", "[]", {"bench": "lock"}, _document(machine=None), _document(machine={"cpu": []}),
+    _document(machine={"cpus": "x"}), _document(kind=None), _document(kind=[]), _document(kind="other"),
+    _document(curves=None), _document(curves=[]), _document(curves={"scoped": None}), _document(curves={"scoped": {}}),
+    _document(curves={"scoped": {"points": 1}}), _document(curves={"scoped": {"points": [1]}}),
+    _document(curves={"scoped": {"points": [{}]}}), _document(migstream_json=2), _document(migstream_json="1"),
+    _document(options=[]), _document(options={"threads": "x"}), _document(software=1), _document(backend={}),
+    *(_document(curves=_curves(vcpus, {"p50": 1})) for vcpus in (None, "4", 0, True, 10**400)),
+    *(_document(curves=_curves(4, total)) for total in (None, 1, {}, {"p50": "x"}, {"p50": 0}, {"p50": float("nan")},
+                                                        {"p50": float("inf")}, {"p50": -1}, {"p50": 10**400},
+                                                        {"p50": True}, {"p50": None}))]
+
+
+@pytest.mark.parametrize("document", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_result_is_one_line(tmp_path: Path, document: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for pair in ((_document(), document), (document, _document())):
+        assert _compared(tmp_path, *pair) == 64
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and "no result of" in err and len(err) < 400
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"curves": {}}, "nothing in common"), ({"curves": _curves(8, {"p50": 1})}, "nothing in common"),
+    ({"kind": "counted"}, "counted"), ({"kind": "modelled"}, "modelled")])
+def test_what_can_not_be_compared(tmp_path: Path, change: dict[str, Any], said: str,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    assert _compared(tmp_path, _document(), _document(**change)) == 64
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and err.count("\n") == 1
+
+
+def test_other_simulated_kernels_are_other_machines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (_document(kind="modelled", backend=f"sim:arm64-{kernel}") for kernel in ("5.10", "6.12"))
+    assert _compared(tmp_path, one, other) == 64 and _compared(tmp_path, one, one) == 0
+    assert "backend sim:arm64-5.10 and sim:arm64-6.12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"options": {"threads": 8}}, "threads: 2 and 8"),
+    ({"software": {"native": "pure Python"}}, "compiled part: compiled batch and pure Python"),
+    ({"machine": {**_document()["machine"], "python": "3.12.1"}}, "Python: 3.11.7 and 3.12.1")])
+def test_what_differs_is_said(tmp_path: Path, change: dict[str, Any], said: str,
+                              capsys: pytest.CaptureFixture[str]) -> None:
+    assert _compared(tmp_path, _document(), _document(**change)) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_counted_runs_show_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counted = _document(kind="counted", curves=_curves(4, None))
+    assert _compared(tmp_path, counted, counted) == 0
+    shown = capsys.readouterr().out
+    assert " ms" not in shown and "vcpu" in shown
+    assert _compared(tmp_path, counted, {**counted, "curves": {"scoped": {"points": [{"vcpus": 4}]}}}) == 64
+
+
+def test_a_directory_is_its_document(tmp_path: Path) -> None:
+    (tmp_path / "blackout.json").write_text(json.dumps(_document()))
+    assert main(["compare", str(tmp_path), str(tmp_path / "blackout.json")]) == 0
+    (tmp_path / "empty").mkdir()
+    assert main(["compare", str(tmp_path / "empty"), str(tmp_path)]) == 74
