@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import measure, output, summary
-from bench.children import versions
+from bench.children import compiler, versions
 from bench.floor import MODES
 from bench.hosts import COUNTED, LAB, MEASURED, Host, in_lab, open_host
 from bench.journal import Journal
@@ -42,9 +41,6 @@ QUICK_S = 44.0
 LAB_VCPUS = (1, 2, 4)
 REPS = 20
 BESIDE = ("c", "qemu")
-PROGRAMS = {"c": os.environ.get("CC", "cc"), "qemu": PROGRAM}
-"""What is run for each of BESIDE; its version goes into the journal."""
-
 Tell = Callable[[str], None]
 
 
@@ -66,10 +62,10 @@ class Plan:
 
     def header(self, kind: str) -> dict[str, Any]:
         """What a journal must agree with to be gone on with."""
-        programs = {name: PROGRAMS[name] for name in self.beside if kind == MEASURED}
-        known = versions(tuple(programs.values()))
+        programs = {"c": compiler(), "qemu": PROGRAM}
+        known = versions({name: programs[name] for name in self.beside if kind == MEASURED})
         return {"bench": "blackout", "kind": kind, "machine": measure.machine(), "software": {
-            **measure.software(), **{name: known[program] for name, program in programs.items()}}, "options": {
+            **measure.software(), **known}, "options": {
             "backend": self.backend, "vcpus": list(self.vcpus), "strategies": list(self.strategies),
             "threads": self.threads, "reps": self.reps, "beside": list(self.beside)}}
 
@@ -162,13 +158,18 @@ def run(options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
         except BaseException as error:
             if not stop.caused(error) or isinstance(error, Interrupted):
                 raise
-            raise Interrupted("interrupted before anything was measured", stop.status) from None
+            kept = options.folder / JOURNAL
+            raise Interrupted(f"interrupted; {kept} has what was measured" if kept.exists() else
+                              "interrupted before anything was measured", stop.status) from None
     return document
 
 
 def _measured(options: argparse.Namespace, tell: Tell, stop: Stop) -> dict[str, Any]:
     if options.backend.startswith(LAB):
-        return in_lab(options.backend, _lab_words(options), tell)
+        document = in_lab(options.backend, _lab_words(options), tell)
+        document["left_out"] += [f"{name}: a lab counts register writes of the library, one round" for name, given in
+                                 (("--reps", options.reps), ("--beside", options.beside)) if given]
+        return document
     host, left_out = open_host(options.backend, counts_only=options.counts)
     plan = make_plan(options, host, left_out)
     check = line_check(plan.vcpus, plan.things(), plan.reps)
@@ -184,6 +185,7 @@ def _measured(options: argparse.Namespace, tell: Tell, stop: Stop) -> dict[str, 
         except BaseException as error:
             if not stop.caused(error):
                 raise
+        stop.handled()
         if not journal.samples:
             raise failure or Interrupted("interrupted before the first sample: nothing was measured", stop.status)
         document = bench.document()
@@ -199,8 +201,9 @@ def _keep(folder: Path, document: dict[str, Any], tell: Tell, stop: Stop) -> Non
     document["plots"] = []
     try:
         output.write(folder, document)
-        tell("drawing")
-        output.draw(folder, document, stop.caused)
+        if document["kind"] != COUNTED:
+            tell("drawing")
+            output.draw(folder, document, stop.caused)
         output.write(folder, document)
     except OutputError as error:
         output.failed(document, error)

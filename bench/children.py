@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 _PR_SET_PDEATHSIG = 1
 _prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
@@ -56,7 +57,16 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def versions(programs: Sequence[str]) -> dict[str, str | None]:
+def compiler() -> str:
+    """The C compiler's name: CC's first word, as make takes it, else cc or gcc."""
+    try:
+        words = shlex.split(os.environ.get("CC", ""))
+    except ValueError:
+        words = []
+    return words[0] if words else "cc" if shutil.which("cc") else "gcc"
+
+
+def versions(programs: Mapping[str, str]) -> dict[str, str | None]:
     """What each says of itself; None for one that isn't there or doesn't answer."""
-    found = {name: shutil.which(name) for name in programs}
+    found = {name: shutil.which(program) for name, program in programs.items()}
     return {name: path and version(path)[0] for name, path in found.items()}

@@ -66,7 +66,9 @@ _REMARKS = (("options", "threads", "threads"), ("machine", "python", "Python"), 
 
 
 def remarks(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
-    """What else is not the same and is known of both; ratios of such runs are shown, with these words."""
+    """What else is not the same; ratios of such runs are shown, with these words."""
+    if ("software" in before) != ("software" in after):
+        yield f"the one {'before' if 'software' in after else 'after'} does not say which software measured"
     for part, field, name in _REMARKS:
         one, other = (document.get(part, {}).get(field) for document in (before, after))
         if None not in (one, other) and one != other:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.children import die_with_parent
 from bench.floor import MODES, Floor
 from bench.program import LeftOut
 from bench.qemu import Qemu
@@ -157,7 +158,7 @@ def in_lab(name: str, plan_words: Sequence[str], tell: Tell) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.lab", "run", "--arch", arch, "--kernel", kernel, "--",
                "python3", "-m", "bench", "blackout", "--backend", "kvm", "--counts", "--json", "-o", "/tmp/counts",
                *plan_words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=die_with_parent)
     start = done.stdout.find('{\n "migstream_json"')
     if done.returncode or start < 0:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()

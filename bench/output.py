@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.stop import INTERRUPTED
 from migstream.errors import MigstreamError, OutputError, UsageError
 
 JOURNAL, DOCUMENT = "samples.jsonl", "blackout.json"
@@ -41,8 +42,14 @@ def prepare(folder: Path) -> None:
 
 
 def failed(document: dict[str, Any], error: MigstreamError) -> None:
-    """Say on standard error what went wrong; the document is still shown, and the command ends with the status."""
-    print(f"bench: {error}", file=sys.stderr)
+    """Say on standard error what went wrong; the document is still shown, and the command ends with the status.
+
+    What follows from the first trouble, as a second file on a full disk, is told in `left_out` alone.
+    """
+    document["left_out"].append(str(error))
+    if not document.get("failed"):
+        print(f"bench: {error}", file=sys.stderr)
+    document["failed"] = True
     document["exit_status"] = document.get("exit_status") or error.exit_status
 
 
@@ -77,7 +84,7 @@ def draw(folder: Path, document: dict[str, Any], stopped: Callable[[BaseExceptio
     except BaseException as error:
         if stopped(error):
             document["left_out"].append("plots: the drawing was interrupted; the same command draws them again")
-            document["exit_status"] = document.get("exit_status") or 130
+            document["exit_status"] = document.get("exit_status") or INTERRUPTED
         elif isinstance(error, OSError):
             failed(document, OutputError(f"{folder}: plots: {error.strerror or error}"))
         elif isinstance(error, Exception):

@@ -14,8 +14,8 @@ INTERRUPTED = 128 + signal.SIGINT
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-class Interrupted(MigstreamError):
-    """A signal came before there was anything to show."""
+class Interrupted(MigstreamError, KeyboardInterrupt):
+    """A signal came before there was anything to show: an error with a line to say and a status, and an interrupt."""
 
     def __init__(self, what: str, status: int) -> None:
         self.exit_status = status
@@ -31,12 +31,16 @@ class Stop:
 
     def __init__(self) -> None:
         self.status = 0
+        self._new = False
         self._before: dict[int, Any] = {}
         self._shown = sys.unraisablehook
 
     def __call__(self, number: int, frame: object) -> NoReturn:
         """The handler."""
-        self.status = self.status or 128 + number
+        self.status, self._new = self.status or 128 + number, True
+        before = self._before.get(number)
+        if callable(before):  # the program's own: it may count signals too
+            before(number, frame)
         raise KeyboardInterrupt
 
     def __enter__(self) -> Stop:
@@ -45,7 +49,7 @@ class Stop:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self)
         self._shown = sys.unraisablehook
-        sys.unraisablehook = lambda what: None if self.status else self._shown(what)
+        sys.unraisablehook = lambda what: None if self._new else self._shown(what)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -58,5 +62,9 @@ class Stop:
         held is a BufferError, an interrupted import a RuntimeError.
         """
         if isinstance(error, KeyboardInterrupt):
-            self.status = self.status or INTERRUPTED
-        return bool(self.status)
+            self.status, self._new = self.status or INTERRUPTED, True
+        return self._new
+
+    def handled(self) -> None:
+        """What came so far is dealt with: an error from here on has another cause, or another signal."""
+        self._new = False
