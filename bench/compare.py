@@ -34,7 +34,7 @@ def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, A
                          "each other")
     differ = differences(before, after)
     if differ and not options.other_machine:
-        raise UsageError(f"the runs are of different machines ({'; '.join(differ)}): their times say nothing about "
+        raise UsageError(f"the runs are not of the same machine ({'; '.join(differ)}): their figures say nothing about "
                          "each other; --other-machine compares them nevertheless")
     compared = _counts if after["kind"] == COUNTED else _ratios
     rows = [row for pair in _common(before, after) for row in compared(*pair)]
