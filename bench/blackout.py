@@ -174,18 +174,10 @@ def _measured(options: argparse.Namespace, tell: Tell, stop: Stop) -> dict[str, 
     plan = make_plan(options, host, left_out)
     check = line_check(plan.vcpus, plan.things(), plan.reps)
     with Journal(options.folder / JOURNAL, plan.header(host.kind), check) as journal:
-        bench, failure = Bench(plan, host, journal, left_out, tell), None
+        bench = Bench(plan, host, journal, left_out, tell)
         if said := bench.resumed():
             print(f"bench: {said}", file=sys.stderr)
-        try:
-            bench.measure()
-            bench.complete = True
-        except OutputError as error:
-            failure = error
-        except BaseException as error:
-            if not stop.caused(error):
-                raise
-        stop.handled()
+        failure = _until_stopped(bench, stop)
         if not journal.samples:
             raise failure or Interrupted("interrupted before the first sample: nothing was measured", stop.status)
         document = bench.document()
@@ -194,6 +186,20 @@ def _measured(options: argparse.Namespace, tell: Tell, stop: Stop) -> dict[str, 
     elif not bench.complete:
         document["exit_status"] = stop.status or INTERRUPTED
     return document
+
+
+def _until_stopped(bench: Bench, stop: Stop) -> OutputError | None:
+    """Measure until all is there, a signal says stop, or no sample can be kept any more: that error is returned."""
+    try:
+        bench.measure()
+        bench.complete = True
+    except OutputError as error:
+        return error
+    except BaseException as error:
+        if not stop.caused(error):
+            raise
+    stop.handled()
+    return None
 
 
 def _keep(folder: Path, document: dict[str, Any], tell: Tell, stop: Stop) -> None:
