@@ -26,7 +26,6 @@ from migstream.backends.sim.costs import Calibration, Segment, Work, elapsed
 from migstream.errors import BackendUnavailable, OutputError
 from migstream.model import Arch
 from migstream.show import Table, print_pairs, print_table
-from migstream.transport import open_output
 
 Tell = Callable[[str], None]
 
@@ -179,9 +178,12 @@ def far(calibration: Calibration) -> list[dict[str, Any]]:
 def _save(folder: Path, document: dict[str, Any]) -> None:
     from bench import plot
 
-    document["plots"] = [str(path) for path in plot.draw_lock(document, folder)]
-    with open_output(str(folder / "lock.json")) as file:
-        file.write((json.dumps(document, indent=1) + "\n").encode())
+    try:
+        document["plots"] = [str(path) for path in plot.draw_lock(document, folder)]
+        with plot.whole(folder / "lock.json") as path:
+            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror or error}") from error
 
 
 def _make(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench import calibrate, codec, lock, native, program, restores
+from bench import calibrate, codec, lock, native, plot, program, restores
 from bench.__main__ import main
 from bench.model import load_calibration
 from bench.program import LeftOut
@@ -199,6 +199,82 @@ def test_a_full_output_is_one_line(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-m", "bench", "compare", str(run), str(run)], stdout=full,
                               stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (74, "bench: standard output: No space left on device\n")
+
+
+# Pictures
+
+
+@pytest.fixture
+def pictured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """A run of three vCPU counts, with pictures."""
+    pytest.importorskip("matplotlib", reason="plots need the extra: pip install -e '.[bench]'")
+    assert main(["blackout", "--backend", "sim:x86_64-7.2", "--vcpus", "1,2,4", "-o", str(tmp_path), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_title_ends_inside_its_picture(pictured: dict[str, Any]) -> None:
+    for document in (pictured, {**pictured, "curves": {name: {"points": curve["points"][:1]}
+                                                       for name, curve in pictured["curves"].items()}}):
+        for draw in (plot._phases, plot._curves):
+            figure = draw(document)
+            figure.canvas.draw()
+            assert figure._suptitle.get_window_extent().x1 < figure.bbox.x1
+
+
+@pytest.mark.parametrize("most", [1.02, 1.5, 3, 8, 40, 500, 10_000])
+def test_a_logarithmic_axis_has_numbers_to_read_values_by(most: float) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="plots need the extra: pip install -e '.[bench]'")
+    figure, axes = pyplot.subplots()
+    axes.plot([1, 2, 4], [7, 7.01, 7 * most])
+    axes.set_yscale("log")
+    plot._log_axes(axes, [1, 2, 4])
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+    assert len({tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high} - {""}) >= 3
+    pyplot.close(figure)
+
+
+def test_bars_are_drawn_where_they_are_claimed_and_whole(pictured: dict[str, Any]) -> None:
+    """To the 99th percentile for everything that was measured; modelled time has none."""
+    assert "bars" not in plot._curves(pictured).axes[0].get_ylabel()
+    curves = {**pictured["curves"], "QEMU": pictured["curves"]["scoped"]}
+    for curve in curves.values():
+        for at in curve["points"]:
+            at["total"]["p99"] = 3 * at["total"]["p50"]
+    linear = plot._curves({**pictured, "kind": "measured", "curves": curves}).axes[0]
+    assert "bars" in linear.get_ylabel() and len(linear.containers) == len(curves)
+    bars = [bar for container in linear.containers for bar in container.lines[2][0].get_segments()]
+    assert len(bars) == 3 * len(curves)
+    assert all(top > 2.9 * low and top < linear.get_ylim()[1] for (_, low), (_, top) in bars)
+
+
+def test_each_line_of_the_lock_has_a_name_of_its_own() -> None:
+    pytest.importorskip("matplotlib", reason="plots need the extra: pip install -e '.[bench]'")
+    run = json.loads((Path(program.__file__).with_name("results") / "lock.json").read_text())
+    figure = plot._lock(run)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(labels) == len(set(labels)) == 7
+    signs = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert signs == ["measured, 1 thread", "modelled, 1 thread", "measured, 2 threads", "modelled, 2 threads"]
+    nothing = plot._lock({**run, "measured": []})
+    assert "measured on" not in nothing._suptitle.get_text() and "nothing" in nothing.axes[0].get_title()
+
+
+def test_no_part_of_a_picture_stays(tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="plots need the extra: pip install -e '.[bench]'")
+
+    def savefig(path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    figure = pyplot.figure()
+    figure.savefig = savefig
+    (tmp_path / "a.png").write_bytes(b"earlier")
+    with pytest.raises(OSError, match="space"):
+        list(plot._save(figure, tmp_path, "a"))
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.png", b"earlier")]
 
 
 # A guest whose vCPUs need not all have had a turn
