@@ -42,9 +42,10 @@ def run(program: str, body: Callable[[list[str]], int], argv: Sequence[str] | No
 def _body(body: Callable[[list[str]], int], arguments: list[str]) -> int:
     if sys.stdout is None:
         raise OutputError("standard output is closed")
-    status = body(arguments)
-    sys.stdout.flush()
-    return status
+    try:
+        return body(arguments)
+    finally:  # --help leaves by SystemExit; what it printed counts too
+        sys.stdout.flush()
 
 
 def _why(program: str, error: BaseException, as_json: bool) -> int:

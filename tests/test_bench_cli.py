@@ -20,6 +20,7 @@ from bench.program import LeftOut
 from migstream.backends.sim import SimBackend, timing
 from migstream.errors import Corrupt, MigstreamError, OutputError
 
+RUN = str(Path(program.__file__).with_name("results") / "blackout.json")
 ROUNDS = {"calibrate": "--rounds", "check": "--rounds", "codec": "--rounds", "lock": "--reps", "model": "--rounds",
           "simulator": "--rounds", "startup": "--rounds"}
 
@@ -193,10 +194,10 @@ def test_a_calibration_that_is_not_there_is_named_once() -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_output_is_one_line(tmp_path: Path) -> None:
-    run = Path(program.__file__).with_name("results") / "blackout.json"
+@pytest.mark.parametrize("words", [["compare", RUN, RUN], ["compare", RUN, RUN, "--json"], ["--help"]])
+def test_a_full_output_is_one_line(words: list[str]) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "bench", "compare", str(run), str(run)], stdout=full,
+        done = subprocess.run([sys.executable, "-m", "bench", *words], stdout=full,
                               stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (74, "bench: standard output: No space left on device\n")
 
