@@ -76,9 +76,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    if not all(word.isdecimal() and int(word) for word in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not vCPU counts from 1 on, as 1,2,4")
-    return tuple(sorted({int(word) for word in text.split(",")}))
+    numbers = sorted({int(word) for word in text.split(",")})
+    if numbers[0] < 1:
+        raise argparse.ArgumentTypeError("vCPU counts begin at 1")
+    return tuple(numbers)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from migstream import ending
 from migstream.cli_host import Parser
-from migstream.errors import UsageError
+from migstream.errors import MigstreamError, UsageError
 from migstream.progress import progress
 
 PROGRAM = "python -m bench"
@@ -53,13 +53,18 @@ def _run(arguments: list[str], kept: list[str]) -> int:
         raise UsageError("which benchmark? One of the commands above")
     options = parser.parse_args(arguments)
     module = _module(options.bench)
-    with progress() as tell:
-        result = module.run(options, tell)
+    try:
+        with progress() as tell:
+            result = module.run(options, tell)
+    except KeyboardInterrupt as error:
+        if isinstance(error, MigstreamError):  # it says itself what became of the work
+            kept.append(str(error))
+        raise
     complete = result.get("complete", True)
     if not complete:
         kept.append(f"what was measured until then is in {options.folder}")
     _print(module, options, result)
-    return 0 if complete else INTERRUPTED
+    return int(result.get("exit_status", 0 if complete else INTERRUPTED))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -51,7 +51,7 @@ def _body(body: Callable[[list[str]], int], arguments: list[str]) -> int:
 def _why(program: str, error: BaseException, as_json: bool) -> int:
     """Say in one line what went wrong; its exit status."""
     if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT
+        return int(getattr(error, "exit_status", 128 + signal.SIGINT))
     if isinstance(error, MigstreamError):
         return _say(program, error, as_json)
     if isinstance(error, OSError):

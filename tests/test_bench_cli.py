@@ -98,7 +98,7 @@ def test_an_interrupted_lock_keeps_its_whole_rounds(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("words", [
     *([command, option, number] for command, option in ROUNDS.items() for number in ("0", "-1", "x")),
-    ["blackout", "--vcpus", "abc"], ["blackout", "--vcpus", "0"], ["nothing"], ["codec", "--nothing"]])
+    ["blackout", "--vcpus", "0"], ["nothing"], ["codec", "--nothing"]])
 def test_misuse_is_one_line_of_ours(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 64
     said = capsys.readouterr().err
