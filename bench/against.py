@@ -20,6 +20,8 @@ from bench.calibrate import cpus, kvm
 from bench.measure import machine
 from bench.model import STRATEGIES, load_calibration, predict, title
 from bench.modelled import KNOWN_PARTS
+from bench.options import number_of_rounds
+from bench.program import LeftOut
 from bench.restores import Guest, Ioctls, fresh_vm, restores, saved_guest, saves, split
 from bench.subjects import Library
 from migstream.backends.kvm.backend import KvmBackend
@@ -65,7 +67,7 @@ class Compared:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds")
+    parser.add_argument("--rounds", type=number_of_rounds, default=11, help="interleaved rounds")
     parser.add_argument("--backend", default="auto", help="kvm, or auto, which must be it")
     parser.add_argument("--calibration", metavar="FILE", help="the calibration to check (the simulator's)")
 
@@ -84,13 +86,19 @@ def measure(rounds: int, backend_name: str, tell: Callable[[str], None],
     tell(f"saving a guest of {max(CHECKED)} vCPUs mid-run")
     guest = saved_guest(backend, max(CHECKED))
     layouts = tuple(layout for layout, _ in guest.banks)
-    times, ours = _times(backend, guest, rounds, tell), _library_times(backend, rounds, tell)
-    points = [_compare(strategy, threads, vcpus, times, layouts, calibration)
-              for strategy, threads in STRATEGY_THREADS if threads <= cpus() for vcpus in CHECKED]
+    points, left_out = [], []
+    try:
+        times = _times(backend, guest, rounds, tell)
+        points = [_compare(strategy, threads, vcpus, times, layouts, calibration)
+                  for strategy, threads in STRATEGY_THREADS if threads <= cpus() for vcpus in CHECKED]
+    except LeftOut as reason:
+        left_out.append(str(reason))
+    ours = _library_times(backend, rounds, tell)
     points += [_against_library(name, threads, vcpus, samples, layouts, calibration)
                for (name, threads, vcpus), samples in ours.items()]
     return {"machine": {**machine(), "cpus": cpus()}, "calibration": dict(calibration.machine), "rounds": rounds,
-            "points": [{**asdict(point), "error": point.error} for point in points], "error": _errors(points)}
+            "points": [{**asdict(point), "error": point.error} for point in points], "error": _errors(points),
+            "left_out": left_out}
 
 
 def _same_machine(calibration: Calibration) -> None:
@@ -166,17 +174,19 @@ def _errors(points: list[Compared]) -> dict[str, dict[str, float]]:
                for who in (C, OURS) for few, many in ((1, 4), (8, 32), (64, 512))}
     groups |= {f"{who}, all": [p for p in points if p.who == who] for who in (C, OURS)}
     return {name: {"median": statistics.median(abs(p.error) for p in group), "worst": max(abs(p.error) for p in group)}
-            for name, group in {**groups, "all": points}.items()}
+            for name, group in {**groups, "all": points}.items() if group}
 
 
 def print_result(result: dict[str, Any]) -> None:
     """The document as tables."""
     print_pairs([("model", f"against real KVM: median of {result['rounds']} rounds, the model's error behind it; "
                            f"{result['machine']['cpu']}, {result['machine']['cpus']} CPUs, "
-                           f"Linux {result['machine']['kernel']}")])
+                           f"Linux {result['machine']['kernel']}"),
+                 *(("left out", reason) for reason in result["left_out"])])
     for who, what in ((C, "C ioctls"), (OURS, "the library, without codec and planning")):
-        print_pairs([(who, what)])
-        print_table(_points_table([point for point in result["points"] if point["who"] == who]))
+        if points := [point for point in result["points"] if point["who"] == who]:
+            print_pairs([(who, what)])
+            print_table(_points_table(points))
     print_table(Table(("error of the model", ">median", ">worst"), [
         (name, f"{error['median']:.1%}", f"{error['worst']:.1%}") for name, error in result["error"].items()]))
 

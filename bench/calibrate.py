@@ -21,6 +21,7 @@ import numpy as np
 
 from bench import native
 from bench.measure import machine
+from bench.options import number_of_rounds
 from bench.restores import Guest, Ioctls, fresh_vm, ioctls, restores, saved_guest, saves, split
 from migstream.backends import open_backend
 from migstream.backends.kvm import uapi
@@ -83,22 +84,25 @@ def cpus() -> int:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds")
+    parser.add_argument("--rounds", type=number_of_rounds, default=11, help="interleaved rounds")
     parser.add_argument("--backend", default="auto", help="kvm, or auto, which must be it")
     parser.add_argument("-o", dest="output", metavar="FILE", help="write the calibration to FILE")
 
 
 def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
-    """See `measure`."""
-    result = measure(options.rounds, options.backend, tell)
-    if options.output:
-        write(result, options.output)
+    """See `measure`; with -o the file is there when everything was measured, else it is as it was."""
+    if not options.output:
+        return measure(options.rounds, options.backend, tell)
+    with open_output(options.output) as file:  # opened before minutes of measuring, not after
+        result = measure(options.rounds, options.backend, tell)
+        file.write((json.dumps(result["calibration"], indent=1) + "\n").encode())
     return result
 
 
 def measure(rounds: int, backend_name: str, tell: Callable[[str], None]) -> dict[str, Any]:
     """Calibrate and return the document that `--json` prints."""
     backend = kvm(backend_name)
+    native.library()
     tell(f"saving a guest of {max(POINTS)} vCPUs mid-run")
     guest = saved_guest(backend, max(POINTS))
     samples = [sample for number in range(rounds) for vcpus in POINTS
@@ -211,12 +215,6 @@ def _handoff(walls: dict[Point, float], cost: Cost) -> float:
     """Of two threads that do little else one always waits for the other; what its hold does not explain."""
     left = [ns - cost.held(point[0]) for point, ns in walls.items() if point[0] >= BATCH_POINT and point[1] > 1]
     return max(statistics.median(left), 0.0) if left else 0.0
-
-
-def write(result: dict[str, Any], path: str) -> None:
-    """Keep a calibration in a file. Raises: OutputError."""
-    with open_output(path) as file:
-        file.write((json.dumps(result["calibration"], indent=1) + "\n").encode())
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import interleaved, machine
+from bench.options import number_of_rounds
 from migstream.backends import open_backend
 from migstream.demo import run as demo
 from migstream.host import profiles
@@ -36,7 +37,7 @@ FAILS = (0, 10, 11)
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds")
+    parser.add_argument("--rounds", type=number_of_rounds, default=11, help="interleaved rounds")
 
 
 def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:

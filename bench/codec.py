@@ -19,10 +19,11 @@ import zstandard
 from construct import Array, Int64ul, Struct
 
 from bench.measure import Timing, interleaved, machine, microseconds
+from bench.options import number_of_rounds
+from bench.restores import saved_stream
 from bench.strategies import without_xmm
 from migstream import codec, sections
 from migstream.backends import open_backend
-from migstream.demo import run as demo
 from migstream.frames import FrameReader, FrameWriter
 from migstream.model import Arch, Bank, Layout, Phase, Scope, Slot
 from migstream.reader import StreamReader
@@ -38,10 +39,7 @@ FIRST_MSR = 0xC0000000
 def saved_state(vcpus: int, backend_name: str = "auto") -> tuple[str, Bank]:
     """Save a demo guest mid-run and return where, and its vCPU state bank."""
     backend = open_backend(backend_name)
-    out = io.BytesIO()
-    demo.run_and_save(backend, demo.machine(backend.arch, vcpus, 64 << 20), out)
-    out.seek(0)
-    items = [item for _, item in read_items(out, StreamReader())]
+    items = [item for _, item in read_items(io.BytesIO(saved_stream(backend, vcpus)), StreamReader())]
     banks = [item for item in items if isinstance(item, EncodedBank)
              and (item.layout.scope, item.layout.phase) == (Scope.VCPU, Phase.STATE)]
     assert len(banks) == 1
@@ -119,7 +117,7 @@ SLOW = {"construct build": 2, "construct parse": 2, "struct build": 9, "struct p
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--rounds", type=int, default=31, help="interleaved rounds")
+    parser.add_argument("--rounds", type=number_of_rounds, default=31, help="interleaved rounds")
     parser.add_argument("--backend", default="auto", help="where the guest is saved: auto, kvm, sim")
 
 

@@ -13,12 +13,13 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.measure import Timing, machine
 from bench.model import load_calibration
+from bench.options import number_of_rounds
 from bench.program import LeftOut, Talk, build
 from migstream.backends import open_backend
 from migstream.backends.sim.costs import Calibration, Segment, Work, elapsed
@@ -71,7 +72,7 @@ FAR_VCPUS, FAR_THREADS = (64, 256, 1024, 4096), (1, 2, 8, 32, 128)
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--quick", action="store_true", help=f"up to {QUICK_VCPUS[-1]} vCPUs")
-    parser.add_argument("--reps", type=int, default=20, help="interleaved rounds")
+    parser.add_argument("--reps", type=number_of_rounds, default=20, help="interleaved rounds")
     parser.add_argument("--calibration", type=Path, help="of `python -m bench calibrate` (default: the one kept here)")
     parser.add_argument("-o", dest="folder", type=Path, default=Path("lock"), help="directory of the results")
 
@@ -79,19 +80,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
     """Measure, model and return the document that `--json` prints; times in ns. Raises: MigstreamError."""
     calibration, left_out = load_calibration(options.calibration), []
-    measured: list[dict[str, Any]] = []
-    lapics: list[dict[str, Any]] = []
+    model, found, complete = far(calibration), Found(), True
+    _make(options.folder)
     try:
-        measured, lapics = measure(QUICK_VCPUS if options.quick else VCPUS, options.reps, tell)
+        measure(QUICK_VCPUS if options.quick else VCPUS, options.reps, tell, found)
     except (LeftOut, BackendUnavailable) as reason:
         left_out.append(f"real KVM: {reason}")
-    for at in measured:
+    except KeyboardInterrupt:
+        if not found.bursts:
+            raise
+        complete = False
+        left_out.append("what was to come after the interruption")
+    for at in found.bursts:
         at["modelled"] = modelled(calibration, _write(at["write"]), at["vcpus"], at["threads"])
         at["error"] = at["modelled"] / at["p50"] - 1
     document = {"bench": "lock", "machine": machine(), "date": time.strftime("%Y-%m-%d", time.gmtime()),
                 "calibration": {"machine": dict(calibration.machine), "method": calibration.method,
                                 "handoff": calibration.handoff},
-                "measured": measured, "lapic": lapics, "model": far(calibration), "left_out": left_out}
+                "complete": complete, "measured": found.bursts, "lapic": found.lapics, "model": model,
+                "left_out": left_out}
     _save(options.folder, document)
     return document
 
@@ -100,24 +107,28 @@ def _write(command: str) -> Write:
     return next(write for write in WRITES if write.command == command)
 
 
-def measure(counts: Sequence[int], rounds: int, tell: Tell) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+@dataclass
+class Found:
+    """What was measured so far, a row for each vCPU count and thing; of an interrupted one the rounds that ended."""
+
+    bursts: list[dict[str, Any]] = field(default_factory=list)
+    lapics: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure(counts: Sequence[int], rounds: int, tell: Tell, found: Found) -> None:
     """Bursts of writes, and ways to write LAPICs, on real KVM. Raises: LeftOut, BackendUnavailable."""
     backend = open_backend("kvm")
     if backend.arch != Arch.X86_64:
         raise LeftOut(f"lock.c is for x86-64, this host is {backend.arch.label}")
-    bursts, lapics = [], []
     with tempfile.TemporaryDirectory(prefix="migstream-") as folder, Talk(build("lock", Path(folder))) as talk:
         for vcpus in (n for n in counts if n <= backend.profile().max_vcpus):
             talk.ask(f"vm {vcpus}")
-            things = {(write.command, threads): _burst(talk, write, threads) for write in WRITES
-                      for threads in sorted({1, os.cpu_count() or 1}) if threads <= vcpus}
             tell(f"{vcpus} vCPUs")
-            bursts += [{"vcpus": vcpus, "write": command, "threads": threads, **_spread(timing)}
-                       for (command, threads), timing in _rounds(things, rounds).items()]
-            ways = {(way, vcpus): _lapic(talk, vcpus, way) for way in LAPIC_WAYS if vcpus >= LEAST_LAPICS}
-            lapics += [{"vcpus": vcpus, "way": way, **_spread(timing)}
-                       for (way, _), timing in _rounds(ways, rounds).items()]
-    return bursts, lapics
+            bursts = [({"vcpus": vcpus, "write": write.command, "threads": threads}, _burst(talk, write, threads))
+                      for write in WRITES for threads in sorted({1, os.cpu_count() or 1}) if threads <= vcpus]
+            _rounds(found.bursts, bursts, rounds)
+            ways = LAPIC_WAYS if vcpus >= LEAST_LAPICS else ()
+            _rounds(found.lapics, [({"vcpus": vcpus, "way": way}, _lapic(talk, vcpus, way)) for way in ways], rounds)
 
 
 def _spread(timing: Timing) -> dict[str, Any]:
@@ -132,13 +143,17 @@ def _burst(talk: Talk, write: Write, threads: int) -> Callable[[], int]:
     return lambda: int(talk.ask(f"burst {write.command} {threads}"))
 
 
-def _rounds(things: dict[tuple[str, int], Callable[[], int]], rounds: int) -> dict[tuple[str, int], Timing]:
-    """Each thing once a round; the C program's own times."""
-    samples: dict[tuple[str, int], list[int]] = {key: [] for key in things}
-    for _ in range(rounds):
-        for key, thing in things.items():
-            samples[key].append(thing())
-    return {key: Timing(tuple(values)) for key, values in samples.items()}
+def _rounds(out: list[dict[str, Any]], things: Sequence[tuple[dict[str, Any], Callable[[], int]]],
+            rounds: int) -> None:
+    """Each thing once a round, the C program's own times; `out` gets a row for each, whatever ends this too early."""
+    done: list[list[int]] = []
+    try:
+        for _ in range(rounds):
+            done.append([thing() for _, thing in things])
+    finally:
+        if done:
+            out += [{**row, **_spread(Timing(samples))}
+                    for (row, _), samples in zip(things, zip(*done, strict=True), strict=True)]
 
 
 def modelled(calibration: Calibration, write: Write, vcpus: int, threads: int) -> float:
@@ -164,9 +179,19 @@ def _save(folder: Path, document: dict[str, Any]) -> None:
     from bench import plot
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         document["plots"] = [str(path) for path in plot.draw_lock(document, folder)]
-        (folder / "lock.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        with plot.whole(folder / "lock.json") as path:
+            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror or error}") from error
+
+
+def _make(folder: Path) -> None:
+    """The directory of the results, before anything is measured. Raises: OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise OutputError(f"{folder}: {error.strerror or error}") from error
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from migstream.backends.sim import timing
 from migstream.backends.sim.costs import Calibration, elapsed
-from migstream.errors import Corrupt, OutputError, UsageError
+from migstream.errors import Corrupt, OutputError, UsageError, printable
 from migstream.host.profile import FIXED, HostProfile
 from migstream.model import Arch, Layout, Machine, MemoryRegion, Phase, Scope
 from migstream.registers import arm64
@@ -109,14 +109,20 @@ def layouts_of(profile: HostProfile) -> tuple[Layout, ...]:
 def load_calibration(path: str | Path | None = None) -> Calibration:
     """Read a calibration; without a path, the one that the simulator has.
 
-    Raises: OutputError, Corrupt.
+    Raises: OutputError, UsageError, Corrupt.
     """
     path = path or timing.CALIBRATION
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OutputError(f"{path}: {error}") from error
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # bytes that are no UTF-8, a path with a NUL in it
+        raise UsageError(f"{printable(path)}: not a calibration: no text") from error
     try:
-        return Calibration.from_json(text)
+        calibration = Calibration.from_json(text)
+        for name in ("cpu", "kernel"):
+            if not isinstance(calibration.machine.get(name), str):
+                raise Corrupt("missing, or no text", section="calibration", field=f"machine.{name}")
     except Corrupt as error:
         raise error.in_file(str(path)) from error.__cause__
+    return calibration

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from migstream.errors import BackendError, BackendUnavailable
+from bench.program import CURE, LeftOut, compile_c
+from migstream.errors import BackendError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,17 +24,13 @@ SOURCE = Path(__file__).with_name("ioctls.c")
 
 @cache
 def library() -> Any:
-    """The compiled `ioctls.c`. Raises: BackendUnavailable where there is no C compiler, or it fails."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
-        raise BackendUnavailable("no C compiler (cc or gcc) here: kernel costs are measured by a small C program")
+    """The compiled `ioctls.c`. Raises: LeftOut where there is no C compiler, or it fails."""
     with tempfile.TemporaryDirectory(prefix="migstream-") as folder:
-        out = Path(folder) / "ioctls.so"
-        done = subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-pthread", "-o", str(out), str(SOURCE)],
-                              capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise BackendUnavailable(f"{SOURCE.name} does not compile: {done.stderr.strip().splitlines()[-1:]}")
-        loaded = ctypes.CDLL(str(out))
+        out = compile_c(SOURCE, Path(folder) / "ioctls.so", "-shared", "-fPIC", "-pthread")
+        try:
+            loaded = ctypes.CDLL(str(out))
+        except OSError as error:
+            raise LeftOut(f"{SOURCE.name}: what the C compiler made can't be loaded; {CURE}") from error
     loaded.run.restype = ctypes.c_long
     loaded.run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p,
                            ctypes.c_void_p)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import inf, log10
 from pathlib import Path
 from typing import Any
 
 from bench.hosts import COUNTED, MODELLED
-from bench.lock import WRITES
+from bench.lock import WRITES, Write
 from bench.modelled import KNOWN_PARTS
 from bench.strategies import PHASES, STRATEGIES
 
@@ -59,9 +62,33 @@ def _save(figure: Any, folder: Path, name: str) -> Iterator[Path]:
 
     for suffix in _SUFFIXES:
         path = folder / f"{name}.{suffix}"
-        figure.savefig(path, metadata={"Date": None} if suffix == "svg" else None)
+        with whole(path) as unfinished:
+            figure.savefig(unfinished, format=suffix, metadata={"Date": None} if suffix == "svg" else None)
         yield path
     pyplot.close(figure)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give the name of a file beside `path` that becomes `path` when the body has ended well, else is removed."""
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _head(figure: Any, text: str) -> None:
+    """The picture's title at its left, its lines broken where the picture ends."""
+    width = int(figure.get_figwidth() / _TITLE_CHARACTER)
+    lines = (part for line in text.splitlines() for part in textwrap.wrap(line, width))
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=_TITLE_POINTS)
+
+
+_TITLE_POINTS, _TITLE_CHARACTER = 11, 0.09
+"""The title's size, and the inches that a character of it takes at most, on average."""
 
 
 def _title(document: dict[str, Any], what: str) -> str:
@@ -86,37 +113,54 @@ def _curves(document: dict[str, Any]) -> Any:
             _line(axes, document, name, points)
         axes.set_xlabel("vCPUs of the guest")
         axes.grid(True, which="major", color="#e5e5e5", linewidth=0.8)
-    linear.set_ylabel("blackout, ms (median; bars reach to the 99th percentile)")
+    modelled = document.get("kind") == MODELLED
+    linear.set_ylabel(f"blackout, ms ({MODELLED.upper() if modelled else 'median; bars reach to the 99th percentile'})")
     linear.set_title("linear: how it grows", fontsize=10)
     logarithmic.set_title("the same, both axes logarithmic: small guests", fontsize=10)
-    linear.set_ylim(0, 1.06 * max(at["total"]["p50"] for points in curves.values() for at in points) / 1e6)
+    linear.set_ylim(0, 1.06 * max(at["total"]["p99"] for points in curves.values() for at in points) / 1e6)
     linear.set_xlim(left=0)
+    linear.xaxis.get_major_locator().set_params(integer=True)
     _log_axes(logarithmic, sorted({at["vcpus"] for points in curves.values() for at in points}))
     handles, labels = linear.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(_title(document, "Blackout: how long a guest stands still while all its registers are saved and "
-                           "restored (RAM not counted)"), x=0.01, ha="left", fontsize=11)
+    _head(figure, _title(document, "Blackout: how long a guest stands still while all its registers are saved and "
+                         "restored (RAM not counted)"))
     return figure
 
 
 def _log_axes(axes: Any, counts: list[int]) -> None:
-    from matplotlib.ticker import FuncFormatter
+    """Both logarithmic, after the data: so many ticks of y have a number that any value can be read."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     shown = [n for n in counts if n & (n - 1) == 0]
     axes.set_xticks(shown or counts, [str(n) for n in shown or counts])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axes.get_ylim()
+    decades = log10(high / low)
+    between = next(subs for most, subs in _NUMBERED if decades < most)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(LogLocator(subs=between) if between else NullLocator())
+    if not between and decades < 1:
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(True, which="minor", axis="y", color="#f0f0f0", linewidth=0.6)
+
+
+_NUMBERED: tuple[tuple[float, tuple[float, ...]], ...] = (
+    (0.5, ()), (1.2, (1.5, 2, 3, 4, 5, 6, 7, 8, 9)), (3, (2, 5)), (inf, ()))
+"""Below so many decades of an axis: which parts of a decade have a number; below half a one ticks stand evenly."""
 
 
 def _line(axes: Any, document: dict[str, Any], name: str, points: list[dict[str, Any]]) -> None:
     x = [at["vcpus"] for at in points]
     y = [at["total"]["p50"] / 1e6 for at in points]
     strategy = name in STRATEGIES
-    high = [max(at["total"]["p99"] / 1e6 - middle, 0) if strategy else 0 for at, middle in zip(points, y, strict=True)]
-    axes.errorbar(x, y, yerr=[[0] * len(y), high], label=_label(document, name), **_style(name), elinewidth=1,
-                  capsize=2 if strategy else 0, markersize=5 if strategy else 4, linewidth=2 if strategy else 1.4)
+    high = [max(at["total"]["p99"] / 1e6 - middle, 0) for at, middle in zip(points, y, strict=True)]
+    bars = None if document.get("kind") == MODELLED else [[0] * len(y), high]
+    axes.errorbar(x, y, yerr=bars, label=_label(document, name), **_style(name), elinewidth=1,
+                  capsize=2, markersize=5 if strategy else 4, linewidth=2 if strategy else 1.4)
 
 
 def _style(name: str) -> dict[str, Any]:
@@ -145,17 +189,17 @@ def _phases(document: dict[str, Any]) -> Any:
     counts = ([n for n in counts if n & (n - 1) == 0] or counts)[-4:]
     if not counts:
         return None
-    figure, panels = pyplot.subplots(1, len(counts), figsize=(3.1 * len(counts) + 1.5, 6.2), layout="constrained",
-                                     squeeze=False)
+    figure, panels = pyplot.subplots(1, len(counts), figsize=(max(3.1 * len(counts) + 1.5, 8), 6.2),
+                                     layout="constrained", squeeze=False)
     for axes, vcpus in zip(panels[0], counts, strict=True):
         _stack(axes, {name: at for name in names for at in points[name] if at["vcpus"] == vcpus},
                document["kind"] == MODELLED)
-        axes.set_title(f"{vcpus} vCPUs", fontsize=10)
-    panels[0][0].set_ylabel("blackout, ms (median of each part); each panel has its own scale")
+        axes.set_title(f"{vcpus} vCPU{'s' * (vcpus > 1)}", fontsize=10)
+    what = MODELLED.upper() if document["kind"] == MODELLED else "median of each part"
+    panels[0][0].set_ylabel(f"blackout, ms ({what}); each panel has its own scale")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=9)
-    figure.suptitle(_title(document, "Where a blackout's time goes, and how often VM-scoped registers are written"),
-                    x=0.01, ha="left", fontsize=11)
+    _head(figure, _title(document, "Where a blackout's time goes, and how often VM-scoped registers are written"))
     return figure
 
 
@@ -196,8 +240,8 @@ def _model(document: dict[str, Any]) -> Any:
     axes.set_xlabel("vCPUs of the guest")
     axes.set_ylabel("reading and writing registers, ms (medians; no encoding)")
     axes.legend(frameon=False, ncols=2, fontsize=9)
-    axes.set_title(_title(document, f"Model against measurement: median error {model['median_error']:.0%}, worst "
-                          f"{model['worst_error']:.0%} (lines modelled, points measured)"), loc="left", fontsize=11)
+    _head(figure, _title(document, f"Model against measurement: median error {model['median_error']:.0%}, worst "
+                         f"{model['worst_error']:.0%} (lines modelled, points measured)"))
     return figure
 
 
@@ -212,14 +256,15 @@ def _lock(document: dict[str, Any]) -> Any:
     figure, (near, far) = pyplot.subplots(1, 2, figsize=(13.5, 7.2), layout="constrained")
     for write in WRITES:
         _lock_measured(near, document["measured"], write.command)
-        _lock_modelled(far, document["model"], write.command)
+        _lock_modelled(far, document["model"], write)
+    _lock_signs(near, document["measured"])
     counts = sorted({at["vcpus"] for at in document["measured"]}) or [1, 2]
     _log_axes(near, counts)
     _log_axes(far, sorted({at["threads"] for at in document["model"]}))
     errors = sorted(abs(at["error"]) for at in document["measured"])
     error = f"error where measured: median {errors[len(errors) // 2]:.0%}, worst {errors[-1]:.0%}" if errors else ""
     kept = document["calibration"]["machine"]
-    near.set_title("measured (● 1 thread, ▲ more) and modelled (lines)", fontsize=10)
+    near.set_title("measured (points) and modelled (lines)" if errors else "nothing was measured here", fontsize=10)
     near.set_xlabel("vCPUs; one write for each")
     near.set_ylabel("all writes together, ms (median)")
     most = max(at["vcpus"] for at in document["model"])
@@ -231,9 +276,30 @@ def _lock(document: dict[str, Any]) -> Any:
         axes.grid(True, which="major", color="#e5e5e5", linewidth=0.8)
     handles, labels = far.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(_title(document, "One write for each vCPU: what several threads gain, and where a VM-wide lock "
-                           "takes it away"), x=0.01, ha="left", fontsize=11)
+    what = "One write for each vCPU: what several threads gain, and where a VM-wide lock takes it away"
+    _head(figure, _title(document, what) if errors else
+          f"{what}\nMODELLED, not measured; costs calibrated on {kept['cpu']}, Linux {kept['kernel']}")
     return figure
+
+
+def _lock_signs(axes: Any, measured: list[dict[str, Any]]) -> None:
+    """A legend of what points and lines are, whatever their colour."""
+    from matplotlib.lines import Line2D
+
+    signs = [Line2D([], [], color="#555555", label=f"{what}, {threads} thread{'s' * (threads > 1)}", **style)
+             for threads in sorted({at["threads"] for at in measured})
+             for what, style in (("measured", {"marker": _marker(threads), "linestyle": "none"}),
+                                 ("modelled", {"linestyle": _dashes(threads)}))]
+    if signs:
+        axes.legend(handles=signs, loc="upper left", frameon=False, fontsize=9)
+
+
+def _marker(threads: int) -> str:
+    return "o" if threads == 1 else "^"
+
+
+def _dashes(threads: int) -> str:
+    return "-" if threads == 1 else ":"
 
 
 def _widths(command: str) -> float:
@@ -245,16 +311,16 @@ def _lock_measured(axes: Any, measured: list[dict[str, Any]], command: str) -> N
     for threads in sorted({at["threads"] for at in measured}):
         points = [at for at in measured if (at["write"], at["threads"]) == (command, threads)]
         x, style = [at["vcpus"] for at in points], {"color": _WRITE_COLOURS[command], "linewidth": _widths(command)}
-        axes.plot(x, [at["p50"] / 1e6 for at in points], linestyle="none", marker="o" if threads == 1 else "^", **style)
-        axes.plot(x, [at["modelled"] / 1e6 for at in points], linestyle="-" if threads == 1 else ":", **style)
+        axes.plot(x, [at["p50"] / 1e6 for at in points], linestyle="none", marker=_marker(threads), **style)
+        axes.plot(x, [at["modelled"] / 1e6 for at in points], linestyle=_dashes(threads), **style)
 
 
-def _lock_modelled(axes: Any, model: list[dict[str, Any]], command: str) -> None:
+def _lock_modelled(axes: Any, model: list[dict[str, Any]], write: Write) -> None:
     most = max(at["vcpus"] for at in model)
-    points = [at for at in model if (at["write"], at["vcpus"]) == (command, most)]
-    what = next(write.what for write in WRITES if write.command == command)
+    points = [at for at in model if (at["write"], at["vcpus"]) == (write.command, most)]
     axes.plot([at["threads"] for at in points], [at["modelled"] / 1e6 for at in points], marker="o",
-              color=_WRITE_COLOURS[command], label=what, linewidth=_widths(command))
-    if what.startswith("VM-scoped"):
-        axes.axhline(points[0]["once"] / 1e6, color=_WRITE_COLOURS[command], linestyle="--", linewidth=0.9,
-                     label=f"… the same, once instead of {most} times")
+              color=_WRITE_COLOURS[write.command], label=write.what, linewidth=_widths(write.command))
+    if write.what.startswith("VM-scoped"):
+        register = write.what.partition(": ")[2].split()[0]
+        axes.axhline(points[0]["once"] / 1e6, color=_WRITE_COLOURS[write.command], linestyle="--", linewidth=0.9,
+                     label=f"{register} once, instead of {most} times")

@@ -45,16 +45,20 @@ class Guest:
                            for layout, values in self.banks))
 
 
-def saved_guest(backend: Backend, vcpus: int) -> Guest:
+def saved_stream(backend: Backend, vcpus: int) -> bytes:
     """Save a demo guest mid-run; where many vCPUs share a CPU not every one had its turn. Raises: MigstreamError."""
-    import numpy as np
-
     out = io.BytesIO()
     with source_vm(backend, vcpus) as vm:
         save(vm, out, host=backend.summary(), pause=vm.pause)
-    out.seek(0)
+    return out.getvalue()
+
+
+def saved_guest(backend: Backend, vcpus: int) -> Guest:
+    """The same as matrices. Raises: MigstreamError."""
+    import numpy as np
+
     found: dict[Layout, list[Words]] = {}
-    for _, item in read_items(out, StreamReader()):
+    for _, item in read_items(io.BytesIO(saved_stream(backend, vcpus)), StreamReader()):
         if isinstance(item, EncodedBank):
             bank = item.decode()
             found[item.layout] = [bank.values] if bank.update else [*found.get(item.layout, []), bank.values]

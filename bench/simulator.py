@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.measure import interleaved, machine
+from bench.options import number_of_rounds
 from migstream.backends.base import Backend
 from migstream.backends.sim import SimBackend
 from migstream.demo import run as demo
@@ -49,7 +50,7 @@ class Saved:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds")
+    parser.add_argument("--rounds", type=number_of_rounds, default=11, help="interleaved rounds")
 
 
 def run(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:

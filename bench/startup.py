@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import interleaved, machine
+from bench.options import number_of_rounds
+from bench.restores import saved_stream
 from migstream.backends import open_backend
-from migstream.demo import run as demo
 from migstream.show import Table, milliseconds, print_pairs, print_table
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds")
+    parser.add_argument("--rounds", type=number_of_rounds, default=21, help="interleaved rounds")
     parser.add_argument("--backend", default="auto", help="where the guest is saved: auto, kvm, sim")
 
 
@@ -33,8 +34,7 @@ def measure(rounds: int, backend_name: str, tell: Callable[[str], None]) -> dict
     with tempfile.TemporaryDirectory(prefix="migstream-") as folder:
         path = Path(folder) / "512.mig"
         tell("saving a guest of 512 vCPUs")
-        with path.open("wb") as out:
-            demo.run_and_save(backend, demo.machine(backend.arch, 512, 64 << 20), out)
+        path.write_bytes(saved_stream(backend, 512))
         commands = {
             "bare interpreter": ["-c", "pass"],
             "migstream --version": ["-m", "migstream", "--version"],

@@ -6,12 +6,17 @@ import sys
 
 
 def main() -> int:
-    """Run the command line. Ctrl-C while it is being imported ends it at once: there is nothing to clean up yet."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
+    """Run the command line."""
+    begin()
     from migstream import cli
 
     return cli.main()
+
+
+def begin() -> None:
+    """Ctrl-C while a command line is being imported ends it at once: there is nothing to clean up yet."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
 
 
 if __name__ == "__main__":

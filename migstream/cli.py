@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from migstream import __version__, cli_check, cli_convert, cli_host, native
+from migstream import __version__, cli_check, cli_convert, cli_host, ending, native
 from migstream.cli_files import open_contract, open_policy, stream_only
 from migstream.cli_host import BACKENDS, Parser, open_profile
-from migstream.errors import EXIT_STATUS, MigstreamError, OutputError, UsageError, printable
+from migstream.errors import EXIT_STATUS, UsageError
 
 if TYPE_CHECKING:
     from migstream.contract import Contract
@@ -27,93 +26,12 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status (`errors.EXIT_STATUS`); 130 and the like where a signal said stop."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    told = _Told()
-    if argv is None:
-        told.listen()
-    try:
-        status = _run(arguments)
-    except BaseException as error:
-        if not told.status and ("--debug" in arguments or isinstance(error, SystemExit)):
-            raise
-        status = told.status or _why(error, "--json" in arguments)
-    told.rest()
-    return told.status or status
+    return ending.run("migstream", _run, argv)
 
 
 def _run(arguments: list[str]) -> int:
-    if sys.stdout is None:
-        raise OutputError("standard output is closed")
     options = _parser().parse_args(arguments)
-    status = int(options.run(options))
-    sys.stdout.flush()
-    return status
-
-
-def _why(error: BaseException, as_json: bool) -> int:
-    """Say in one line what went wrong; its exit status."""
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT
-    if isinstance(error, MigstreamError):
-        return _say(error, as_json)
-    if isinstance(error, OSError):
-        return _no_output(error)
-    print(f"migstream: a bug of ours: {type(error).__name__}: {error}; please report it with the output of --debug",
-          file=sys.stderr)
-    return 70
-
-
-class _Told:
-    """Which signal said stop: SIGTERM and SIGHUP end a command as Ctrl-C does, and unwind it: files go, VMs are closed.
-
-    Whatever is raised after one follows from it, under whatever name it comes: an interrupted import is a RuntimeError,
-    views that an interrupted frame holds are a BufferError.
-
-    Attributes:
-        status: the exit status then; 0 while none came.
-    """
-
-    def __init__(self) -> None:
-        self.status = 0
-        self._numbers: list[int] = []
-
-    def __call__(self, number: int, frame: object) -> NoReturn:
-        """The handler."""
-        self.status = self.status or 128 + number
-        raise KeyboardInterrupt
-
-    def listen(self) -> None:
-        """From here on. What is ignored (nohup, a script's background) stays ignored."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self)
-                self._numbers.append(number)
-        shown = sys.unraisablehook
-        sys.unraisablehook = lambda what: None if self.status else shown(what)
-
-    def rest(self) -> None:
-        """What comes while the interpreter ends just ends it, without a traceback."""
-        for number in self._numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _no_output(error: OSError) -> int:
-    """Standard output went away or is full. What it still holds is dropped, so that the interpreter's exit is quiet."""
-    if not isinstance(error, BrokenPipeError):
-        print(f"migstream: standard output: {error.strerror or error}", file=sys.stderr)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return OutputError.exit_status
-
-
-def _say(error: MigstreamError, as_json: bool) -> int:
-    print(f"migstream: {printable(error, 2000)}", file=sys.stderr)
-    if isinstance(error.__cause__, BrokenPipeError):
-        return _no_output(error.__cause__)
-    if as_json and sys.stdout is not None:
-        from migstream.show import error_json, print_json
-
-        print_json("error", error_json(error))
-    return error.exit_status
+    return int(options.run(options))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from migstream import filekind
 from migstream.errors import DoesNotFit, OutputError, ProfileError, ProfileLimit, UsageError
@@ -20,6 +21,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises: UsageError."""
         raise UsageError(f"{message}; see {self.prog} --help")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As argparse's, which hides that help could not be written."""
+        print(message, end="", file=file or sys.stderr)
 
 
 BACKENDS = "auto (real KVM where it works, else the simulator), kvm, sim, or sim:NAME, with +RULE (host list)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -143,6 +144,8 @@ def open_output(name: str, check: Callable[[BinaryIO], object] | None = None) ->
         yield from _straight(name)
         return
     target = Path(os.path.realpath(name))
+    if target.is_dir():
+        raise OutputError(f"{printable(name)}: {os.strerror(errno.EISDIR)}")
     try:
         fd, temporary = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
     except (OSError, ValueError) as error:

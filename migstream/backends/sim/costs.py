@@ -77,28 +77,47 @@ class Calibration:
         """Read what `to_json` wrote. Raises: Corrupt with the field."""
         try:
             raw = json.loads(text)
-            if raw.pop("migstream_calibration") != CALIBRATION_VERSION:
-                raise Corrupt("another version", section="calibration", field="migstream_calibration")
-            costs = {name: Cost(**row) for name, row in raw.pop("costs").items()}
-            points, handoff, machine = tuple(raw.pop("points")), float(raw.pop("handoff")), dict(raw.pop("machine"))
-            _check("handoff", handoff)
-            return cls(machine, _checked(costs), handoff, points=points, **raw)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Corrupt(f"not a calibration: {type(error).__name__}: {error}", section="calibration") from error
+        except (ValueError, RecursionError) as error:
+            raise _wrong("not a calibration: no JSON") from error
+        if not isinstance(raw, dict) or "migstream_calibration" not in raw:
+            raise _wrong("not a calibration: `python -m bench calibrate -o FILE` writes one")
+        if raw.pop("migstream_calibration") != CALIBRATION_VERSION:
+            raise _wrong("another version", "migstream_calibration")
+        for name, (kind, what) in _KINDS.items():
+            if not isinstance(raw.get(name), kind):
+                raise _wrong(f"missing, or not {what}", name)
+        if more := raw.keys() - _KINDS:
+            raise _wrong("nothing of a calibration", min(more))
+        _check("handoff", raw["handoff"])
+        if not all(isinstance(point, int) for point in raw["points"]):
+            raise _wrong("not whole numbers", "points")
+        return cls(raw["machine"], {name: _cost(name, row) for name, row in raw["costs"].items()},
+                   float(raw["handoff"]), raw["method"], tuple(raw["points"]))
 
 
-def _checked(costs: dict[str, Cost]) -> dict[str, Cost]:
-    for name, cost in costs.items():
-        for item in fields(cost):
-            value = getattr(cost, item.name)
-            if value is not None:
-                _check(f"{name}.{item.name}", value)
-    return costs
+_KINDS: dict[str, tuple[Any, str]] = {
+    "machine": (dict, "an object"), "costs": (dict, "an object"), "handoff": ((int, float), "a number"),
+    "method": (str, "text"), "points": (list, "a list")}
+"""The fields of a calibration's file."""
 
 
-def _check(field: str, value: float) -> None:
-    if not 0 <= value < 1e12:
-        raise Corrupt("a time that can't be", section="calibration", field=field, found=value)
+def _wrong(what: str, field: str = "", found: object = "") -> Corrupt:
+    return Corrupt(what, section="calibration", field=field, found=found)
+
+
+def _cost(name: str, row: object) -> Cost:
+    known = {item.name for item in fields(Cost)}
+    if not isinstance(row, dict) or "base" not in row or not row.keys() <= known:
+        raise _wrong(f"not a cost: an object with base, and any of {', '.join(sorted(known - {'base'}))}", name)
+    for field, value in row.items():
+        if value is not None or field != "hold":
+            _check(f"{name}.{field}", value)
+    return Cost(**row)
+
+
+def _check(field: str, value: object) -> None:
+    if not isinstance(value, int | float) or not 0 <= value < 1e12:
+        raise _wrong("a time that can't be", field, value)
 
 
 @dataclass(frozen=True, slots=True)
