@@ -19,7 +19,7 @@ from migstream.host import profile_rules
 from migstream.host import profile_values as values
 from migstream.model import Arch, Scope
 from migstream.registers import vcpu_features
-from migstream.registers.catalogue import lookup
+from migstream.registers.catalogue import must_have
 from migstream.registers.cpuid import COMPUTED, STATE_BITS
 
 PROFILE_VERSION = 2
@@ -157,24 +157,20 @@ class HostProfile:
     def known_scopes(self) -> dict[int, Scope]:
         """By register id: what the kernel says where it says (`scope_flags`), else what an experiment found.
 
-        Fixed registers are left out: the catalogue's scope serves. So it does for what is the VM's on every kernel and
-        has no flag: the series that proposed flags did not mark all of it (PSCI_VERSION).
+        Fixed registers are left out: the catalogue's scope serves. So it does for what streams have at one scope on
+        every kernel (`must_have`), whatever was found: the series that proposed flags did not mark all of it
+        (PSCI_VERSION), and a bank at another scope could not be read.
         """
         found = {id: Scope(name) for id, name in {**self.scopes, **self.feature_scopes}.items() if name != FIXED}
-        if not self.says_scope:
-            return found
-        told = {id: Scope.VCPU for id in self.with_all_features().listed | self.listed if not _always_of_vm(id)}
-        return {**found, **told, **dict.fromkeys(self.scope_flags, Scope.VM)}
+        if self.says_scope:
+            found.update(dict.fromkeys(self.with_all_features().listed | self.listed, Scope.VCPU))
+            found.update(dict.fromkeys(self.scope_flags, Scope.VM))
+        return {id: scope for id, scope in found.items() if must_have(id) in (None, scope)}
 
     @cached_property
     def listed(self) -> frozenset[int]:
         """`registers`, for looking one up."""
         return frozenset(self.registers)
-
-
-def _always_of_vm(id: int) -> bool:
-    row = lookup(id)
-    return row.known and row.scope_fixed and row.scope == Scope.VM
 
 
 def cpuid_word(function: int, index: int, register: int) -> int:
