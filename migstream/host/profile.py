@@ -157,15 +157,19 @@ class HostProfile:
     def known_scopes(self) -> dict[int, Scope]:
         """By register id: what the kernel says where it says (`scope_flags`), else what an experiment found.
 
-        Fixed registers are left out: the catalogue's scope serves. So it does for what streams have at one scope on
-        every kernel (`must_have`), whatever was found: the series that proposed flags did not mark all of it
-        (PSCI_VERSION), and a bank at another scope could not be read.
+        Fixed registers are left out: the catalogue's scope serves. So it does for what is the VM's on every kernel and
+        has no flag: the series that proposed flags did not mark all of it (PSCI_VERSION).
         """
         found = {id: Scope(name) for id, name in {**self.scopes, **self.feature_scopes}.items() if name != FIXED}
-        if self.says_scope:
-            found.update(dict.fromkeys(self.with_all_features().listed | self.listed, Scope.VCPU))
-            found.update(dict.fromkeys(self.scope_flags, Scope.VM))
-        return {id: scope for id, scope in found.items() if must_have(id) in (None, scope)}
+        if not self.says_scope:
+            return found
+        told = {id: Scope.VCPU for id in self.with_all_features().listed | self.listed if must_have(id) != Scope.VM}
+        return {**found, **told, **dict.fromkeys(self.scope_flags, Scope.VM)}
+
+    @cached_property
+    def bank_scopes(self) -> dict[int, Scope]:
+        """`known_scopes` as far as a stream may have them (`must_have`): the scopes that a save's layouts have."""
+        return {id: scope for id, scope in self.known_scopes.items() if must_have(id) in (None, scope)}
 
     @cached_property
     def listed(self) -> frozenset[int]:
