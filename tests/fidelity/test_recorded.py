@@ -7,7 +7,6 @@ They run on the simulator of the kernel, and on the kernel itself where this is 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from migstream.registers import ids, x86_64
 from tests.conftest import kvm_problem
 from tests.fidelity import driver
 from tests.fidelity.calls import Call, call
+from tests.fidelity.recorded import Recorded, holds
 from tests.fidelity.vocabularies import vocabulary
 
 V61, V612, V72, PVM = "x86_64-6.1", "x86_64-6.12", "x86_64-7.2", "x86_64-6.18-pvm"
@@ -35,16 +35,6 @@ VP_INDEX, TIME_REF, APIC_FREQUENCY, VP_ASSIST, TSC_RATIO = (
 OS_ID, HYPERCALL, TSC_FREQUENCY = (ids.msr_id(n) for n in (0x4000_0000, 0x4000_0001, 0x4000_0022))
 ASYNC_PF_EN, PV_EOI_EN, ASYNC_PF_INT = (ids.msr_id(n) for n in (0x4B56_4D02, 0x4B56_4D04, 0x4B56_4D06))
 TSC_ADJUST, UCODE_REV, PAT, TSC_DEADLINE = (ids.msr_id(n) for n in (0x3B, 0x8B, 0x277, 0x6E0))
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What kernels answer to the last of these calls: parts of the answer, by key or by `value.WORD`."""
-
-    kernels: tuple[str, ...]
-    calls: tuple[Call, ...]
-    expected: dict[str, Any]
-    why: str
 
 
 def vm(vcpus: int = 1, devices: dict[str, Any] | None = None, **caps: list[int]) -> Call:
@@ -304,13 +294,6 @@ ROWS = (
 )
 
 CASES = [pytest.param(name, row, id=f"{name}-{row.why}") for row in ROWS for name in row.kernels]
-
-
-def holds(answer: Any, expected: dict[str, Any]) -> dict[str, Any]:
-    """The expected parts of an answer."""
-    words = answer.get("value", {})
-    return {key: words.get(key.removeprefix("value.")) if key.startswith("value.") else answer.get(key)
-            for key in expected}
 
 
 def ask(backend: Backend, name: str, row: Recorded) -> dict[str, Any]:
