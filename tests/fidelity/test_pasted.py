@@ -1,4 +1,4 @@
-"""What a divergence prints is Python: the row that it says, which fails on what diverges and passes on what does not."""
+"""What a divergence prints is Python: a row that fails on what diverges, and passes on what does not."""
 
 from __future__ import annotations
 
