@@ -15,7 +15,7 @@ from migstream.contract import Behaviour, check_behaviour
 from migstream.errors import Corrupt, LimitExceeded, StreamError
 from migstream.frames import FrameReader, Preamble, Section
 from migstream.model import PAGE, HostSummary, Layout, Machine, OpaqueState, Phase, Scope, Slot
-from migstream.registers.catalogue import fits_arch, lookup
+from migstream.registers.catalogue import fits_arch, lookup, must_have
 from migstream.sections import EncodedBank, End, Item, RamLayout, RamPages, Skipped, decode
 from migstream.wire import structs
 
@@ -156,9 +156,8 @@ class StreamReader:
         self._scopes[id] = scope
         if not fits_arch(id, machine.arch):
             raise Corrupt("register of another architecture", field=f"{id:#018x}")
-        row = lookup(id)
-        if row.known and row.scope_fixed and row.scope != scope:
-            raise Corrupt(f"{row.scope}-scoped register in a {scope} bank", field=row.name)
+        if (own := must_have(id)) and own != scope:
+            raise Corrupt(f"{own}-scoped register in a {scope} bank", field=lookup(id).name)
 
     def _on_bank(self, section: Section, bank: EncodedBank) -> None:
         number = section.layout

@@ -14,7 +14,7 @@ from migstream import backends
 from migstream.backends.kvm import KvmBackend
 from migstream.backends.sim import SimBackend
 from migstream.cli import main
-from migstream.host import profiles
+from migstream.host import profile_rules, profiles
 from migstream.host.probe import capture
 from migstream.host.profile import SCOPE_CAPABILITY, HostProfile, to_json
 from migstream.model import Arch, Machine, MemoryRegion, Scope
@@ -90,18 +90,21 @@ def test_replay_names_each_register_whose_scope_differs(host: HostProfile, expec
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize(("profile", "scope"), [
-    (PLAIN, Scope.VCPU), (measured(vm=MAIR_EL1), Scope.VM), (replace(PLAIN, scopes={}), Scope.VCPU)])
-def test_a_save_goes_by_the_profile_and_else_by_the_catalogue(profile: HostProfile, scope: Scope) -> None:
+@pytest.mark.parametrize(("profile", "id", "scope"), [
+    (PLAIN, UNFLAGGED, Scope.VM), (measured(vcpu=UNFLAGGED), UNFLAGGED, Scope.VCPU),
+    (replace(PLAIN, scopes={}), UNFLAGGED, Scope.VM), (PLAIN, MAIR_EL1, Scope.VCPU),
+    pytest.param(measured(vm=MAIR_EL1), MAIR_EL1, Scope.VCPU, id="streams have it at one scope")])
+def test_a_save_goes_by_the_profile_and_else_by_the_catalogue(profile: HostProfile, id: int, scope: Scope) -> None:
     with SimBackend(profile).create(Machine(Arch.ARM64, 2, (MemoryRegion(0, 1 << 20),))) as vm:
         vm.create_vcpus()
-        (found,) = {layout.scope for layout in vm.layouts()[0] if MAIR_EL1 in layout.index}
-    assert found == scope and lookup(MAIR_EL1).scope == Scope.VCPU
+        (found,) = {layout.scope for layout in vm.layouts()[0] if id in layout.index}
+    assert found == scope
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Iterator[Path]:
-    """This machine's profile, where an experiment has found that LSTAR is the VM's."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """This machine's profile, where an experiment has found that LSTAR is the VM's, and the catalogue leaves it open."""
+    monkeypatch.setattr(profile_rules, "must_have", lambda id: None)
     backend = KvmBackend()
     found = capture(backend, "pytest", experiments=False)
     backend.close()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from migstream.model import Klass
-from migstream.registers.catalogue import lookup
+from migstream.registers.catalogue import lookup, must_have
 
 if TYPE_CHECKING:
     from migstream.host.profile import HostProfile
@@ -153,7 +153,15 @@ class Found:
 
 def scopes(scratch: Scratch, trials: Mapping[int, Trial]) -> dict[int, Found]:
     """Write through one vCPU, read through the others; then write through another, read through the first."""
-    return {id: _scope(scratch, id, trial) for id, trial in trials.items()}
+    return {id: _possible(id, _scope(scratch, id, trial)) for id, trial in trials.items()}
+
+
+def _possible(id: int, found: Found) -> Found:
+    """The catalogue's scope where no stream may have another: what was found instead stays in the words."""
+    own = must_have(id)
+    if found.scope == "fixed" or own in (None, found.scope):
+        return found
+    return Found(str(own), f"as on every other kernel, though by experiment {found.scope}: {found.how}")
 
 
 def _scope(scratch: Scratch, id: int, trial: Trial) -> Found:

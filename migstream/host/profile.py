@@ -19,7 +19,7 @@ from migstream.host import profile_rules
 from migstream.host import profile_values as values
 from migstream.model import Arch, Scope
 from migstream.registers import vcpu_features
-from migstream.registers.catalogue import lookup
+from migstream.registers.catalogue import must_have
 from migstream.registers.cpuid import COMPUTED, STATE_BITS
 
 PROFILE_VERSION = 2
@@ -163,18 +163,18 @@ class HostProfile:
         found = {id: Scope(name) for id, name in {**self.scopes, **self.feature_scopes}.items() if name != FIXED}
         if not self.says_scope:
             return found
-        told = {id: Scope.VCPU for id in self.with_all_features().listed | self.listed if not _always_of_vm(id)}
+        told = {id: Scope.VCPU for id in self.with_all_features().listed | self.listed if must_have(id) != Scope.VM}
         return {**found, **told, **dict.fromkeys(self.scope_flags, Scope.VM)}
+
+    @cached_property
+    def bank_scopes(self) -> dict[int, Scope]:
+        """`known_scopes` as far as a stream may have them (`must_have`): the scopes that a save's layouts have."""
+        return {id: scope for id, scope in self.known_scopes.items() if must_have(id) in (None, scope)}
 
     @cached_property
     def listed(self) -> frozenset[int]:
         """`registers`, for looking one up."""
         return frozenset(self.registers)
-
-
-def _always_of_vm(id: int) -> bool:
-    row = lookup(id)
-    return row.known and row.scope_fixed and row.scope == Scope.VM
 
 
 def cpuid_word(function: int, index: int, register: int) -> int:

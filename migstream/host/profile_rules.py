@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from migstream.model import OURS, Arch
-from migstream.registers.catalogue import lookup
+from migstream.registers.catalogue import lookup, must_have
 from migstream.registers.ids import arch_of
 
 if TYPE_CHECKING:
@@ -104,6 +104,16 @@ _WIDE: dict[str, Callable[[Any], tuple[bytes, ...]]] = {
     **dict.fromkeys(("register_bits", "feature_bits", "readback"), lambda pair: pair),
 }
 
+
+def _scopes(profile: HostProfile, given: Collection[str]) -> Found:
+    """No register is at a scope at which no stream may have it; what is fixed is at the catalogue's."""
+    for field in ("scopes", "feature_scopes"):
+        for id, scope in getattr(profile, field).items():
+            own = must_have(id)
+            if scope != "fixed" and own not in (None, scope):
+                yield field, f"{id:#x}: {scope}; {lookup(id).name} is {own} on every kernel"
+
+
 _ENTRY, _MOST_ENTRIES = 40, 256
 
 
@@ -117,4 +127,5 @@ def _cpuid(profile: HostProfile, given: Collection[str]) -> Found:
         yield "cpuid", f"{len(table)} bytes and a count of {count} are no struct kvm_cpuid2"
 
 
-RULES: tuple[Callable[[HostProfile, Collection[str]], Found], ...] = (_whole, _own, _filled, _ids, _widths, _cpuid)
+RULES: tuple[Callable[[HostProfile, Collection[str]], Found], ...] = (
+    _whole, _own, _filled, _ids, _widths, _scopes, _cpuid)

@@ -61,6 +61,12 @@ def lookup(id: int) -> Register:
         known=False)
 
 
+def must_have(id: int) -> Scope | None:
+    """The one scope that a bank of a stream may have a register at; None where kernels differ, or without a row."""
+    row = lookup(id)
+    return row.scope if row.known and row.scope_fixed else None
+
+
 def running(id: int) -> Running | None:
     """What of a register may differ when it is read back, None where nothing may."""
     from migstream.registers import arm64, gic, x86_64

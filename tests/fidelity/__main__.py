@@ -19,7 +19,7 @@ from migstream.backends.kvm import KvmBackend
 from migstream.errors import BackendUnavailable, MigstreamError, UsageError
 from migstream.host import profiles
 from migstream.host.profile import HostProfile
-from tests.fidelity import answers, driver, guest
+from tests.fidelity import answers, driver, guest, recorded
 from tests.fidelity.vocabularies import VOCABULARIES, vocabulary
 from tests.lab import boot, kernels, tier
 from tests.lab.errors import LabError
@@ -58,7 +58,8 @@ def on_host(seed: int, sequences: int, calls: int) -> Outcome:
     found = guest.compare(profile, seed, calls, range(sequences), packed)
     out = _outcome(name, profile, seed, sequences, calls, found)
     shrunk = (guest.shrunk(real, profile, seed, calls, index) for index in out.divergences[:MOST_SHRUNK])
-    out.tests = "\n\n".join(driver.pasteable(one, name, seed) for one in shrunk if one)
+    tests = "\n\n".join(recorded.pasteable(one, name, profile.arch, seed) for one in shrunk if one)
+    out.tests = tests + recorded.not_shown(out.divergences, MOST_SHRUNK)
     return out
 
 
@@ -90,7 +91,8 @@ def in_lab(name: str, seed: int, sequences: int, calls: int, time_limit_s: float
     out = _outcome(name, profile, seed, sequences, calls, found)
     if out.divergences:
         shown = out.divergences[:MOST_SHRUNK]
-        out.tests = _in_guest(kernel, ("shrink", name, seed, calls, _ANSWERS, *shown), time_limit_s).decode()
+        tests = _in_guest(kernel, ("shrink", name, seed, calls, _ANSWERS, *shown), time_limit_s).decode()
+        out.tests = tests + recorded.not_shown(out.divergences, MOST_SHRUNK)
     return out
 
 

@@ -103,17 +103,3 @@ def _differences(path: str, real: Answer, simulated: Answer) -> Iterator[str]:
             yield from _differences(f"{path}.{key}".lstrip("."), real.get(key), simulated.get(key))
     elif real != simulated:
         yield f"{path or 'answer'}: real {json.dumps(real)}, simulated {json.dumps(simulated)}"
-
-
-def pasteable(found: Divergence, kernel: str, seed: int) -> str:
-    """The divergence as a test that runs on the simulator alone, with what differs as comments."""
-    lines = [f"# {kernel}, seed {seed}, sequence {found.index}",
-             *(f"#   {line}" for line in difference(found.real, found.simulated)[:20]),
-             "Recorded(", f'    "{kernel}", (']
-    lines += [f"        {made}," for made in found.story]
-    return "\n".join((*lines, f"    ), {_expected(found.real)}),"))
-
-
-def _expected(real: Answer) -> str:
-    text = repr(real)
-    return text if len(text) < 2000 else f"{text[:2000]} …"

@@ -25,7 +25,7 @@ from migstream.backends.kvm import KvmBackend
 from migstream.backends.sim import SimBackend
 from migstream.host import profiles
 from migstream.host.profile import HostProfile
-from tests.fidelity import driver
+from tests.fidelity import driver, recorded
 from tests.fidelity.calls import Answer, Story, Vocabulary
 from tests.fidelity.vocabularies import vocabulary
 
@@ -40,7 +40,7 @@ def record(real: Backend, profile: HostProfile, seed: int, calls: int, indices: 
     return zstandard.compress("\n".join(lines).encode())
 
 
-def recorded(packed: bytes) -> tuple[dict[str, int], Iterator[list[Answer]]]:
+def unpacked(packed: bytes) -> tuple[dict[str, int], Iterator[list[Answer]]]:
     """What `record` packed: facts of that boot, and the answers of each sequence."""
     text = zstandard.ZstdDecompressor().decompressobj().decompress(packed).decode()
     facts, *lines = text.splitlines()
@@ -51,7 +51,7 @@ def compare(profile: HostProfile, seed: int, calls: int, indices: Sequence[int],
             packed: bytes) -> list[driver.Divergence]:
     """The sequences in which the simulator of the profile answers otherwise than `record` packed."""
     words, found = vocabulary(profile.arch), []
-    facts, answers = recorded(packed)
+    facts, answers = unpacked(packed)
     simulator = SimBackend(words.told(profile, facts))
     for index, real in zip(indices, answers, strict=True):
         story = driver.story(words, profile, seed, index, calls)
@@ -83,7 +83,7 @@ def _shrink(profile: HostProfile, kernel: str, seed: int, calls: int, indices: S
     real, out = KvmBackend(), []
     for index in indices:
         found = shrunk(real, profile, seed, calls, index)
-        out.append(driver.pasteable(found, kernel, seed) if found else
+        out.append(recorded.pasteable(found, kernel, profile.arch, seed) if found else
                    f"# {kernel}, seed {seed}, sequence {index}: not seen again: something else than the calls decides")
     return ("\n\n".join(out) + "\n").encode()
 
@@ -94,7 +94,8 @@ def fresh(sequences: int, seed: int, calls: int = 30) -> int:
     profile, real = profiles.load(name), KvmBackend()
     found = compare(profile, seed, calls, range(sequences), record(real, profile, seed, calls, range(sequences)))
     if found:
-        print(_shrink(profile, name, seed, calls, [one.index for one in found[:3]]).decode())
+        indices = [one.index for one in found]
+        print(_shrink(profile, name, seed, calls, indices[:3]).decode() + recorded.not_shown(indices, 3))
     print(f"{sequences} sequences, {sequences * calls} calls, {len(found)} divergences, seed {seed}, kernel {name}")
     return 1 if found else 0
 

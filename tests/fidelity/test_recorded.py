@@ -7,7 +7,6 @@ They run on the simulator of the kernel, and on the kernel itself where this is 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from migstream.registers import ids, x86_64
 from tests.conftest import kvm_problem
 from tests.fidelity import driver
 from tests.fidelity.calls import Call, call
+from tests.fidelity.recorded import Recorded, holds
 from tests.fidelity.vocabularies import vocabulary
 
 V61, V612, V72, PVM = "x86_64-6.1", "x86_64-6.12", "x86_64-7.2", "x86_64-6.18-pvm"
@@ -35,16 +35,6 @@ VP_INDEX, TIME_REF, APIC_FREQUENCY, VP_ASSIST, TSC_RATIO = (
 OS_ID, HYPERCALL, TSC_FREQUENCY = (ids.msr_id(n) for n in (0x4000_0000, 0x4000_0001, 0x4000_0022))
 ASYNC_PF_EN, PV_EOI_EN, ASYNC_PF_INT = (ids.msr_id(n) for n in (0x4B56_4D02, 0x4B56_4D04, 0x4B56_4D06))
 TSC_ADJUST, UCODE_REV, PAT, TSC_DEADLINE = (ids.msr_id(n) for n in (0x3B, 0x8B, 0x277, 0x6E0))
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What kernels answer to the last of these calls: parts of the answer, by key or by `value.WORD`."""
-
-    kernels: tuple[str, ...]
-    calls: tuple[Call, ...]
-    expected: dict[str, Any]
-    why: str
 
 
 def vm(vcpus: int = 1, devices: dict[str, Any] | None = None, **caps: list[int]) -> Call:
@@ -303,14 +293,46 @@ ROWS = (
              {"answer": refused("KVM_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", "EINVAL")}, "INITs are latched while in SMM"),
 )
 
+EFER, APIC_BASE, PLATFORM_INFO, MISC_FEATURES = (ids.msr_id(n) for n in (0xC000_0080, 0x1B, 0xCE, 0x140))
+FAULTS_OFF = {"answer": short("MSR_MISC_FEATURES_ENABLES"), "value.0": None}
+LONG_MODE = change(SREGS2, (248, "word", 0x20), (240, "word", 0x1000), (264, "word", 0x500), (224, "word", 0x8001_0033))
+
+
+def reads(value: int | None) -> dict[str, Any]:
+    return {"answer": [], "value.0": value and hex(value)}
+
+
+def base(value: int) -> dict[str, Any]:
+    return {"answer": short("MSR_IA32_APICBASE"), "value.0": hex(value)}
+
+
+ROWS += (
+    Recorded((V61, V612), (vm(), write(MISC_FEATURES, 1), write(PLATFORM_INFO, 0)),
+             {"answer": short("MSR_PLATFORM_INFO"), "value.0": "0x80000000"}, "faults of CPUID are on: it stays"),
+    Recorded((V72, PVM), (vm(), write(MISC_FEATURES, 1), write(PLATFORM_INFO, 0)), reads(None), "6.18, 7.2: need not"),
+    Recorded(LAB, (vm(), write(PLATFORM_INFO, 0), write(MISC_FEATURES, 1)), FAULTS_OFF, "none where there are none"),
+    Recorded(LAB, (vm(), write(PLATFORM_INFO, 0x20), write(MISC_FEATURES, 1)), FAULTS_OFF, "nor where others are"),
+    Recorded(LAB, (vm(), write(PLATFORM_INFO, 0), write(PLATFORM_INFO, 1 << 31), write(MISC_FEATURES, 1)), reads(1),
+             "and again where there are"),
+    Recorded((PVM,), (vm(), write(PLATFORM_INFO, 0), write(MISC_FEATURES, 3)), reads(3), "pvm takes any value"),
+    Recorded((*LAB, PVM), (vm(), write(EFER, 0xD01)), reads(0x901), "EFER, which no kernel lists; LMA is the mode's"),
+    Recorded((*LAB, PVM), (vm(), write(EFER, 0x901), read(SREGS)), {"value.33": "0x901"}, "and is KVM_SREGS'"),
+    Recorded((*LAB, PVM), (vm(), cpuid(), LONG_MODE, write(EFER, 0)), reads(0x400), "LMA stays while there is paging"),
+    Recorded((*LAB, PVM), (vm(), cpuid((0x8000_0001, 0, 3, 20)), write(EFER, 0x800)), reads(0x800),
+             "a VMM's EFER is not held against CPUID: NX"),
+    Recorded(LAB, (vm(), write(EFER, 0x3000)), reads(0x3000), "with SVM: SVME, LMSLE"),
+    Recorded((PVM,), (vm(), write(EFER, 0x1000)), {"answer": short("MSR_EFER"), "value.0": None}, "without: no SVME"),
+    Recorded((*LAB, PVM), (vm(), write(EFER, 0x4000)), {"answer": short("MSR_EFER"), "value.0": None}, "no FFXSR"),
+    Recorded((*LAB, PVM), (vm(), read(APIC_BASE)), {"refused": [], "value.0": "0xfee00900"}, "the APIC base, likewise"),
+    Recorded((*LAB, PVM), (vm(), write(APIC_BASE, 0xFEE0_0D00)), base(0xFEE0_0900), "no x2APIC without CPUID"),
+    Recorded((*LAB, PVM), (vm(), cpuid(), write(APIC_BASE, 0xFEE0_0D00), read(SREGS)), {"value.34": "0xfee00d00"},
+             "with it there is, in KVM_SREGS, too"),
+    Recorded((*LAB, PVM), (vm(), cpuid(), write(APIC_BASE, 0xFEE0_0400)), base(0xFEE0_0900), "not while it is off"),
+    Recorded((*LAB, PVM), (vm(devices={}), cpuid(), write(APIC_BASE, 0xFEE0_0000)), reads(0xFEE0_0000),
+             "off, also without an irqchip"),
+    Recorded((*LAB, PVM), (vm(), write(APIC_BASE, 1 << 36 | 0x900)), base(0xFEE0_0900), "36 bits without CPUID"),
+)
 CASES = [pytest.param(name, row, id=f"{name}-{row.why}") for row in ROWS for name in row.kernels]
-
-
-def holds(answer: Any, expected: dict[str, Any]) -> dict[str, Any]:
-    """The expected parts of an answer."""
-    words = answer.get("value", {})
-    return {key: words.get(key.removeprefix("value.")) if key.startswith("value.") else answer.get(key)
-            for key in expected}
 
 
 def ask(backend: Backend, name: str, row: Recorded) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from migstream.backends.sim.arm64 import ids
 from migstream.registers import gic, vcpu_features
 from migstream.registers import ids as all_ids
 from tests.fidelity.calls import Call, call
-from tests.fidelity.test_recorded import Recorded, ask, here
+from tests.fidelity.recorded import Recorded
+from tests.fidelity.test_recorded import ask, here
 
 V510, V61, V612, V72 = "arm64-5.10", "arm64-6.1", "arm64-6.12", "arm64-7.2"
 ALL, OLD, NEW = (V510, V61, V612, V72), (V510, V61), (V612, V72)

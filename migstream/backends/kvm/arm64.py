@@ -412,7 +412,7 @@ class Arm64Vm(ArchVm):
 
     def layouts(self) -> tuple[Layout, ...]:
         """The kernel's list, structs, interrupt lines and the interrupt controller."""
-        scopes = self.vm.backend.profile().known_scopes
+        scopes = self.vm.backend.profile().bank_scopes
         found = (*rows.layouts(self.registers(), scopes, self._extra()), *self._gic_layouts())
         return tuple(sorted(found, key=lambda layout: layout.phase))
 

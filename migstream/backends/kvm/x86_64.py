@@ -346,7 +346,7 @@ class X86Vm(ArchVm):
         msr_list = profile.msrs + tuple(i for i in profile.feature_msrs if i not in profile.msrs)
         capabilities = {**profile.capabilities, **self._devices_offered()}
         return rows.layouts(capabilities, sizes, msr_list, self._kvm_registers(), self.vm.enabled_caps,
-                            profile.known_scopes)
+                            profile.bank_scopes)
 
     def operations(self, layout: Layout) -> list[Operation]:
         """See `operations`."""

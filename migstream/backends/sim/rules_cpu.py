@@ -106,7 +106,8 @@ def _other_mode(rows: Rows, values: Words) -> Mask:
     return ~_long(values) & (bits(values[:, EFER], _LMA) | bits(values[:, 2], _CS_LONG))
 
 
-def _apic_base(rows: Rows, values: Words) -> Mask:
+def bad_apic_base(rows: Rows, values: Words) -> Mask:
+    """The rows whose APIC base (in a word of KVM_SREGS2) is refused."""
     base, tables = values[:, APIC_BASE], rows.get(cpuid.ID)
     x2apic = bits(cpuid.word(tables, 1, 0, cpuid.ECX), 1 << 21)
     beyond = mask((base >> cpuid.physical_bits(tables)) != 0)
@@ -216,7 +217,7 @@ REFUSALS = (
     Refuse("EFER.LMA or a 64-bit CS without 64-bit paging", BOTH_SREGS, errno.EINVAL, _other_mode,
            "kvm_is_valid_sregs"),
     Refuse("APIC base: reserved bits, x2APIC without CPUID or without the enable bit", BOTH_SREGS, errno.EINVAL,
-           _apic_base, "kvm_apic_set_base"),
+           bad_apic_base, "kvm_apic_set_base"),
     Refuse("PDPTRs outside of PAE paging, unknown flags", (SREGS2,), errno.EINVAL, _pdptrs, "__set_sregs2"),
     Refuse("flags", (DEBUGREGS,), errno.EINVAL, _debugregs_flags, "kvm_vcpu_ioctl_x86_set_debugregs"),
     Refuse("high half of DR6 or DR7", (DEBUGREGS,), errno.EINVAL, _high_halves, "kvm_dr6_valid, kvm_dr7_valid"),

@@ -248,6 +248,14 @@ def _base_changed(rows: Rows, values: Words, before: Words) -> None:
     rows.put(LAPIC, page)
 
 
+def mode_changed(rows: Rows, values: Words, before: Words) -> None:
+    """The APIC's mode alone, of KVM_SREGS2 as it is now and as it was before."""
+    if rows.guest.has("irqchip"):
+        page = rows.get(LAPIC).copy()
+        _set_ids(rows, page, values[:, APIC_BASE], before[:, APIC_BASE])
+        rows.put(LAPIC, page)
+
+
 def _set_ids(rows: Rows, page: Words, now: NDArray[np.uint64], before: NDArray[np.uint64]) -> None:
     """An APIC that comes to xAPIC mode has the short id, one that comes to x2APIC mode the long and a logical one."""
     number, changed = _numbers(rows), now ^ before

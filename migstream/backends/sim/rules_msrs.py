@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migstream.backends.sim import cpuid, rules_hyperv
+from migstream.backends.sim import cpuid, rules_hyperv, rules_modes
 from migstream.backends.sim.msr_rule import MsrRule, in_ram, version
 from migstream.backends.sim.rules import U64, bits, mask
 from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS, PERF_GLOBAL, PERF_GLOBAL_CPUID
@@ -24,6 +24,11 @@ TSC, TSC_ADJUST, TSC_DEADLINE, UCODE_REV = 0x10, 0x3B, 0x6E0, 0x8B
 TSC_RATIO, TSC_AUX = 0xC000_0104, 0xC000_0103
 LSTAR, SYSENTER_EIP, PAT = 0xC000_0082, 0x176, 0x277
 ASYNC_PF_EN, PV_EOI_EN, ASYNC_PF_INT = 0x4B56_4D02, 0x4B56_4D04, 0x4B56_4D06
+PLATFORM_INFO, MISC_FEATURES = 0xCE, 0x140
+_CPUID_FAULT, _CPUID_FAULTS = 1 << 31, 1
+"""Of MSR_PLATFORM_INFO: there are faults of CPUID. Of MSR_MISC_FEATURES_ENABLES: they are on."""
+
+_FAULTS_MAY_STAY = (6, 18)
 _CR4, _LA57 = 31, 1 << 12
 _BY_INTERRUPT = 0b1001
 """KVM_ASYNC_PF_ENABLED and KVM_ASYNC_PF_DELIVERY_AS_INT."""
@@ -154,7 +159,29 @@ def _same_ratio(rows: Rows, values: Column) -> Column:
     return stored
 
 
+def _faults(rows: Rows) -> Mask:
+    return bits(rows.get(ids.msr_id(MISC_FEATURES))[:, 0], _CPUID_FAULTS)
+
+
+def _ends_faulting(rows: Rows, values: Column) -> Mask:
+    """A vCPU that has faults of CPUID on can't be told that there are none, on kernels before 6.18."""
+    looks = version(rows.guest.profile) < _FAULTS_MAY_STAY
+    return _not_taken(rows, PLATFORM_INFO, values) | _faults(rows) & ~bits(values, _CPUID_FAULT) & looks
+
+
+def _no_faulting(rows: Rows, values: Column) -> Mask:
+    """Nor can they be put on where there are none; a kernel that takes any value does not look."""
+    offered = bits(rows.get(ids.msr_id(PLATFORM_INFO))[:, 0], _CPUID_FAULT)
+    looks = _taken(rows, MISC_FEATURES) != U64
+    return _not_taken(rows, MISC_FEATURES, values) | bits(values, _CPUID_FAULTS) & ~offered & looks
+
+
 RULES = (
+    MsrRule("faults of CPUID are offered as long as they are on", (PLATFORM_INFO,),
+            "kvm_set_msr_common: cpuid_fault_enabled; measured: 6.12 looks, 6.18 and 7.2 do not",
+            refuse=_ends_faulting),
+    MsrRule("faults of CPUID where they are offered", (MISC_FEATURES,),
+            "kvm_set_msr_common: supports_cpuid_fault; measured: 6.18-pvm takes any value", refuse=_no_faulting),
     MsrRule("needs an APIC, and an area in guest memory", (ASYNC_PF_EN,),
             "kvm_pv_enable_async_pf", refuse=_no_page_faults, late=_no_page_fault_area),
     MsrRule("needs an APIC", (ASYNC_PF_INT,), "kvm_pv_enable_async_pf_int", refuse=_no_page_fault_vector),
@@ -177,7 +204,7 @@ RULES = (
             refuse=_nothing, keep=_adjust),
 )
 
-_BY_INDEX = {index: rule for rule in (*RULES, *rules_hyperv.RULES) for index in rule.indices}
+_BY_INDEX = {index: rule for rule in (*RULES, *rules_hyperv.RULES, *rules_modes.RULES) for index in rule.indices}
 _PLAIN = MsrRule("plain storage", (), "")
 
 ALIASES = {0x4B56_4D00: 0x11, 0x4B56_4D01: 0x12}
@@ -190,9 +217,9 @@ def storage(index: int) -> int:
 
 
 def listed(rows: Rows, index: int) -> bool:
-    """Whether the kernel knows the MSR at all: this simulator has those that the profile lists."""
+    """Whether the kernel knows the MSR at all: here those that the profile lists, and two that no kernel lists."""
     profile = rows.guest.profile
-    return index in profile.msrs or index in profile.feature_msrs
+    return index in profile.msrs or index in profile.feature_msrs or index in rules_modes.UNLISTED
 
 
 GATES: dict[int, tuple[int, int, int, int]] = {

@@ -124,7 +124,7 @@ _GIF_STAYS = (7, 0)
 """Between 6.12 and 7.2 nobody has looked."""
 
 
-def _svm_off(rows: Rows, values: Words, before: Words) -> None:
+def svm_off(rows: Rows, values: Words, before: Words) -> None:
     """Clearing EFER.SVME sets GIF, and with it looks for interrupts. Measured: 6.1 and 6.12 do, 7.2 does not."""
     if not is_svm(rows.guest.profile) or version(rows.guest.profile) >= _GIF_STAYS:
         return
@@ -138,7 +138,7 @@ def _svm_off(rows: Rows, values: Words, before: Words) -> None:
 
 
 AFTERS = (
-    After("GIF on with EFER.SVME off", (SREGS, SREGS2), _svm_off, "svm_set_efer: svm_set_gif"),
+    After("GIF on with EFER.SVME off", (SREGS, SREGS2), svm_off, "svm_set_efer: svm_set_gif"),
     After("GIF on: the processor priority", (NESTED_STATE,), _look_for_interrupts,
           "svm_set_gif: kvm_cpu_has_injectable_intr"),
 )

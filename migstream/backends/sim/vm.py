@@ -81,7 +81,7 @@ class SimVm(TurnsVm):
                       if pair[0] and ids.msr_index(id) in msr_list}
         kept = [index for index in msr_list if ids.msr_id(index) not in unreadable]
         layouts = x86_64.layouts(self._offered(), sizes, kept, self._kvm_registers(), self.guest.told,
-                                 self.guest.profile.known_scopes)
+                                 self.guest.profile.bank_scopes)
         return layouts, [Refusal(id, 0, "KVM_GET_MSRS", no) for id, no in unreadable.items()]
 
     def _offered(self) -> dict[str, int]:

@@ -138,7 +138,7 @@ class Arm64SimVm(DeviceIoctls, TurnsVm):
         if self.guest.vcpus and self.guest.uniform is None:
             raise UsageError("the vCPUs have different features: a layout is for all of them alike")
         listed = self.guest.listed(self.features)
-        found = (*rows.layouts(listed, self.profile.known_scopes, self._extra()), *self._gic_layouts())
+        found = (*rows.layouts(listed, self.profile.bank_scopes, self._extra()), *self._gic_layouts())
         layouts = tuple(sorted(found, key=lambda layout: layout.phase))
         refused = [no for at in layouts for no in self.read(at, 0, np.zeros((1, at.row_words), np.uint64))]
         bad = {refusal.register for refusal in refused}
