@@ -159,6 +159,41 @@ def test_evmcs_may_be_enabled_before_or_after_the_msrs_are_written(first: str) -
         assert read(vm, msr(PIN)) == [u64(less & FILTERS[1][PIN])]
 
 
+BASIC, PROC, MISC, FIXED0, FIXED1, ENUM, CTLS2, EPT = 0x480, 0x482, 0x485, 0x486, 0x487, 0x48A, 0x48B, 0x48C
+NO = -1
+"""A short count, which is how KVM_SET_MSRS refuses."""
+
+
+@pytest.mark.parametrize(("index", "value", "expected", "why"), [
+    *((index, VMX[index], 0, "what it has") for index in (*range(0x48A, 0x492), BASIC, MISC, FIXED0, 0x488)),
+    *((index, VMX[index], NO, "made by KVM, whatever the value") for index in (0x481, PROC, 0x483, 0x484, FIXED1, 0x489)),
+    (BASIC, VMX[BASIC] ^ 2, NO, "another revision"), (BASIC, VMX[BASIC] + (1 << 32), 0, "a larger VMCS"),
+    (BASIC, VMX[BASIC] - (1 << 32), NO, "a smaller VMCS"), (BASIC, VMX[BASIC] | 1 << 48, NO, "addresses of 32 bits"),
+    (BASIC, VMX[BASIC] & ~(1 << 55), 0, "no TRUE forms"), (BASIC, VMX[BASIC] | 1 << 56, NO, "not offered"),
+    (PIN, VMX[PIN] & ~2, NO, "must be 1"), (PIN, VMX[PIN] | 1, 0, "one more that must be 1"),
+    (PIN, VMX[PIN] & ~(1 << 35), 0, "a control less"), (PIN, VMX[PIN] | 1 << 40, NO, "a control that the host has not"),
+    (EXIT, VMX[EXIT] & ~1, NO, "must be 1"), (CTLS2, VMX[CTLS2] | 1 << 59, NO, "a control that the host has not"),
+    (CTLS2, 0, 0, "no secondary control"),
+    (MISC, VMX[MISC] ^ 1, NO, "another rate of the preemption timer"), (MISC, VMX[MISC] & ~(1 << 29), 0, "less"),
+    (MISC, VMX[MISC] | 1 << 30, NO, "a feature that the host has not"), (MISC, VMX[MISC] | 1 << 16, NO, "CR3 targets"),
+    (MISC, VMX[MISC] | 1 << 25, NO, "longer MSR lists"), (MISC, VMX[MISC] | 1 << 32, NO, "another MSEG revision"),
+    (FIXED0, VMX[FIXED0] & ~1, NO, "a bit that must be 1"), (FIXED0, VMX[FIXED0] | 2, 0, "one more"),
+    (ENUM, 0x1234, 0, "stored as it is"), (EPT, VMX[EPT] | 1 << 63, NO, "not offered"), (EPT, 0, 0, "none"),
+    (VMFUNC, 2, NO, "not offered"), (VMFUNC, 0, 0, "none"),
+])
+def test_vmx_msrs_are_taken_and_refused_as_vmx_set_vmx_msr_does(index: int, value: int, expected: int, why: str) -> None:
+    with create(SimBackend(f"{KERNEL}+evmcs=6.1"), 1) as vm:
+        before = read(vm, msr(index))
+        assert write_errno(vm, msr(index), u64(value)) == expected, why
+        assert read(vm, msr(index)) == (before if expected else [u64(value)])
+
+
+def test_the_rate_of_a_timer_that_the_vcpu_has_not_may_be_any() -> None:
+    with create(SimBackend(f"{KERNEL}+evmcs=6.1"), 1) as vm:
+        assert write_errno(vm, msr(PIN), u64(VMX[PIN] & ~(1 << 38))) == 0
+        assert write_errno(vm, msr(MISC), u64(VMX[MISC] ^ 1)) == 0
+
+
 def saved(kernel: str) -> bytes:
     backend, out = SimBackend(kernel), io.BytesIO()
     with create(backend, 2, cpuid=False, enabled_caps=ON) as vm:

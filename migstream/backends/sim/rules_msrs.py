@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migstream.backends.sim import cpuid, rules_hyperv
+from migstream.backends.sim import cpuid, rules_hyperv, rules_vmx
 from migstream.backends.sim.msr_rule import MsrRule, in_ram, version
 from migstream.backends.sim.rules import U64, bits, mask
 from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS, PERF_GLOBAL, PERF_GLOBAL_CPUID
@@ -177,7 +177,7 @@ RULES = (
             refuse=_nothing, keep=_adjust),
 )
 
-_BY_INDEX = {index: rule for rule in (*RULES, *rules_hyperv.RULES) for index in rule.indices}
+_BY_INDEX = {index: rule for rule in (*RULES, *rules_hyperv.RULES, *rules_vmx.RULES) for index in rule.indices}
 _PLAIN = MsrRule("plain storage", (), "")
 
 ALIASES = {0x4B56_4D00: 0x11, 0x4B56_4D01: 0x12}
