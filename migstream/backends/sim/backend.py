@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from migstream.backends.base import Backend
+from migstream.backends.base import Backend, check_machine
 from migstream.backends.sim.arm64 import Arm64SimVm
 from migstream.backends.sim.clock import HostClock
 from migstream.backends.sim.timing import ModelledTime
@@ -72,8 +72,7 @@ class SimBackend(Backend):
 
     def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> SimVm | Arm64SimVm:
         """See `Backend.create`. Raises: BackendError, UsageError."""
-        if machine.arch != self.arch:
-            raise UsageError(f"a {machine.arch.label} machine on a {self.arch.label} host")
+        check_machine(machine, self.arch)
         kind = Arm64SimVm if self.arch == Arch.ARM64 else SimVm
         vm = kind(self._profile, machine, self._host)
         vm.stopwatch = self.stopwatch

@@ -1,8 +1,8 @@
 """Rules of the VMX capability MSRs: what a VMM may restore of them (arch/x86/kvm/vmx/nested.c, vmx_set_vmx_msr).
 
 The host's value, `HostProfile.feature_msrs`, is the ceiling. What KVM makes of other MSRs or of CPUID it refuses even
-with the value that it has; a restore that meets such a refusal looks whether the value is there anyway. No vCPU is in VMX
-operation here, in which all of them would be refused.
+with the value that it has; a restore that meets such a refusal looks whether the value is there anyway. No vCPU is in
+VMX operation here, in which all of them would be refused.
 """
 
 from __future__ import annotations

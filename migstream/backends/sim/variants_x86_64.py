@@ -152,9 +152,10 @@ _NUMBER = "0x[0-9a-f]{1,8}|[0-9]{1,10}"
 VARIANTS = (
     Variant("evmcs", "=5.17|6.1|allow-list", "=(?:5[.]17|6[.]1|allow-list)", _X86,
             "VMX MSRs, which read filtered once KVM_CAP_HYPERV_ENLIGHTENED_VMCS is enabled (of the VM here), before or "
-            "after they were written. Only these MSRs are added, under vmx_set_vmx_msr: those that KVM makes of the TRUE "
-            "forms stay the host's; CPUID has no VMX, and on an AMD kernel nested state stays SVM's, so no vCPU enters "
-            "VMX operation", "the review of KVM_CAP_HYPERV_ENLIGHTENED_VMCS2 (2022): expose the filtered VMX MSRs", _evmcs),
+            "after they were written. Only these MSRs are added, taken as vmx_set_vmx_msr does; those that KVM makes of "
+            "the TRUE forms stay the host's. CPUID has no VMX, and on an AMD kernel nested state stays SVM's: no vCPU "
+            "enters VMX operation",
+            "the review of KVM_CAP_HYPERV_ENLIGHTENED_VMCS2 (2022): expose the filtered VMX MSRs", _evmcs),
     Variant("hide-msr", "=MSR", "=[A-Za-z0-9_]+", _X86, "the kernel knows this MSR no more",
             "6.1 lists 97 MSRs, 6.12 68 of them", _hide_msr, several=True, subject=_subject),
     Variant("add-msr", "=MSR", "=[A-Za-z0-9_]+", _X86, "a new MSR of a vCPU: all bits are kept, 0 at first",
