@@ -14,8 +14,9 @@ import migstream
 from migstream.backends.sim import SimBackend
 from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS, GENERATIONS, VMX
 from migstream.cli import main
-from migstream.errors import BackendUnavailable, DoesNotFit, MigstreamError, UsageError
+from migstream.errors import BackendUnavailable, DoesNotFit, MigstreamError, ProfileError, UsageError
 from migstream.host import profiles
+from migstream.host.profile import to_json
 from migstream.model import Arch
 from migstream.registers import ids, x86_64
 from migstream.transport import restore, save
@@ -38,11 +39,19 @@ def test_a_rule_is_part_of_the_name() -> None:
 @pytest.mark.parametrize(("name", "error", "words"), [
     ("x86_64-7.3", BackendUnavailable, "near: sim:x86_64-7.2"),
     (f"{KERNEL}+evmc=6.1", BackendUnavailable, "near: +evmcs=5.17|6.1|allow-list"),
-    (f"{KERNEL}+evmcs=6.2", BackendUnavailable, "near: +evmcs=5.17|6.1|allow-list"),
+    (f"{KERNEL}+evmcs=6.2", UsageError, "+evmcs=5.17|6.1|allow-list takes one of 5.17, 6.1 and allow-list"),
+    (f"{KERNEL}+evmcs", UsageError, "takes one of 5.17, 6.1 and allow-list"),
+    (f"{KERNEL}+hide-msr=-1", UsageError, "+hide-msr=MSR takes an MSR's number or the kernel's name of it"),
+    (f"{KERNEL}+clear-cpuid=0x7.0.ebx.99", UsageError, "a bit from 0 to 31"),
+    (f"{KERNEL}+hide-msrs=1", BackendUnavailable, "near: +hide-msr=MSR"),
+    ("sim:", UsageError, "'sim:' names no simulated kernel"),
+    (f"sim:+add-msr={NEW:#x}", UsageError, "names no simulated kernel: sim:NAME, or plain sim"),
+    (f"{KERNEL}+add-msr=MSR_EFER", UsageError, "the kernel has MSR_EFER already, and does not list it"),
+    (f"{KERNEL}+add-msr=0x1b", UsageError, "MSR_IA32_APICBASE already"),
     (f"{KERNEL}+nonsense", BackendUnavailable, "no rule 'nonsense'"),
     (f"{KERNEL}+", BackendUnavailable, "no rule ''"),
     (f"{KERNEL}+evmcs=6.1+evmcs=5.17", UsageError, "+evmcs=6.1 and +evmcs=5.17 contradict each other"),
-    (f"{KERNEL}+hide-msr=MSR_STAR+hide-msr=MSR_STAR", UsageError, "contradict each other"),
+    (f"{KERNEL}+hide-msr=MSR_STAR+hide-msr=MSR_STAR", UsageError, "+hide-msr=MSR_STAR is there twice"),
     (f"{KERNEL}+hide-msr=0x12345", UsageError, "no MSR_0x00012345 to hide"),
     (f"{KERNEL}+add-msr=MSR_STAR", UsageError, "MSR_STAR already"),
     (f"{KERNEL}+add-msr=MSR_NOBODY", UsageError, "no MSR 'MSR_NOBODY'"),
@@ -98,6 +107,23 @@ def test_hidden_and_added_msrs_and_cpuid_bits() -> None:
         assert write_errno(vm, msr(STAR), u64(0)) == -1
         assert write_errno(vm, msr(NEW), u64(0x1234)) == 0
         assert read(vm, msr(NEW))[0] == u64(0x1234)
+
+
+def test_a_captured_profile_is_a_simulated_kernel_by_its_file(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under rules; a file that can't be read or is none is said by name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my+host.json").write_text(to_json(profiles.load(KERNEL)))
+    for name in ("sim:my+host.json", "sim:./my+host.json+evmcs=6.1", f"sim:{tmp_path}/my+host.json"):
+        assert main(["demo", "--backend", name, "--vcpus", "1", "--memory", "8M", "--run", "0", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["backend"] == name
+    assert main(["host", "show", "./my+host.json+hide-msr=MSR_STAR", "--reg", "MSR_STAR"]) == 64
+    assert "no register here matches" in capsys.readouterr().err
+    assert main(["demo", "--backend", "sim:./nobody.json"]) == 74
+    assert "./nobody.json: No such file" in capsys.readouterr().err
+    (tmp_path / "bad.json").write_text("{}")
+    assert main(["demo", "--backend", "sim:bad.json"]) == ProfileError.exit_status
+    assert "bad.json: not a host profile" in capsys.readouterr().err
 
 
 def test_host_list_shows_the_rules(capsys: pytest.CaptureFixture[str]) -> None:

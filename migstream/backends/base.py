@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from migstream.contract import Behaviour
-from migstream.errors import UsageError, errno_name
+from migstream.errors import BackendError, UsageError, errno_name
 from migstream.model import Arch, Bank, HostSummary, Layout, Machine, MemoryRegion
 from migstream.registers.catalogue import lookup
 
@@ -229,6 +229,12 @@ def check_machine(machine: Machine, arch: Arch) -> None:
         raise UsageError(f"a {machine.arch.label} machine on a {arch.label} host")
     if machine.vcpus < 1:
         raise UsageError(f"a machine of {machine.vcpus} vCPUs: it needs at least one")
+
+
+def no_memory(region: MemoryRegion, number: int) -> BackendError:
+    """The error of a region that could not be mapped, with the errno."""
+    return BackendError("mmap", errno=number, register=f"{region.guest_address:#x}",
+                        what=f"{errno_name(number)}: no {region.size} bytes for guest RAM here; ask for less memory")
 
 
 def check_startable(vcpus: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from migstream.backends.base import Backend, GuestMemory, Refusal, Vm, check_machine, check_startable
+from migstream.backends.base import Backend, GuestMemory, Refusal, Vm, check_machine, check_startable, no_memory
 from migstream.backends.kvm import batch, uapi
 from migstream.backends.kvm.arch import arch_host, host_arch
 from migstream.backends.kvm.operations import ATTRIBUTE, Operation, Rows
@@ -404,5 +404,5 @@ def _map(region: MemoryRegion) -> mmap.mmap:
         mapping.madvise(mmap.MADV_HUGEPAGE)
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None) or errno.ENOMEM
-        raise BackendError("mmap", errno=number, register=f"{region.guest_address:#x}") from error
+        raise no_memory(region, number) from error
     return mapping
