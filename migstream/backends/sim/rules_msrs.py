@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migstream.backends.sim import cpuid, rules_hyperv, rules_vmx
+from migstream.backends.sim import cpuid, rules_hyperv
 from migstream.backends.sim.msr_rule import MsrRule, in_ram, version
 from migstream.backends.sim.rules import U64, bits, mask
+from migstream.backends.sim.rules_vmx import RULES as VMX_RULES
 from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS, PERF_GLOBAL, PERF_GLOBAL_CPUID
 from migstream.registers import ids, x86_64
 
@@ -175,9 +176,10 @@ RULES = (
             refuse=_nothing, keep=_keep_deadline, show=_show_deadline),
     MsrRule("ignored unless CPUID has it", (TSC_ADJUST,), "kvm_set_msr_common: X86_FEATURE_TSC_ADJUST",
             refuse=_nothing, keep=_adjust),
+    *VMX_RULES,
 )
 
-_BY_INDEX = {index: rule for rule in (*RULES, *rules_hyperv.RULES, *rules_vmx.RULES) for index in rule.indices}
+_BY_INDEX = {index: rule for rule in (*RULES, *rules_hyperv.RULES) for index in rule.indices}
 _PLAIN = MsrRule("plain storage", (), "")
 
 ALIASES = {0x4B56_4D00: 0x11, 0x4B56_4D01: 0x12}
