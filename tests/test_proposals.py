@@ -276,12 +276,12 @@ def test_filtered_vmx_msrs_travel(tmp_path: Path, capsys: Capture, generation: s
 def test_the_filtered_msrs_decide_and_no_version_does(
         tmp_path: Path, capsys: Capture, source: str, target: str) -> None:
     """The same eVMCS version 1: what a guest may have met is compared control by control; a kernel without the
-    capability refuses it by name."""
+    capability refuses it by name. 6.1 leaves all that 5.17 does, and a guest's MSRs stay as they were."""
     file = evmcs(source, tmp_path / "evmcs.mig", "before")
     kernel = f"sim:{X86}+evmcs={target}" if target else f"sim:{X86}"
     status = main(["replay", file, "--backend", kernel, "--readback"])
     err = capsys.readouterr().err
-    if source == target:
+    if source == target or (source, target) == ("5.17", "6.1"):
         assert status == 0, err
         return
     assert status == 11

@@ -223,6 +223,13 @@ def test_the_rate_of_a_timer_that_the_vcpu_has_not_may_be_any() -> None:
         assert write_errno(vm, msr(MISC), u64(VMX[MISC] ^ 1)) == 0
 
 
+def test_control_msrs_follow_their_true_forms() -> None:
+    """vmx_get_vmx_msr: the TRUE form, with the controls that must be 1 for who knows no TRUE forms."""
+    with create(SimBackend(f"{KERNEL}+evmcs=6.1"), 1) as vm:
+        assert write_errno(vm, msr(0x48E), u64(VMX[0x48E] & ~(1 << 63))) == 0
+        assert read(vm, msr(PROC)) == [u64(VMX[PROC] & ~(1 << 63))]
+
+
 def saved(kernel: str) -> bytes:
     backend, out = SimBackend(kernel), io.BytesIO()
     with create(backend, 2, cpuid=False, enabled_caps=ON) as vm:

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 BASIC, MISC, VMCS_ENUM, CTLS2, EPT_VPID_CAP, VMFUNC = 0x480, 0x485, 0x48A, 0x48B, 0x48C, 0x491
 TRUE_PIN = 0x48D
 FIXED0, FIXED1 = (0x486, 0x488), (0x487, 0x489)
-TRUE_FORMS, DERIVED = (TRUE_PIN, 0x48E, 0x48F, 0x490), (0x481, 0x482, 0x483, 0x484)
-"""Control MSRs with the TRUE forms' say, and those that KVM makes of them. Here these stay as the host has them."""
+TRUE_FORMS = {0x481: TRUE_PIN, 0x482: 0x48E, 0x483: 0x48F, 0x484: 0x490}
+"""Control MSRs that KVM makes, to those that it makes them of."""
+
+DEFAULT1 = {0x481: 0x16, 0x482: 0x0401_E172, 0x483: 0x0003_6DFF, 0x484: 0x11FF}
+"""Controls that must be 1 for a hypervisor that knows no TRUE forms (SDM volume 3, appendix A.2)."""
 
 _LOW = 0xFFFF_FFFF
 _BASIC_FEATURES = 1 << 31 | 0b111 << 45 | 1 << 49 | 0b11 << 54 | 0xFF << 56
@@ -99,12 +102,23 @@ def _not_offered(index: int) -> Callable[[Rows, Column], Mask]:
     return lambda rows, values: _more(values, _host(rows, index))
 
 
+def _of_true_form(index: int) -> Callable[[Rows, Column], Column]:
+    def show(rows: Rows, values: Column) -> Column:
+        if TRUE_FORMS[index] not in rows.guest.profile.feature_msrs:
+            return values
+        true: Column = rows.get(ids.msr_id(TRUE_FORMS[index]))[:, 0]
+        return true | np.uint64(DEFAULT1[index])
+
+    return show
+
+
 RULES = (
     MsrRule("the same revision, no smaller a VMCS, no new feature", (BASIC,), "vmx_restore_vmx_basic",
             refuse=_bad_basic, keep=_as_written),
     *(MsrRule("what must be 1 is 1, what may not be 1 is 0", (index,), "vmx_restore_control_msr",
-              refuse=_bad_control(index), keep=_as_written) for index in (CTLS2, *TRUE_FORMS)),
-    MsrRule("made of the TRUE form: never written", DERIVED, "vmx_set_vmx_msr: -EINVAL", refuse=_all),
+              refuse=_bad_control(index), keep=_as_written) for index in (CTLS2, *TRUE_FORMS.values())),
+    *(MsrRule("made of the TRUE form: never written", (index,), "vmx_set_vmx_msr: -EINVAL; vmx_get_vmx_msr",
+              refuse=_all, show=_of_true_form(index)) for index in TRUE_FORMS),
     MsrRule("no new feature; the timer's rate and the MSEG revision stay, counts may fall", (MISC,),
             "vmx_restore_vmx_misc", refuse=_bad_misc, keep=_as_written),
     *(MsrRule("what must be 1 is 1; more may be", (index,), "vmx_restore_fixed0_msr", refuse=_bad_fixed(index),
