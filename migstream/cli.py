@@ -100,7 +100,8 @@ def _vcpu_features(text: str) -> int:
 
 
 def _demo_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--vcpus", type=_vcpus, default=4, metavar="N", help="number of vCPUs (4)")
+    sub.add_argument("--vcpus", type=_vcpus, default=4, metavar="N",
+                     help="number of vCPUs (4); each host allows its own number")
     sub.add_argument("--memory", type=_memory, default=64 << 20, metavar="SIZE", help="guest RAM (64M)")
     sub.add_argument("--backend", default="auto", metavar="NAME", help=BACKENDS)
     sub.add_argument("--vcpu-features", type=_vcpu_features, default=0, metavar="LIST",

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from migstream import filekind
-from migstream.errors import DoesNotFit, OutputError, ProfileError, ProfileLimit, UsageError
+from migstream.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
     from migstream.host.profile import HostProfile
@@ -27,7 +26,8 @@ class Parser(argparse.ArgumentParser):
         print(message, end="", file=file or sys.stderr)
 
 
-BACKENDS = "auto (real KVM where it works, else the simulator), kvm, sim, or sim:NAME, with +RULE (host list)"
+BACKENDS = ("auto (real KVM where it works, else the simulator), kvm, sim, or sim:NAME, with +RULE (host list); "
+            "sim:FILE.json is a captured profile")
 """Help text of `--backend`."""
 
 
@@ -72,33 +72,15 @@ def open_profile(name: str) -> HostProfile:
     from migstream.backends.sim.validate import check
     from migstream.backends.sim.variants import MARK
     from migstream.host import profiles
-    from migstream.host.profile import from_json
 
-    if os.path.exists(name) or os.sep in name or name.endswith(".json"):
-        profile = from_json(_text_of(name), name)
-        check(profile, name)
-        return profile
-    return recorded(name)[1] if MARK in name else profiles.load(name.removeprefix("sim:"))
-
-
-def _text_of(name: str) -> str:
-    """The text of a profile's file, at most as long as the limit."""
-    from migstream.limits import MAX_PROFILE
-    from migstream.transport import open_source
-
-    with open_source(name) as file:
-        try:
-            data = file.read(MAX_PROFILE + 1)
-        except OSError as error:
-            raise OutputError(f"{name}: {error.strerror or error}") from error
-    if not data.lstrip().startswith(b"{") and (kind := filekind.of_bytes(data)):
-        raise UsageError(f"{name}: not a host profile{kind}")
-    if len(data) > MAX_PROFILE:
-        raise ProfileLimit(f"{name}: not a host profile: over {MAX_PROFILE} bytes")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ProfileError(f"{name}: not a host profile: not UTF-8 text") from error
+    if os.path.exists(name):
+        profile = profiles.read(name)
+    elif MARK in name or os.sep in name or name.endswith(".json"):
+        profile = recorded(name)[1]
+    else:
+        return profiles.load(name.removeprefix("sim:"))
+    check(profile, name)
+    return profile
 
 
 def _capture(options: argparse.Namespace) -> int:

@@ -14,8 +14,9 @@ import migstream
 from migstream.backends.sim import SimBackend
 from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS, GENERATIONS, VMX
 from migstream.cli import main
-from migstream.errors import BackendUnavailable, DoesNotFit, MigstreamError, UsageError
+from migstream.errors import BackendUnavailable, DoesNotFit, MigstreamError, ProfileError, UsageError
 from migstream.host import profiles
+from migstream.host.profile import to_json
 from migstream.model import Arch
 from migstream.registers import ids, x86_64
 from migstream.transport import restore, save
@@ -38,11 +39,19 @@ def test_a_rule_is_part_of_the_name() -> None:
 @pytest.mark.parametrize(("name", "error", "words"), [
     ("x86_64-7.3", BackendUnavailable, "near: sim:x86_64-7.2"),
     (f"{KERNEL}+evmc=6.1", BackendUnavailable, "near: +evmcs=5.17|6.1|allow-list"),
-    (f"{KERNEL}+evmcs=6.2", BackendUnavailable, "near: +evmcs=5.17|6.1|allow-list"),
+    (f"{KERNEL}+evmcs=6.2", UsageError, "+evmcs=5.17|6.1|allow-list takes one of 5.17, 6.1 and allow-list"),
+    (f"{KERNEL}+evmcs", UsageError, "takes one of 5.17, 6.1 and allow-list"),
+    (f"{KERNEL}+hide-msr=-1", UsageError, "+hide-msr=MSR takes an MSR's number or the kernel's name of it"),
+    (f"{KERNEL}+clear-cpuid=0x7.0.ebx.99", UsageError, "a bit from 0 to 31"),
+    (f"{KERNEL}+hide-msrs=1", BackendUnavailable, "near: +hide-msr=MSR"),
+    ("sim:", UsageError, "'sim:' names no simulated kernel"),
+    (f"sim:+add-msr={NEW:#x}", UsageError, "names no simulated kernel: sim:NAME, or plain sim"),
+    (f"{KERNEL}+add-msr=MSR_EFER", UsageError, "the kernel has MSR_EFER already, and does not list it"),
+    (f"{KERNEL}+add-msr=0x1b", UsageError, "MSR_IA32_APICBASE already"),
     (f"{KERNEL}+nonsense", BackendUnavailable, "no rule 'nonsense'"),
     (f"{KERNEL}+", BackendUnavailable, "no rule ''"),
     (f"{KERNEL}+evmcs=6.1+evmcs=5.17", UsageError, "+evmcs=6.1 and +evmcs=5.17 contradict each other"),
-    (f"{KERNEL}+hide-msr=MSR_STAR+hide-msr=MSR_STAR", UsageError, "contradict each other"),
+    (f"{KERNEL}+hide-msr=MSR_STAR+hide-msr=MSR_STAR", UsageError, "+hide-msr=MSR_STAR is there twice"),
     (f"{KERNEL}+hide-msr=0x12345", UsageError, "no MSR_0x00012345 to hide"),
     (f"{KERNEL}+add-msr=MSR_STAR", UsageError, "MSR_STAR already"),
     (f"{KERNEL}+add-msr=MSR_NOBODY", UsageError, "no MSR 'MSR_NOBODY'"),
@@ -60,6 +69,9 @@ def test_a_name_that_makes_no_kernel_is_one_line(name: str, error: type[Migstrea
     ("capabilities", {"MAX_VCPUS": 0}, "MAX_VCPUS"),
     ("capabilities", {"MAX_VCPUS": 8, "XSAVE": -1}, "XSAVE is -1"),
     ("behaviour", {"smm": -1}, "smm"),
+    ("behaviour", {"smn": 1}, "no trait 'smn'; there are tsc_follows"),
+    ("xsave_components", ("X87", "x"), "no XSAVE component 'x'; there are X87"),
+    ("xsave_components", ("X87", "X87"), "X87 is there twice"),
     ("sizes", {x86_64.XSAVE.id: 5000}, "KVM_XSAVE has 5000 bytes, its default 4096"),
     ("defaults", {msr(STAR): b"1234"}, "MSR_STAR has 8 bytes, its default 4"),
     ("msrs", (1, 2, 1), "MSR 0x1 is there twice"),
@@ -98,6 +110,23 @@ def test_hidden_and_added_msrs_and_cpuid_bits() -> None:
         assert write_errno(vm, msr(STAR), u64(0)) == -1
         assert write_errno(vm, msr(NEW), u64(0x1234)) == 0
         assert read(vm, msr(NEW))[0] == u64(0x1234)
+
+
+def test_a_captured_profile_is_a_simulated_kernel_by_its_file(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under rules; a file that can't be read or is none is said by name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my+host.json").write_text(to_json(profiles.load(KERNEL)))
+    for name in ("sim:my+host.json", "sim:./my+host.json+evmcs=6.1", f"sim:{tmp_path}/my+host.json"):
+        assert main(["demo", "--backend", name, "--vcpus", "1", "--memory", "8M", "--run", "0", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["backend"] == name
+    assert main(["host", "show", "./my+host.json+hide-msr=MSR_STAR", "--reg", "MSR_STAR"]) == 64
+    assert "no register here matches" in capsys.readouterr().err
+    assert main(["demo", "--backend", "sim:./nobody.json"]) == 74
+    assert "./nobody.json: No such file" in capsys.readouterr().err
+    (tmp_path / "bad.json").write_text("{}")
+    assert main(["demo", "--backend", "sim:bad.json"]) == ProfileError.exit_status
+    assert "bad.json: not a host profile" in capsys.readouterr().err
 
 
 def test_host_list_shows_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,6 +186,48 @@ def test_evmcs_may_be_enabled_before_or_after_the_msrs_are_written(first: str) -
         for id, value in steps if first == "capability" else reversed(steps):
             assert write(vm, id, [value]) == []
         assert read(vm, msr(PIN)) == [u64(less & FILTERS[1][PIN])]
+
+
+BASIC, PROC, MISC, FIXED0, FIXED1, ENUM, CTLS2, EPT = 0x480, 0x482, 0x485, 0x486, 0x487, 0x48A, 0x48B, 0x48C
+NO = -1
+"""A short count, which is how KVM_SET_MSRS refuses."""
+
+
+@pytest.mark.parametrize(("index", "value", "expected", "why"), [
+    *((index, VMX[index], 0, "what it has") for index in (*range(0x48A, 0x492), BASIC, MISC, FIXED0, 0x488)),
+    *((index, VMX[index], NO, "made by KVM") for index in (0x481, PROC, 0x483, 0x484, FIXED1, 0x489)),
+    (BASIC, VMX[BASIC] ^ 2, NO, "another revision"), (BASIC, VMX[BASIC] + (1 << 32), 0, "a larger VMCS"),
+    (BASIC, VMX[BASIC] - (1 << 32), NO, "a smaller VMCS"), (BASIC, VMX[BASIC] | 1 << 48, NO, "addresses of 32 bits"),
+    (BASIC, VMX[BASIC] & ~(1 << 55), 0, "no TRUE forms"), (BASIC, VMX[BASIC] | 1 << 56, NO, "not offered"),
+    (PIN, VMX[PIN] & ~2, NO, "must be 1"), (PIN, VMX[PIN] | 1, 0, "one more that must be 1"),
+    (PIN, VMX[PIN] & ~(1 << 35), 0, "a control less"), (PIN, VMX[PIN] | 1 << 40, NO, "a control that the host has not"),
+    (EXIT, VMX[EXIT] & ~1, NO, "must be 1"), (CTLS2, VMX[CTLS2] | 1 << 59, NO, "a control that the host has not"),
+    (CTLS2, 0, 0, "no secondary control"),
+    (MISC, VMX[MISC] ^ 1, NO, "another rate of the preemption timer"), (MISC, VMX[MISC] & ~(1 << 29), 0, "less"),
+    (MISC, VMX[MISC] | 1 << 30, NO, "a feature that the host has not"), (MISC, VMX[MISC] | 1 << 16, NO, "CR3 targets"),
+    (MISC, VMX[MISC] | 1 << 25, NO, "longer MSR lists"), (MISC, VMX[MISC] | 1 << 32, NO, "another MSEG revision"),
+    (FIXED0, VMX[FIXED0] & ~1, NO, "a bit that must be 1"), (FIXED0, VMX[FIXED0] | 2, 0, "one more"),
+    (ENUM, 0x1234, 0, "stored as it is"), (EPT, VMX[EPT] | 1 << 63, NO, "not offered"), (EPT, 0, 0, "none"),
+    (VMFUNC, 2, NO, "not offered"), (VMFUNC, 0, 0, "none"),
+])
+def test_vmx_msrs_are_taken_and_refused_as_by_kvm(index: int, value: int, expected: int, why: str) -> None:
+    with create(SimBackend(f"{KERNEL}+evmcs=6.1"), 1) as vm:
+        before = read(vm, msr(index))
+        assert write_errno(vm, msr(index), u64(value)) == expected, why
+        assert read(vm, msr(index)) == (before if expected else [u64(value)])
+
+
+def test_the_rate_of_a_timer_that_the_vcpu_has_not_may_be_any() -> None:
+    with create(SimBackend(f"{KERNEL}+evmcs=6.1"), 1) as vm:
+        assert write_errno(vm, msr(PIN), u64(VMX[PIN] & ~(1 << 38))) == 0
+        assert write_errno(vm, msr(MISC), u64(VMX[MISC] ^ 1)) == 0
+
+
+def test_control_msrs_follow_their_true_forms() -> None:
+    """vmx_get_vmx_msr: the TRUE form, with the controls that must be 1 for who knows no TRUE forms."""
+    with create(SimBackend(f"{KERNEL}+evmcs=6.1"), 1) as vm:
+        assert write_errno(vm, msr(0x48E), u64(VMX[0x48E] & ~(1 << 63))) == 0
+        assert read(vm, msr(PROC)) == [u64(VMX[PROC] & ~(1 << 63))]
 
 
 def saved(kernel: str) -> bytes:

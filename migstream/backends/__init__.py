@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def open_backend(name: str = "auto") -> Backend:
-    """Return a backend by name: `kvm`, `sim` (the default simulated kernel), `sim:NAME`, `sim:NAME+RULE`, or `auto`.
+    """Return a backend by name: `kvm`, `sim` (the default simulated kernel), `sim:NAME`, `sim:FILE.json`, or `auto`.
+
+    A simulated kernel's name may end in `+RULE`s.
 
     `auto` is real KVM where it works, else the simulator; ask `backend.name` which it was.
 
@@ -29,5 +31,5 @@ def open_backend(name: str = "auto") -> Backend:
     if name == "sim" or name.startswith(("sim:", "sim+")):
         from migstream.backends.sim import SimBackend
 
-        return SimBackend.named(name.removeprefix("sim").removeprefix(":"))
+        return SimBackend.named(name)
     raise UsageError(f"no backend {name!r}: kvm, sim, sim:NAME or auto")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from migstream.contract import Behaviour
-from migstream.errors import UsageError, errno_name
+from migstream.errors import BackendError, UsageError, errno_name
 from migstream.model import Arch, Bank, HostSummary, Layout, Machine, MemoryRegion
 from migstream.registers.catalogue import lookup
 
@@ -135,9 +135,17 @@ class Vm(ABC):
     stopwatch: Stopwatch = WALL
     """What the time of its primitives is taken with."""
 
+    closed: bool = False
+    """Whether `close()` was called; after it every primitive but `pause`, `exits` and `close` is a UsageError."""
+
+    def _check_open(self) -> None:
+        """Raises: UsageError on a VM that was closed."""
+        if self.closed:
+            raise UsageError("the VM is closed")
+
     @abstractmethod
     def create_vcpus(self) -> None:
-        """Create `machine.vcpus` vCPUs with ids 0, 1, 2 … Raises: BackendError."""
+        """Create `machine.vcpus` vCPUs with ids 0, 1, 2 …; those that are there stay. Raises: BackendError."""
 
     @abstractmethod
     def layouts(self) -> tuple[tuple[Layout, ...], list[Refusal]]:
@@ -176,7 +184,7 @@ class Vm(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Let all vCPUs run. Raises: BackendError, UsageError if they run already."""
+        """Let all vCPUs run. Raises: BackendError, UsageError if they run already or there is none."""
 
     @abstractmethod
     def pause(self) -> None:
@@ -213,6 +221,26 @@ class Vm(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_machine(machine: Machine, arch: Arch) -> None:
+    """Raises: UsageError for a machine that no VM of a host of this architecture can be."""
+    if machine.arch != arch:
+        raise UsageError(f"a {machine.arch.label} machine on a {arch.label} host")
+    if machine.vcpus < 1:
+        raise UsageError(f"a machine of {machine.vcpus} vCPUs: it needs at least one")
+
+
+def no_memory(region: MemoryRegion, number: int) -> BackendError:
+    """The error of a region that could not be mapped, with the errno."""
+    return BackendError("mmap", errno=number, register=f"{region.guest_address:#x}",
+                        what=f"{errno_name(number)}: no {region.size} bytes for guest RAM here; ask for less memory")
+
+
+def check_startable(vcpus: int) -> None:
+    """Raises: UsageError where no vCPU was created that could run."""
+    if not vcpus:
+        raise UsageError("there is no vCPU to run: create_vcpus() first")
 
 
 class Backend(ABC):

@@ -148,6 +148,19 @@ def install(vm: Vm, cpuid: bytes, capabilities: Mapping[str, int]) -> None:
         _write(vm, line, [[PMU_PPI]] * vm.machine.vcpus)
     for layout, marks in _marked(vm, {**_marks(vm), **_START, **_SETUP}):
         _write(vm, layout, [[mark(k) for mark in marks] for k in range(_rows(vm, layout))])
+    _register_event(vm)
+
+
+def _register_event(vm: Vm) -> None:
+    """Where a simulated kernel has SDEI: the guest has registered and enabled an event."""
+    from migstream.backends.sim.arm64.proposals import REGISTERED_EVENT
+
+    places = {slot.id: (layout, slot) for layout in vm.layouts()[0] for slot in layout.slots}
+    for values in REGISTERED_EVENT:
+        for id in values if values.keys() <= places.keys() else ():
+            layout, slot = places[id]
+            alone = Layout(layout.scope, layout.phase, (slot,))
+            _write(vm, alone, [[int.from_bytes(values[id], "little")]] * _rows(vm, alone))
 
 
 def _features(vm: Vm) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from migstream.backends.base import Backend, Vm
 from migstream.contract import Contract
@@ -20,6 +21,9 @@ from migstream.registers import x86_64
 from migstream.registers.vcpu_features import EL1_32BIT, PTRAUTH
 from migstream.report import Report
 from migstream.transport import Sink, apply_contract, capture_prologue, save
+
+if TYPE_CHECKING:
+    from migstream.host.profile import HostProfile
 
 KVM_CAP_X2APIC_API = 129
 X2APIC_32BIT_IDS = 3
@@ -52,6 +56,28 @@ BOARDS: dict[Arch, Board] = {
                       {"gic_distributor": 0x0800_0000, "gic_redistributors": 0x1000_0000, "gic_irqs": 96,
                        "its": 0x0808_0000}, {}),
 }
+
+
+KVM_CAP_HYPERV_ENLIGHTENED_VMCS = 163
+_EVMCS_VERSIONS = 0x0101
+"""The newest and the oldest version of the enlightened VMCS: both 1."""
+
+_NESTED_FEATURES = struct.pack("<10I", 0x4000_000A, 0, 0, _EVMCS_VERSIONS, 1, 0, 0, 0, 0, 0)
+"""An entry of CPUID: HYPERV_CPUID_NESTED_FEATURES, with those versions and PERF_GLOBAL_CTRL."""
+
+
+def enlightened(profile: HostProfile) -> tuple[dict[int, tuple[int, ...]], bytes]:
+    """Capabilities to enable and CPUID entries to add, so that a simulated kernel with the optional rule `evmcs` shows
+    its VMX MSRs filtered; nothing for another host: in KVM the capability is each vCPU's."""
+    if "evmcs_filter" not in profile.behaviour:
+        return {}, b""
+    return {KVM_CAP_HYPERV_ENLIGHTENED_VMCS: (_EVMCS_VERSIONS,)}, _NESTED_FEATURES
+
+
+def _with_entries(table: bytes, entries: bytes) -> bytes:
+    """A struct kvm_cpuid2 with more entries, of 40 bytes each."""
+    count = int.from_bytes(table[:4], "little") + len(entries) // 40
+    return count.to_bytes(4, "little") + table[4:] + entries if entries else table
 
 
 class DemoFailed(MigstreamError):
@@ -116,12 +142,14 @@ def run_and_save(backend: Backend, wanted: Machine, out: Sink, *, steps: int = 5
     if wanted.vcpus > most:
         raise UsageError(f"--vcpus {wanted.vcpus}: {backend.name} allows {most}")
     progress(f"making a VM of {wanted.vcpus} vCPUs on {backend.name}")
-    with backend.create(wanted, BOARDS[wanted.arch].caps) as vm:
+    profile = backend.profile()
+    caps, entries = enlightened(profile)
+    with backend.create(wanted, {**BOARDS[wanted.arch].caps, **caps}) as vm:
         vm.create_vcpus()
         cpuid = contract.values.get(x86_64.CPUID2.id) if contract else None
         if contract and wanted.arch == Arch.ARM64:
             apply_contract(vm, contract)
-        guest.install(vm, cpuid or backend.profile().cpuid, backend.profile().capabilities)
+        guest.install(vm, cpuid or _with_entries(profile.cpuid, entries), profile.capabilities)
         pinned = apply_contract(vm, contract) if contract else 0
         prologue = capture_prologue(vm)
         vm.start()

@@ -196,6 +196,22 @@ def _evmcs_less(case: Case) -> bool:
     return _uses_evmcs(case) and bool(_evmcs_loses(case))
 
 
+_TRUE_FORMS = {0x481: (0x48D, 0x16), 0x482: (0x48E, 0x0401_E172), 0x483: (0x48F, 0x0003_6DFF), 0x484: (0x490, 0x11FF)}
+"""VMX MSR that KVM makes: of which TRUE form, with what must be 1 besides (SDM volume 3, appendix A.2)."""
+
+
+def _follows_true_form(case: Case) -> bool:
+    """The host makes it of the TRUE form, which comes along and says the same."""
+    true, ones = _TRUE_FORMS.get(ids.msr_index(case.slot.id) or 0, (0, 0))
+    if true not in case.host.feature_msrs or not constant(case) or _controls_missing(case):
+        return False
+    try:
+        form = case.pair.column(ids.msr_id(true))
+    except KeyError:
+        return False
+    return {number | ones for number in form.numbers} == set(case.known.numbers)
+
+
 def _evmcs_made_here(case: Case) -> bool:
     here = _left_by_evmcs(case)
     return _uses_evmcs(case) and here is not None and constant(case) and bool(case.known.differing(here))
@@ -354,6 +370,9 @@ RULES: tuple[Rule, ...] = (
     Rule(_EVMCS_FILTERED, _evmcs_less, _NOTICED, lambda case: f"controls {_evmcs_loses(case):#x} that a nested "
          "hypervisor with an enlightened VMCS was offered are filtered here", _EVMCS_SOURCE,
          lambda case: Kernel.REFUSES if constant(case) else Kernel.DROPS),
+    Rule(_VMX_CONTROLS, both(_follows_true_form, lambda case: case.default != case.known.numbers[0]), _FITS,
+         "KVM makes it of its TRUE form, whatever is written", "arch/x86/kvm/vmx/nested.c vmx_get_vmx_msr, "
+         "vmx_set_vmx_msr", Kernel.REFUSES),
     Rule(_EVMCS_FILTERED, _evmcs_made_here, _NOTICED, lambda case: f"KVM makes it itself, and shows a guest with an "
          f"enlightened VMCS {_left_by_evmcs(case):#x} here; it was {case.known.numbers[0]:#x}", _EVMCS_SOURCE),
     Rule(_EVMCS_FILTERED, _evmcs_unknown, _NOTICED, "its guest uses the enlightened VMCS; nobody has recorded which "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,9 +16,79 @@ from migstream.backends.kvm import uapi
 from migstream.backends.kvm.backend import KvmVm
 from migstream.backends.sim.vm import SimVm
 from migstream.errors import BackendError, UsageError
-from migstream.model import PAGE, Arch, Machine, MemoryRegion, Phase, Scope
+from migstream.model import PAGE, Arch, Bank, HostSummary, Layout, Machine, MemoryRegion, Phase, Scope
 from migstream.registers import ids, msrs, x86_64
+from migstream.transport import save
+from tests.contract import arm64
 from tests.contract.access import create, layout, machine, write
+from tests.contract.conftest import SIMULATED, opened
+
+X86_64, ARM64 = Arch.X86_64, Arch.ARM64
+
+
+EVERYWHERE = (*((X86_64, name) for name in SIMULATED), *((ARM64, name) for name in arm64.SIMULATED),
+              pytest.param((X86_64, "kvm"), marks=pytest.mark.kvm, id="kvm"),
+              pytest.param((X86_64, "kvm-pure"), marks=pytest.mark.kvm, id="kvm-pure"),
+              pytest.param((ARM64, "kvm"), marks=pytest.mark.kvm_arm64, id="kvm-arm64"))
+"""Every backend of both architectures."""
+
+
+@pytest.fixture(params=EVERYWHERE, ids=lambda one: one[1])
+def everywhere(request: pytest.FixtureRequest) -> Backend:
+    arch, name = request.param
+    return opened(name) if arch == X86_64 else arm64.OPENERS[name]()
+
+
+def made(backend: Backend, vcpus: int = 2) -> Vm:
+    """A VM without vCPUs."""
+    return backend.create(machine(vcpus) if backend.arch == X86_64 else arm64.machine(vcpus))
+
+
+USES: dict[str, Callable[[Vm, Layout], object]] = {
+    "create_vcpus": lambda vm, at: vm.create_vcpus(),
+    "layouts": lambda vm, at: vm.layouts(),
+    "read": lambda vm, at: vm.read(at, 0, np.zeros((1, at.row_words), np.uint64)),
+    "write": lambda vm, at: vm.write(at, 0, np.zeros((1, at.row_words), np.uint64)),
+    "read_all": lambda vm, at: vm.read_all([Bank(at, 0, np.zeros((1, at.row_words), np.uint64))]),
+    "take_stock": lambda vm, at: vm.take_stock([at]),
+    "start": lambda vm, at: vm.start(),
+    "enter": lambda vm, at: vm.enter(0),
+    "save": lambda vm, at: save(vm, io.BytesIO(), host=HostSummary("", "", ""), pause=vm.pause),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_vm_that_is_closed_is_used_no_more(everywhere: Backend, use: str) -> None:
+    vm = made(everywhere)
+    vm.create_vcpus()
+    at = next(at for at in vm.layouts()[0] if at.scope == Scope.VCPU)
+    vm.close()
+    with pytest.raises(UsageError, match="the VM is closed"):
+        USES[use](vm, at)
+    vm.pause()
+    vm.close()
+    assert vm.exits() == {}
+
+
+def test_vcpus_are_created_once(everywhere: Backend) -> None:
+    with made(everywhere) as vm:
+        vm.create_vcpus()
+        before = vm.layouts()
+        vm.create_vcpus()
+        assert vm.layouts() == before
+
+
+@pytest.mark.parametrize("vcpus", [0, -1])
+def test_a_machine_without_vcpus_is_no_machine(everywhere: Backend, vcpus: int) -> None:
+    with pytest.raises(UsageError, match=f"a machine of {vcpus} vCPUs: it needs at least one"):
+        made(everywhere, vcpus)
+
+
+def test_nothing_starts_before_there_are_vcpus(everywhere: Backend) -> None:
+    with made(everywhere) as vm:
+        with pytest.raises(UsageError, match="no vCPU to run: create_vcpus"):
+            vm.start()
+        vm.create_vcpus()
 
 
 def open_files() -> int:

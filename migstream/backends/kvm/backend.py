@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from migstream.backends.base import Backend, GuestMemory, Refusal, Vm
+from migstream.backends.base import Backend, GuestMemory, Refusal, Vm, check_machine, check_startable, no_memory
 from migstream.backends.kvm import batch, uapi
 from migstream.backends.kvm.arch import arch_host, host_arch
 from migstream.backends.kvm.operations import ATTRIBUTE, Operation, Rows
@@ -88,8 +88,7 @@ class KvmBackend(Backend):
 
     def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> KvmVm:
         """Make a VM; see `Backend.create`. Raises: BackendError, UsageError."""
-        if machine.arch != self.arch:
-            raise UsageError(f"a {machine.arch.label} machine on a {self.arch.label} host")
+        check_machine(machine, self.arch)
         vm_fd = uapi.call(self.fd, uapi.CREATE_VM, self.host.vm_type(self.fd))
         vm = KvmVm(self, machine, vm_fd, owned=True)
         try:
@@ -188,6 +187,7 @@ class KvmVm(Vm):
 
     def create_vcpus(self) -> None:
         """Create the vCPUs, map their run pages, make what needs all of them. Raises: BackendError."""
+        self._check_open()
         if len(self.vcpu_fds) == self.machine.vcpus:
             return
         size = uapi.call(self.backend.fd, uapi.GET_VCPU_MMAP_SIZE)
@@ -199,6 +199,7 @@ class KvmVm(Vm):
 
     def layouts(self) -> tuple[tuple[Layout, ...], list[Refusal]]:
         """What this VM's kernel has, without the MSRs that it lists and refuses to read on vCPU 0."""
+        self._check_open()
         layouts = self.arch.layouts()
         refused = self._unreadable(layouts)
         bad = {refusal.register for refusal in refused}
@@ -244,6 +245,7 @@ class KvmVm(Vm):
         return [no for row in rows for op in part.operations for no in op.write(row)]
 
     def _rows(self, layout: Layout, first_vcpu: int, values: Words) -> Rows:
+        self._check_open()
         if not values.flags.c_contiguous or values.shape[1] != layout.row_words:
             raise UsageError("a bank is a C-contiguous matrix of its layout's width")
         if first_vcpu + len(values) > (1 if layout.scope == Scope.VM else len(self.vcpu_fds)):
@@ -308,6 +310,8 @@ class KvmVm(Vm):
 
     def start(self) -> None:
         """See `Vm.start`."""
+        self._check_open()
+        check_startable(len(self.vcpu_fds))
         if not self._run_pages:
             raise UsageError("an attached VM is run by whoever owns it")
         self._forget()
@@ -323,6 +327,7 @@ class KvmVm(Vm):
 
     def enter(self, vcpu: int) -> None:
         """KVM_RUN with `immediate_exit`. Raises: BackendError for any end of it but EINTR."""
+        self._check_open()
         self._forget()
         page = self._run_pages[vcpu]
         page[uapi.RUN_IMMEDIATE_EXIT] = 1
@@ -356,6 +361,7 @@ class KvmVm(Vm):
 
     def close(self) -> None:
         """Stop, then close what was made here; an attached VM's fds stay open."""
+        self.closed = True
         self.pause()
         self.memory.release()
         if not self._owned:
@@ -398,5 +404,5 @@ def _map(region: MemoryRegion) -> mmap.mmap:
         mapping.madvise(mmap.MADV_HUGEPAGE)
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", None) or errno.ENOMEM
-        raise BackendError("mmap", errno=number, register=f"{region.guest_address:#x}") from error
+        raise no_memory(region, number) from error
     return mapping

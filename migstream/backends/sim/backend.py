@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import struct
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from migstream.backends.base import Backend
+from migstream.backends.base import Backend, check_machine
 from migstream.backends.sim.arm64 import Arm64SimVm
 from migstream.backends.sim.clock import HostClock
 from migstream.backends.sim.timing import ModelledTime
@@ -42,12 +43,15 @@ class SimBackend(Backend):
                  now_ns: Callable[[], int] = time.monotonic_ns) -> None:
         """Take a profile, or the name of a recorded one (`sim`, `sim:NAME` or `NAME`, with `+RULE`: see `variants`).
 
+        A name with a slash or `.json` at its end is a file, such as `migstream host capture` writes.
+
         Args:
             without: capabilities, as in a profile, that this kernel does not offer.
             now_ns: the host's time; a model of time gives its own.
 
         Raises: BackendUnavailable for a name or rule that isn't known, with near ones; UsageError for an unknown
-            capability, for rules that contradict each other and for a profile that makes no sense, with the field.
+            capability, for an argument that a rule can't have, for rules that contradict each other and for a profile
+            that makes no sense, with the field; of a file also OutputError, ProfileError.
         """
         title, profile = recorded(kernel) if isinstance(kernel, str) else (kernel.kernel, kernel)
         check(profile, title)
@@ -72,8 +76,7 @@ class SimBackend(Backend):
 
     def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> SimVm | Arm64SimVm:
         """See `Backend.create`. Raises: BackendError, UsageError."""
-        if machine.arch != self.arch:
-            raise UsageError(f"a {machine.arch.label} machine on a {self.arch.label} host")
+        check_machine(machine, self.arch)
         kind = Arm64SimVm if self.arch == Arch.ARM64 else SimVm
         vm = kind(self._profile, machine, self._host)
         vm.stopwatch = self.stopwatch
@@ -85,13 +88,22 @@ class SimBackend(Backend):
         return vm
 
 
+_FILE = re.compile(r"(?P<path>.*\.json|[^+]*/[^+]*)(?P<rules>([+].*)?)", re.DOTALL)
+"""A profile's file, whose name may have a + before its .json, and optional rules."""
+
+
 def recorded(name: str) -> tuple[str, HostProfile]:
     """Return the name without its prefix, and the recorded profile under the name's optional rules.
 
-    Raises: BackendUnavailable with the near names, UsageError; see `varied`.
+    Raises: BackendUnavailable with the near names, UsageError; see `varied`. Of a file also OutputError, ProfileError.
     """
+    if file := _FILE.fullmatch(name.removeprefix(PREFIX)):
+        rules = file["rules"].split(MARK)[1:]
+        return MARK.join((file["path"], *rules)), varied(file["path"], profiles.read(file["path"]), rules)
     title, *rules = name.removeprefix(PREFIX).split(MARK)
-    title = DEFAULT if title in ("", PREFIX.removesuffix(":")) else title
+    if not title:
+        raise UsageError(f"{name!r} names no simulated kernel: sim:NAME, or plain sim, which is {PREFIX}{DEFAULT}")
+    title = DEFAULT if title == PREFIX.removesuffix(":") else title
     known = profiles.names()
     if title not in known:
         near = difflib.get_close_matches(title, known, n=3, cutoff=0.3) or known

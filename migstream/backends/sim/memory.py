@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 
-from migstream.backends.base import GuestMemory
+from migstream.backends.base import GuestMemory, no_memory
 from migstream.errors import BackendError
 from migstream.model import PAGE, MemoryRegion
 
@@ -28,8 +28,7 @@ class Memory:
         try:
             mapping = mmap.mmap(-1, region.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError, OverflowError) as error:
-            raise BackendError("mmap", errno=getattr(error, "errno", 0) or errno.ENOMEM,
-                               register=f"{region.guest_address:#x}") from error
+            raise no_memory(region, getattr(error, "errno", 0) or errno.ENOMEM) from error
         self._mappings.append(mapping)
         if no := _errno(region, before):
             raise BackendError("KVM_SET_USER_MEMORY_REGION", errno=no, register=f"{region.guest_address:#x}")

@@ -13,6 +13,7 @@ import numpy as np
 from migstream.backends.sim import cpuid, rules_hyperv, rules_modes
 from migstream.backends.sim.msr_rule import MsrRule, in_ram, version
 from migstream.backends.sim.rules import U64, bits, mask
+from migstream.backends.sim.rules_vmx import RULES as VMX_RULES
 from migstream.backends.sim.variants_x86_64 import EVMCS_CAP, FILTERS, PERF_GLOBAL, PERF_GLOBAL_CPUID
 from migstream.registers import ids, x86_64
 
@@ -202,6 +203,7 @@ RULES = (
             refuse=_nothing, keep=_keep_deadline, show=_show_deadline),
     MsrRule("ignored unless CPUID has it", (TSC_ADJUST,), "kvm_set_msr_common: X86_FEATURE_TSC_ADJUST",
             refuse=_nothing, keep=_adjust),
+    *VMX_RULES,
 )
 
 _BY_INDEX = {index: rule for rule in (*RULES, *rules_hyperv.RULES, *rules_modes.RULES) for index in rule.indices}

@@ -104,17 +104,20 @@ class TurnsVm(Vm):
 
     def close(self) -> None:
         """See `Vm.close`."""
+        self.closed = True
         self.pause()
         self.memory.release()
         self._ram.close()
 
     def _check_still(self) -> None:
-        """Raises: UsageError while the vCPUs run."""
+        """Raises: UsageError while the vCPUs run, and on a closed VM."""
+        self._check_open()
         if self._runner:
             raise UsageError("the vCPUs run already")
 
     def _check_bank(self, layout: Layout, first: int, values: Words, vcpus: int) -> None:
         """Raises: UsageError where rows from `first` on can't be read or written now, on a VM of so many vCPUs."""
+        self._check_open()
         if self._runner:
             raise UsageError("registers can be read and written while the vCPUs stand still: pause() first")
         if not values.flags.c_contiguous or values.shape[1] != layout.row_words:

@@ -5,18 +5,21 @@ Each check is a row: the field, what must hold of it, and how a break of it read
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from migstream.errors import UsageError
 from migstream.model import Arch
 from migstream.registers import vcpu_features
+from migstream.registers.bit_tables import BITS
 from migstream.registers.catalogue import lookup
 
 if TYPE_CHECKING:
     from migstream.host.profile import HostProfile
 
+T = TypeVar("T")
 _U64 = (1 << 64) - 1
 _ERRNOS = range(-1, 4096)
 """-1 is a short count, 0 none; the kernel's own end before 4096 (MAX_ERRNO)."""
@@ -33,6 +36,29 @@ def check(profile: HostProfile, name: str) -> None:
 
 def _negative(numbers: dict[str, int]) -> Iterator[str]:
     return (f"{key} is {value}" for key, value in numbers.items() if not 0 <= value <= _U64)
+
+
+def _behaviour(profile: HostProfile) -> Iterator[str]:
+    from migstream.host.probe_arm64 import ENTERING
+    from migstream.host.probe_x86_64 import TRAITS
+
+    yield from _negative(profile.behaviour)
+    known = (*(trait.name for trait in TRAITS), ENTERING, *_TRAITS_OF_RULES)
+    for name in profile.behaviour:
+        if name not in known and not _VMX_LEFT.fullmatch(name):
+            yield f"no trait {name!r}; there are {', '.join(known)}"
+
+
+_TRAITS_OF_RULES, _VMX_LEFT = ("sdei", "evmcs_filter"), re.compile("evmcs_msr_4[89][0-9a-f]")
+"""What optional rules write (`variants`), beside what a capture finds."""
+
+
+def _components(profile: HostProfile) -> Iterator[str]:
+    known = [field.name for field in BITS["XCR0"]]
+    for name in profile.xsave_components:
+        if name not in known and not re.fullmatch("bit [0-9]+", name):
+            yield f"no XSAVE component {name!r}; there are {', '.join(known)}"
+    yield from (f"{name} is there twice" for name in _twice(profile.xsave_components))
 
 
 def _capabilities(profile: HostProfile) -> Iterator[str]:
@@ -62,8 +88,8 @@ def _msrs(profile: HostProfile) -> Iterator[str]:
     yield from (f"MSR {index:#x}: an MSR's number has 32 bits" for index in profile.msrs if not 0 <= index < 1 << 32)
 
 
-def _twice(numbers: Iterable[int]) -> Iterator[int]:
-    seen: set[int] = set()
+def _twice(numbers: Iterable[T]) -> Iterator[T]:
+    seen: set[T] = set()
     for number in numbers:
         if number in seen:
             yield number
@@ -185,7 +211,8 @@ _X86, _ARM, _ALL = (Arch.X86_64,), (Arch.ARM64,), (Arch.X86_64, Arch.ARM64)
 
 CHECKS = (
     Check("capabilities", _ALL, _capabilities),
-    Check("behaviour", _ALL, lambda profile: _negative(profile.behaviour)),
+    Check("behaviour", _ALL, _behaviour),
+    Check("xsave_components", _X86, _components),
     Check("sizes", _X86, _sizes),
     Check("defaults", _ALL, _defaults),
     Check("msrs", _X86, _msrs),

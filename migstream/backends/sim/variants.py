@@ -37,6 +37,7 @@ class Variant:
         archs: architectures that it is for. what: what it does. source: the proposal, patch or reason that it follows.
         apply: makes the new profile. Raises: UsageError where this kernel or argument won't do.
         several: whether it may be given more than once.
+        takes: what the argument has to be, in words; "" for a rule without one.
         subject: what a rule with an argument is about, for contradictions; () for what nothing else is about.
     """
 
@@ -49,6 +50,7 @@ class Variant:
     apply: Callable[[HostProfile, str], HostProfile]
     several: bool = False
     subject: Callable[[str], Subject] = lambda argument: ()
+    takes: str = ""
 
     @property
     def title(self) -> str:
@@ -59,6 +61,11 @@ class Variant:
         """The argument in a word that is this rule, None for another word."""
         found = re.fullmatch(re.escape(self.name) + f"({self.pattern})", word)
         return found[1] if found else None
+
+    def begins(self, word: str) -> bool:
+        """Whether a word is this rule with something that its argument can't be."""
+        rest = word.removeprefix(self.name)
+        return word.startswith(self.name) and (rest[:1] in ("", "=") or rest[0].isdigit())
 
 
 def variants(arch: Arch) -> tuple[Variant, ...]:
@@ -75,8 +82,8 @@ def varied(title: str, profile: HostProfile, words: list[str]) -> HostProfile:
     Args:
         title: the recorded kernel's name, for messages. words: rules with their arguments.
 
-    Raises: BackendUnavailable for a rule that there is not, with near ones; UsageError for two that contradict each
-        other, and for one that this kernel can't follow.
+    Raises: BackendUnavailable for a rule that there is not, with near ones; UsageError for an argument that a rule
+        can't have, for two that contradict each other, and for one that this kernel can't follow.
     """
     chosen = [_find(title, profile.arch, word) for word in words]
     for earlier, later in _pairs(chosen):
@@ -97,6 +104,8 @@ def _find(title: str, arch: Arch, word: str) -> _Chosen:
     for rule in known:
         if (argument := rule.match(word)) is not None:
             return rule, argument, word
+    if rule := next((rule for rule in known if rule.begins(word)), None):
+        raise UsageError(f"sim:{title}{MARK}{word}: +{rule.title} takes {rule.takes or 'no argument'}")
     titles = {rule.name: rule.title for rule in known}
     near = difflib.get_close_matches(re.split("[=0-9]", word)[0], titles, n=3, cutoff=0.4) or sorted(titles)
     raise BackendUnavailable(f"no rule {word!r} for sim:{title}; near: "
@@ -109,8 +118,9 @@ def _pairs(chosen: list[_Chosen]) -> Iterator[tuple[_Chosen, _Chosen]]:
 
 def _agree(title: str, earlier: _Chosen, later: _Chosen) -> None:
     (one, argument, first), (other, others, second) = earlier, later
-    twice = one is other and (not one.several or first == second)
-    if twice or _overlap(one.subject(argument), other.subject(others)):
+    if first == second:
+        raise UsageError(f"sim:{title}: {MARK}{first} is there twice")
+    if (one is other and not one.several) or _overlap(one.subject(argument), other.subject(others)):
         raise UsageError(f"sim:{title}: {MARK}{first} and {MARK}{second} contradict each other")
 
 

@@ -176,28 +176,34 @@ def _asymmetric(profile: HostProfile, argument: str) -> HostProfile:
     return replace(profile, capabilities={**profile.capabilities, ASYMMETRIC: 1})
 
 
+_A_REGISTER = "a register's id in hexadecimal, or the kernel's name of it"
+
 VARIANTS = (
     Variant("reg-scope", "[=v4]", "(?:=v4)?", _ARM,
             "KVM_CAP_ARM_REG_SCOPE (210): KVM_GET_REG_LIST sets bit 28 in the id of what a VM has once; v4: of the "
             "workarounds 1 and 2 and the bitmaps alone, as in the series",
             "\"KVM: arm64: Add support for hypercall services selection\", v4 (2022-02-24), patches 2 and 3",
-            _reg_scope),
+            _reg_scope, takes="v4 or nothing"),
     Variant("sdei", "[=v5|v7]", "(?:=v[57])?", _ARM,
             "SDEI pseudo-registers: v7 of a vCPU (64, 128 and 2048 bits), v5 with exposed and registered events of "
-            "the VM", "\"KVM: arm64: Support SDEI Virtualization\", v7 (2022-05-27) and v5 (2022-03-22)", _sdei),
-    Variant("asymmetric", "", "", _ARM, "a capability with which vCPUs of a VM may have different features",
+            "the VM", "\"KVM: arm64: Support SDEI Virtualization\", v7 (2022-05-27) and v5 (2022-03-22)", _sdei,
+            takes="v5 or v7"),
+    Variant("asymmetric", "", "", _ARM,
+            "a capability with which KVM_ARM_VCPU_INIT takes other features than the first vCPU's. The ioctl alone: a "
+            "machine has one set of features here, so such a VM is neither saved nor restored",
             "the review of the scope series (2022): asymmetric vCPUs may come, opt-in; 6.5 forbids them", _asymmetric),
     Variant("psci", "MAJOR.MINOR", "[1-9][.][0-9]{1,2}", _ARM, "a newer PSCI version, which is the default",
-            "5.18 made it 1.1, 6.13 made it 1.3", _psci, subject=lambda argument: ("register", _PSCI_VERSION)),
+            "5.18 made it 1.1, 6.13 made it 1.3", _psci, subject=lambda argument: ("register", _PSCI_VERSION),
+            takes="a version from 1.0 to 9.99"),
     Variant("bitmap-bit", "[=BITMAP[.BIT]]", f"(?:=(?:{'|'.join(_BITMAPS)})(?:[.](?:[1-5]?[0-9]|6[0-3]))?)?", _ARM,
             "one more service in a firmware bitmap: on by default, but in VENDOR_HYP_BMAP_2; STD_BMAP and the next "
             "free bit unless told", "Documentation/virt/kvm/arm/fw-pseudo-registers.rst; 6.15 added two", _bitmap_bit,
-            several=True, subject=_bitmap_subject),
+            several=True, subject=_bitmap_subject, takes=f"one of {', '.join(_BITMAPS)}, and a bit from 0 to 63"),
     Variant("add-register", "[=REGISTER]", f"(?:{_REGISTER})?", _ARM,
             "one more system or firmware register: all bits are kept, 0 at first",
             "7.2 lists registers that 6.12 has not", _add_register, several=True,
-            subject=lambda argument: _subject(argument) if argument else ("register", _NEW)),
+            subject=lambda argument: _subject(argument) if argument else ("register", _NEW), takes=_A_REGISTER),
     Variant("hide-register", "=REGISTER", _REGISTER, _ARM, "the kernel knows this register no more",
             "6.13 hides TCR2_EL1, PIRE0_EL1 and PIR_EL1 of guests without them", _hide_register, several=True,
-            subject=_subject),
+            subject=_subject, takes=_A_REGISTER),
 )

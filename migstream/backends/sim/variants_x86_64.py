@@ -36,7 +36,7 @@ VMX = {
 that one of the filters knows; must-be-1 settings in the low half are those of the SDM (volume 3, appendix A)."""
 
 DERIVED = (0x481, 0x482, 0x483, 0x484, 0x487, 0x489)
-"""VMX MSRs that KVM makes from the TRUE forms or from CPUID, and refuses to have written."""
+"""VMX MSRs that KVM makes from the TRUE forms or from CPUID, and refuses to have written (`rules_vmx`)."""
 
 _HIGH = _U64 ^ 0xFFFF_FFFF
 
@@ -120,12 +120,19 @@ def _hide_msr(profile: HostProfile, argument: str) -> HostProfile:
                    msr_bits={n: pair for n, pair in profile.msr_bits.items() if n != index}, **gone)
 
 
+UNLISTED = frozenset((0x1B, 0xC000_0080, 0xC000_0100, 0xC000_0101, *range(0x400, 0x480), *range(0x800, 0x900)))
+"""MSRs that KVM has whatever it lists: those of kvm_sregs (APIC base, EFER, FS and GS base), the banks of
+KVM_X86_SETUP_MCE and the x2APIC's registers (kvm_get_msr_common)."""
+
+
 def _add_msr(profile: HostProfile, argument: str) -> HostProfile:
     index = _msr(argument)
     if index in profile.msrs or index in profile.feature_msrs:
         raise UsageError(f"the kernel has {name(index)} already")
     if index >> 32:
         raise UsageError(f"{index:#x} is no MSR: they have 32 bits")
+    if index in UNLISTED:
+        raise UsageError(f"the kernel has {name(index)} already, and does not list it")
     id = ids.msr_id(index)
     return replace(profile, msrs=(*profile.msrs, index), defaults={**profile.defaults, id: bytes(8)},
                    msr_bits={**profile.msr_bits, index: (_U64, _U64)}, scopes={**profile.scopes, id: "vcpu"})
@@ -147,18 +154,23 @@ def _clear_cpuid(profile: HostProfile, argument: str) -> HostProfile:
     raise UsageError("the kernel's KVM_GET_SUPPORTED_CPUID has no such bit set")
 
 
+_AN_MSR = "an MSR's number or the kernel's name of it"
 _NUMBER = "0x[0-9a-f]{1,8}|[0-9]{1,10}"
 
 VARIANTS = (
     Variant("evmcs", "=5.17|6.1|allow-list", "=(?:5[.]17|6[.]1|allow-list)", _X86,
-            "VMX MSRs, which read filtered once KVM_CAP_HYPERV_ENLIGHTENED_VMCS is enabled, before or after they were "
-            "written", "the review of KVM_CAP_HYPERV_ENLIGHTENED_VMCS2 (2022): expose the filtered VMX MSRs", _evmcs),
+            "VMX MSRs, which read filtered once KVM_CAP_HYPERV_ENLIGHTENED_VMCS is enabled (of the VM here), before or "
+            "after they were written. Only these MSRs are added, taken as vmx_set_vmx_msr does: CPUID has no VMX, "
+            "and on an AMD kernel nested state stays SVM's, so no vCPU enters VMX operation",
+            "the review of KVM_CAP_HYPERV_ENLIGHTENED_VMCS2 (2022): expose the filtered VMX MSRs", _evmcs,
+            takes="one of 5.17, 6.1 and allow-list, whose filter it is"),
     Variant("hide-msr", "=MSR", "=[A-Za-z0-9_]+", _X86, "the kernel knows this MSR no more",
-            "6.1 lists 97 MSRs, 6.12 68 of them", _hide_msr, several=True, subject=_subject),
+            "6.1 lists 97 MSRs, 6.12 68 of them", _hide_msr, several=True, subject=_subject, takes=_AN_MSR),
     Variant("add-msr", "=MSR", "=[A-Za-z0-9_]+", _X86, "a new MSR of a vCPU: all bits are kept, 0 at first",
-            "7.2 lists MSRs that 6.12 has not", _add_msr, several=True, subject=_subject),
+            "7.2 lists MSRs that 6.12 has not", _add_msr, several=True, subject=_subject, takes=_AN_MSR),
     Variant("clear-cpuid", "=LEAF.SUBLEAF.REGISTER.BIT",
             f"=(?:{_NUMBER})[.](?:{_NUMBER})[.]e[abcd]x[.](?:[12]?[0-9]|3[01])", _X86,
             "KVM_GET_SUPPORTED_CPUID without one bit, such as 0x7.0.ebx.20",
-            "a microcode update or a mitigation that takes a feature away (TSX)", _clear_cpuid, several=True),
+            "a microcode update or a mitigation that takes a feature away (TSX)", _clear_cpuid, several=True,
+            takes="leaf and subleaf as numbers, a register of eax, ebx, ecx and edx, a bit from 0 to 31"),
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from migstream.backends.base import Refusal
+from migstream.backends.base import Refusal, check_startable
 from migstream.backends.sim import rules_cpu, rules_devices, rules_hyperv
 from migstream.backends.sim.access import AnyColumn, column, enable, operation
 from migstream.backends.sim.guest import Guest, Rows
@@ -55,6 +55,7 @@ class SimVm(TurnsVm):
 
     def create_vcpus(self) -> None:
         """See `Vm.create_vcpus`."""
+        self._check_open()
         room = self.guest.profile.max_vcpus - self.guest.vcpus
         wanted = self.machine.vcpus - self.guest.vcpus
         if wanted > 0:
@@ -74,6 +75,7 @@ class SimVm(TurnsVm):
 
     def layouts(self) -> tuple[tuple[Layout, ...], list[Refusal]]:
         """See `Vm.layouts`."""
+        self._check_open()
         profile = self.guest.profile
         sizes = {**profile.sizes, x86_64.CPUID2.id: self._cpuid_size()}
         msr_list = (*profile.msrs, *(index for index in profile.feature_msrs if index not in profile.msrs))
@@ -142,5 +144,6 @@ class SimVm(TurnsVm):
     def start(self) -> None:
         """See `Vm.start`."""
         self._check_still()
+        check_startable(self.guest.vcpus)
         self._runner = Runner(self.guest, self.memory)
         self._runner.start()

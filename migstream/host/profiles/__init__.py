@@ -6,7 +6,9 @@ import json
 from functools import cache
 from typing import TYPE_CHECKING
 
-from migstream.errors import UsageError
+from migstream import filekind
+from migstream.errors import OutputError, ProfileError, ProfileLimit, UsageError, printable
+from migstream.limits import MAX_PROFILE
 
 if TYPE_CHECKING:
     from migstream.host.profile import HostProfile
@@ -33,6 +35,28 @@ def load(name: str) -> HostProfile:
         raise UsageError(f"no host profile {name!r}; there are {', '.join(names())}")
     text = resources.files(__name__).joinpath(name + _SUFFIX).read_text(encoding="utf-8")
     return from_json(text, name)
+
+
+def read(path: str) -> HostProfile:
+    """Return the profile in a file, which is read up to the limit.
+
+    Raises: OutputError for a file that can't be read, UsageError for one of another kind, ProfileError and below.
+    """
+    from migstream.host.profile import from_json
+
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_PROFILE + 1)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{printable(path)}: {getattr(error, 'strerror', None) or error}") from error
+    if not data.lstrip().startswith(b"{") and (kind := filekind.of_bytes(data)):
+        raise UsageError(f"{path}: not a host profile{kind}")
+    if len(data) > MAX_PROFILE:
+        raise ProfileLimit(f"{path}: not a host profile: over {MAX_PROFILE} bytes")
+    try:
+        return from_json(data.decode("utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"{path}: not a host profile: not UTF-8 text") from error
 
 
 def recorded(host: HostProfile) -> HostProfile | None:

@@ -242,7 +242,7 @@ class Guest:
         return np.array([self.initial(id, one) for one in features.tolist()], np.uint64)
 
     def column(self, id: int) -> Words:
-        """The matrix of a register: a row a vCPU, or one of what the VM has once (as a difference)."""
+        """The matrix of a register: a row a vCPU, or one of what the VM has once (its first word as a difference)."""
         if id not in self._columns:
             self._columns[id] = self._fresh(id, range(1 if self.shared(id) else self.vcpus))
         return self._columns[id]
@@ -310,7 +310,10 @@ class Access:
         column = self.guest.column(self.id)
         if not self.guest.shared(self.id):
             return column[self.index]
-        return (column[0, :1] ^ self.initials())[:, np.newaxis]
+        first = (column[0, :1] ^ self.initials())[:, np.newaxis]
+        if column.shape[1] == 1:
+            return first
+        return np.hstack((first, np.broadcast_to(column[0, 1:], (len(first), column.shape[1] - 1))))
 
     def word(self) -> NDArray[np.uint64]:
         """The first word of `load`."""
@@ -320,6 +323,7 @@ class Access:
         """Store whole values. What the VM has once keeps the last row's: KVM was told in this order."""
         column = self.guest.column(self.id)
         if self.guest.shared(self.id):
-            column[0, 0] = values[-1, 0] ^ self.initials()[-1]
+            column[0] = values[-1]
+            column[0, 0] ^= self.initials()[-1]
         else:
             column[self.index] = values

@@ -9,6 +9,7 @@ No event is delivered here, as no interrupt is.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,16 @@ SDEI_VERSIONS: dict[int, tuple[PseudoRegister, ...]] = {
           for n, kind in enumerate(("critical", "normal")))),
 }
 """By version of the series, in the order of their numbers."""
+
+_HANDLER, _ALL_VCPUS = 0x4000_0000, b"\xff" * 64
+
+REGISTERED_EVENT: tuple[dict[int, bytes], ...] = (
+    {HANDLERS[0].id: struct.pack("<2Q", _HANDLER, 0x5DE1), BITMAPS[0].id: struct.pack("<Q", 1),
+     BITMAPS[1].id: struct.pack("<Q", 1)},
+    {SDEI_VERSIONS[5][0].id: struct.pack("<QBBB5x", 0, 0, 1, 0),
+     SDEI_VERSIONS[5][EVENTS].id: struct.pack("<5Q", 0, 1, 0, _HANDLER, 0x5DE1) + 2 * _ALL_VCPUS + bytes(88)},
+)
+"""By version, 7 and 5: what a guest leaves that has event 0, the one that software signals, registered and enabled."""
 
 _BITMAP_IDS = frozenset(row.id for row in BITMAPS)
 _LATER_HANDLERS = frozenset(row.id for row in HANDLERS[EVENTS:])

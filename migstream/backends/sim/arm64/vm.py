@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from migstream.backends.base import Refusal
+from migstream.backends.base import Refusal, check_startable
 from migstream.backends.sim.arm64 import access, entering, ids, rules, rules_cpu, rules_firmware, rules_id
 from migstream.backends.sim.arm64 import gic as chip
 from migstream.backends.sim.arm64.board import make_devices
@@ -107,6 +107,7 @@ class Arm64SimVm(DeviceIoctls, TurnsVm):
 
     def create_vcpus(self) -> None:
         """See `Vm.create_vcpus`: created, then KVM_ARM_VCPU_INIT for each."""
+        self._check_open()
         room = self.profile.max_vcpus - self.guest.vcpus
         first, wanted = self.guest.vcpus, self.machine.vcpus - self.guest.vcpus
         if wanted > 0:
@@ -133,6 +134,7 @@ class Arm64SimVm(DeviceIoctls, TurnsVm):
 
         SVE lengths that nobody has chosen become the host's.
         """
+        self._check_open()
         if self.guest.vcpus and self.features & vcpu_features.SVE:
             self.guest.finalized[:] = True
         if self.guest.vcpus and self.guest.uniform is None:
@@ -225,6 +227,7 @@ class Arm64SimVm(DeviceIoctls, TurnsVm):
     def start(self) -> None:
         """See `Vm.start`. Raises: BackendError where a vCPU is not complete."""
         self._check_still()
+        check_startable(self.guest.vcpus)
         for vcpu in range(self.guest.vcpus):
             if no := entering.enter(self.guest, vcpu):
                 raise BackendError("KVM_RUN", errno=no, vcpu=vcpu)
@@ -233,6 +236,7 @@ class Arm64SimVm(DeviceIoctls, TurnsVm):
 
     def enter(self, vcpu: int) -> None:
         """See `Vm.enter`."""
+        self._check_still()
         if no := self.run(vcpu)[0]:
             raise BackendError("KVM_RUN", errno=no, vcpu=vcpu)
 
