@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import os
@@ -163,6 +164,14 @@ def test_memory_that_can_not_be(backend: Backend, regions: list[tuple[int, int]]
         backend.create(machine(memory=tuple(MemoryRegion(*region) for region in regions)))
     assert caught.value.errno == expected, why
     assert open_files() == before
+
+
+def test_memory_that_there_is_not_says_what_to_do(everywhere: Backend) -> None:
+    plain = made(everywhere)
+    plain.close()
+    wanted = dataclasses.replace(plain.machine, memory=(MemoryRegion(1 << 30, 1 << 60),))
+    with pytest.raises(BackendError, match=f"mmap 0x40000000: ENOMEM: no {1 << 60} bytes .* ask for less memory"):
+        everywhere.create(wanted)
 
 
 def test_memory_regions_side_by_side_are_memory(backend: Backend) -> None:

@@ -104,8 +104,9 @@ def _find(title: str, arch: Arch, word: str) -> _Chosen:
     for rule in known:
         if (argument := rule.match(word)) is not None:
             return rule, argument, word
-    if rule := next((rule for rule in known if rule.begins(word)), None):
-        raise UsageError(f"sim:{title}{MARK}{word}: +{rule.title} takes {rule.takes or 'no argument'}")
+    for rule in known:
+        if rule.begins(word):
+            raise UsageError(f"sim:{title}{MARK}{word}: +{rule.title} takes {rule.takes or 'no argument'}")
     titles = {rule.name: rule.title for rule in known}
     near = difflib.get_close_matches(re.split("[=0-9]", word)[0], titles, n=3, cutoff=0.4) or sorted(titles)
     raise BackendUnavailable(f"no rule {word!r} for sim:{title}; near: "

@@ -159,9 +159,8 @@ _NUMBER = "0x[0-9a-f]{1,8}|[0-9]{1,10}"
 
 VARIANTS = (
     Variant("evmcs", "=5.17|6.1|allow-list", "=(?:5[.]17|6[.]1|allow-list)", _X86,
-            "VMX MSRs, which read filtered once KVM_CAP_HYPERV_ENLIGHTENED_VMCS is enabled (of the VM here), before or "
-            "after they were written. Only these MSRs are added, taken as vmx_set_vmx_msr does: CPUID has no VMX, "
-            "and on an AMD kernel nested state stays SVM's, so no vCPU enters VMX operation",
+            "VMX MSRs, taken as vmx_set_vmx_msr does; they read filtered once KVM_CAP_HYPERV_ENLIGHTENED_VMCS is "
+            "enabled (of the VM). They alone: no VMX in CPUID; nested state stays SVM's on an AMD kernel",
             "the review of KVM_CAP_HYPERV_ENLIGHTENED_VMCS2 (2022): expose the filtered VMX MSRs", _evmcs,
             takes="one of 5.17, 6.1 and allow-list, whose filter it is"),
     Variant("hide-msr", "=MSR", "=[A-Za-z0-9_]+", _X86, "the kernel knows this MSR no more",
