@@ -286,10 +286,12 @@ def _lock_signs(axes: Any, measured: list[dict[str, Any]]) -> None:
     """A legend of what points and lines are, whatever their colour."""
     from matplotlib.lines import Line2D
 
-    signs = [Line2D([], [], color="#555555", label=f"{what}, {threads} thread{'s' * (threads > 1)}", **style)
-             for threads in sorted({at["threads"] for at in measured})
-             for what, style in (("measured", {"marker": _marker(threads), "linestyle": "none"}),
-                                 ("modelled", {"linestyle": _dashes(threads)}))]
+    lines: dict[int, Any] = {at["threads"]: _dashes(at["threads"]) for at in measured}
+    nothing: Any = "none"
+    signs = [Line2D([], [], color="#555555", label=f"{what}, {threads} thread{'s' * (threads > 1)}", marker=marker,
+                    linestyle=line)
+             for threads, dashes in sorted(lines.items())
+             for what, marker, line in (("measured", _marker(threads), nothing), ("modelled", "", dashes))]
     if signs:
         axes.legend(handles=signs, loc="upper left", frameon=False, fontsize=9)
 

@@ -13,6 +13,7 @@ import pytest
 
 from bench import blackout, compare, lock, plot, program, summary
 from bench.__main__ import main
+from bench.document import load
 from bench.fit import fit_curve
 from bench.hosts import Host, open_host
 from bench.journal import Journal
@@ -303,7 +304,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     for name, text in (("list", "[]"), ("other", '{"bench": "lock"}'), ("torn", "{")):
         (tmp_path / name).write_text(text)
         with pytest.raises(UsageError):
-            compare.load(tmp_path / name)
+            load(tmp_path / name)
         assert main(["compare", run, str(tmp_path / name)]) == 64
     assert main(["compare", run, str(tmp_path / "none")]) == 74
 
@@ -435,7 +436,7 @@ def test_the_lock_on_real_kvm(tmp_path: Path) -> None:
 
 def test_the_results_that_are_kept_can_be_read_and_say_their_machine() -> None:
     kept = Path(blackout.__file__).with_name("results")
-    run = compare.load(kept / "blackout.json")
+    run = load(kept / "blackout.json")
     assert run["kind"] == "measured" and run["complete"] and run["machine"].keys() >= set(compare.SAME_MACHINE)
     assert {"per-vCPU", "scoped", "prologue", "prologue+threads", "C best, 2 threads", "QEMU"} <= run["curves"].keys()
     assert all((kept / name).exists() for name in ("blackout.png", "blackout.svg", "phases.png", "lock.png"))

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tests.strategies  # noqa: F401 - the settings of hypothesis
 from migstream import save
 from migstream.backends.sim import SimBackend
 from migstream.demo import run
@@ -22,7 +23,6 @@ from migstream.host.profile import FIXED, SCOPE_CAPABILITY, HostProfile, from_js
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.survey import survey
-import tests.strategies  # noqa: F401 - the settings of hypothesis
 
 ARM, X86 = "arm64-7.2", "x86_64-7.2"
 STEAL_TIME, TSC, PSCI = ids.msr_id(0x4B56_4D03), ids.msr_id(0x10), 0x6030_0000_0014_0000
@@ -59,7 +59,8 @@ def test_a_scope_that_no_stream_may_have_is_refused_by_name(name: str, field: st
     with pytest.raises(ProfileError, match=f"field '{field}': {id:#x}: {scope}; {lookup(id).name} is ") as caught:
         from_json(json.dumps(data), "p.json")
     assert caught.value.exit_status == 1
-    verified(replace(profiles.load(name), **{field: {**getattr(profiles.load(name), field), id: scope}}))
+    changed: dict[str, Any] = {field: {**getattr(profiles.load(name), field), id: scope}}
+    verified(replace(profiles.load(name), **changed))
 
 
 def test_a_kernel_that_is_otherwise_is_recorded_as_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +100,7 @@ def test_nor_does_a_kernel_that_answers_otherwise_break_a_save(name: str, data: 
     host = profiles.load(name)
     said = data.draw(st.dictionaries(st.sampled_from(sorted(host.scopes)), st.sampled_from(SCOPES), max_size=6))
     host = replace(host, scopes={**host.scopes, **said}, feature_scopes={})
-    if host.registers and data.draw(st.booleans()):
+    if host.registers and bool(data.draw(st.integers(0, 1))):
         flagged = data.draw(st.lists(st.sampled_from(host.registers), unique=True))
         host = replace(host, scope_flags=tuple(flagged), capabilities={**host.capabilities, SCOPE_CAPABILITY: 1})
     verified(host)
