@@ -73,9 +73,9 @@ def test_a_calibration_is_read_as_it_was_written(calibration: Calibration) -> No
 
 @pytest.mark.parametrize(("change", "field"), [
     ({"migstream_calibration": 2}, "version"), ({"costs": {"x": {"base": -1.0}}}, "x.base"),
-    ({"costs": {"x": {"bass": 1.0}}}, "bass"), ({"costs": {"x": {"base": "1"}}}, "TypeError"), ({"costs": 3}, "int"),
+    ({"costs": {"x": {"bass": 1.0}}}, "x: not a cost"), ({"costs": {"x": {"base": "1"}}}, "x.base"), ({"costs": 3}, "costs"),
     ({"more": 1}, "more"), ({"points": None}, "points|NoneType"), ({"costs": {"x": {"base": float("nan")}}}, "x.base"),
-    ({"handoff": "soon"}, "ValueError"), ({"handoff": -1.0}, "handoff"), ({"machine": 7}, "TypeError")])
+    ({"handoff": "soon"}, "handoff"), ({"handoff": -1.0}, "handoff"), ({"machine": 7}, "machine")])
 def test_nonsense_is_no_calibration(calibration: Calibration, change: dict[str, object], field: str) -> None:
     document = {**json.loads(calibration.to_json()), **change}
     with pytest.raises(Corrupt, match=field):
@@ -223,8 +223,9 @@ def test_the_ioctls_that_are_measured_are_a_whole_restore() -> None:
 
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench import native
+    from bench.program import LeftOut
 
     monkeypatch.setenv("PATH", "")
     native.library.cache_clear()
-    with pytest.raises(BackendUnavailable, match="no C compiler"):
+    with pytest.raises(LeftOut, match="no C compiler"):
         native.library()
