@@ -73,7 +73,8 @@ def test_a_calibration_is_read_as_it_was_written(calibration: Calibration) -> No
 
 @pytest.mark.parametrize(("change", "field"), [
     ({"migstream_calibration": 2}, "version"), ({"costs": {"x": {"base": -1.0}}}, "x.base"),
-    ({"costs": {"x": {"bass": 1.0}}}, "x: not a cost"), ({"costs": {"x": {"base": "1"}}}, "x.base"), ({"costs": 3}, "costs"),
+    ({"costs": {"x": {"bass": 1.0}}}, "x: not a cost"), ({"costs": {"x": {"base": "1"}}}, "x.base"),
+    ({"costs": 3}, "costs"),
     ({"more": 1}, "more"), ({"points": None}, "points|NoneType"), ({"costs": {"x": {"base": float("nan")}}}, "x.base"),
     ({"handoff": "soon"}, "handoff"), ({"handoff": -1.0}, "handoff"), ({"machine": 7}, "machine")])
 def test_nonsense_is_no_calibration(calibration: Calibration, change: dict[str, object], field: str) -> None:
