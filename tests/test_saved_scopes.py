@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tests.strategies  # noqa: F401 - the settings of hypothesis
 from migstream import save
 from migstream.backends.sim import SimBackend
 from migstream.demo import run
@@ -22,7 +23,6 @@ from migstream.host.profile import FIXED, SCOPE_CAPABILITY, HostProfile, from_js
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.survey import survey
-import tests.strategies  # noqa: F401 - the settings of hypothesis
 
 ARM, X86 = "arm64-7.2", "x86_64-7.2"
 STEAL_TIME, TSC, PSCI = ids.msr_id(0x4B56_4D03), ids.msr_id(0x10), 0x6030_0000_0014_0000

@@ -19,6 +19,7 @@ from migstream.backends.sim.vm import SimVm
 from migstream.errors import BackendUnavailable, UsageError
 from migstream.host import profiles
 from migstream.model import Arch, Machine
+from migstream.plan import check_devices
 from migstream.registers import x86_64
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class SimBackend(Backend):
             now_ns: the host's time; a model of time gives its own.
 
         Raises: BackendUnavailable for a name or rule that isn't known, with near ones; UsageError for an unknown
-            capability, for rules that contradict each other and for a profile that makes no sense, with the field.
+            capability and for rules that contradict each other; ProfileError for a profile that makes no sense, with
+            the field.
         """
         title, profile = recorded(kernel) if isinstance(kernel, str) else (kernel.kernel, kernel)
         check(profile, title)
@@ -74,6 +76,7 @@ class SimBackend(Backend):
         """See `Backend.create`. Raises: BackendError, UsageError."""
         if machine.arch != self.arch:
             raise UsageError(f"a {machine.arch.label} machine on a {self.arch.label} host")
+        check_devices(machine)
         kind = Arm64SimVm if self.arch == Arch.ARM64 else SimVm
         vm = kind(self._profile, machine, self._host)
         vm.stopwatch = self.stopwatch
