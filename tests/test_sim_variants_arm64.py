@@ -111,7 +111,7 @@ def test_a_file_edited_to_nonsense_is_one_line_with_the_field(
     edited["vcpu_features"] = 1 << 12
     bad.write_text(json.dumps(edited))
     capsys.readouterr()
-    assert main(["host", "diff", str(bad), KERNEL]) == 64
+    assert main(["host", "diff", str(bad), KERNEL]) == 1
     assert capsys.readouterr().err.splitlines() == [
         f"migstream: {bad}: field 'vcpu_features': 0x1000 has bits that are no vCPU feature"]
 
