@@ -75,7 +75,7 @@ X2APIC, XAPIC = (change(SREGS, (272, "word", base), vcpu=1) for base in (0xFEE0_
 IN_X2APIC = (vm(2), cpuid(vcpu=1), X2APIC)
 IN_DEADLINE_MODE = (vm(), cpuid(), change(LAPIC, (0x320, "word", 0x4_00EC)))
 
-ROWS = (
+ROWS: tuple[Recorded, ...] = (
     Recorded(LAB, (*IN_X2APIC, change(LAPIC, (0x310, "word", 0x500), vcpu=1)), {"value.96": None, "value.98": "0x500"},
              "kvm-amd keeps the halves of an x2APIC's ICR apart"),
     Recorded((PVM,), (*IN_X2APIC, change(LAPIC, (0x310, "word", 0x500), vcpu=1)),
