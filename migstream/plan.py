@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from migstream.bounds import bound, within
-from migstream.errors import DoesNotFit
+from migstream.errors import DoesNotFit, UsageError
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
 from migstream.registers import vcpu_features, x86_64
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from migstream.contract import Contract
     from migstream.model import Words
 
-__all__ = ["DEVICES", "Addition", "Answer", "Plan", "Step", "Verdict", "added_bank", "make_plan", "plan_for",
+__all__ = ["DEVICES", "Addition", "Answer", "Plan", "Step", "Verdict", "added_bank",
+           "check_devices", "make_plan", "plan_for",
            "scope_notes"]
 
 DEVICES: dict[Arch, frozenset[str]] = {
@@ -271,6 +272,12 @@ def _bad_values(machine: Machine) -> list[str]:
 def _device_value(machine: Machine, host: HostProfile) -> str:
     bad = _bad_values(machine)
     return f"device {bad[0]!r} has a value that is no address, number or flag" if bad else ""
+
+
+def check_devices(machine: Machine) -> None:
+    """Raises: UsageError for a device value that no backend can be given."""
+    if bad := _bad_values(machine):
+        raise UsageError(f"device {bad[0]!r}: {machine.devices[bad[0]]!r:.60} is no address, number or flag")
 
 
 def _vcpu_features(machine: Machine, host: HostProfile) -> str:

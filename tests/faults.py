@@ -22,8 +22,9 @@ from migstream.backends import open_backend
 from migstream.backends.base import Backend, Vm
 from migstream.backends.faulty import Fault, FaultyBackend, Kind, every_fault
 from migstream.demo import run
-from migstream.errors import BackendError, MigstreamError, RestoreFailed
+from migstream.errors import BackendError, MigstreamError, RestoreFailed, UsageError
 from migstream.model import Arch, Bank, Layout, Phase, Scope, Slot
+from migstream.progress import progress
 from migstream.reader import StreamReader
 from migstream.registers import ids
 from migstream.registers.catalogue import lookup, running
@@ -182,25 +183,38 @@ def table(counts: Counter[tuple[str, str]]) -> str:
 
 
 def try_all(name: str, vcpus: int, every: int = 1, seed: int = 0) -> Counter[tuple[str, str]]:
-    """Kinds and outcomes of the faults of a restore, counted. Raises: AssertionError for one that is wrong."""
-    backend = open_backend(name)
+    """Kinds and outcomes of the faults of a restore, counted.
+
+    Raises: AssertionError for one that is wrong; UsageError, BackendUnavailable before the first.
+    """
+    for given, option in ((vcpus, "--vcpus"), (every, "--every")):
+        if given < 1:
+            raise UsageError(f"{option}: {given} is not 1 or more")
+    backend, counts = open_backend(name), Counter[tuple[str, str]]()
     faults = chosen(faults_of_restore(backend, name, vcpus), every, seed)
-    counts = Counter((fault.kind.value, outcome(backend, name, vcpus, fault)) for fault in faults)
+    with progress() as say:
+        for number, fault in enumerate(faults):
+            say(f"fault {number} of {len(faults)}: {fault}")
+            counts[fault.kind.value, outcome(backend, name, vcpus, fault)] += 1
     right = sum(n for (_, what), n in counts.items() if what == RIGHT)
     print(f"{name}, {vcpus} vCPUs, {len(faults)} single faults of a restore (1 of {every}, seed {seed}): "
           f"{right} right, {len(faults) - right} failed and destroyed, 0 handed over wrong ({table(counts)})")
     return counts
 
 
-def main() -> int:
-    """The command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--backend", default="sim")
     parser.add_argument("--vcpus", type=int, default=2)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    try_all(options.backend, options.vcpus, options.every, options.seed)
+    options = parser.parse_args(arguments)
+    try:
+        try_all(options.backend, options.vcpus, options.every, options.seed)
+    except MigstreamError as error:
+        print(f"faults: {error}", file=sys.stderr)
+        return error.exit_status
     return 0
 
 

@@ -29,12 +29,25 @@ from migstream.report import Report
 from migstream.transport import capture_prologue, open_output, restore, save, verify
 from migstream.verdicts.policy import NO_POLICY, Policy
 from migstream.verdicts.policy import parse as parse_policy
+from tests import faults
 from tests.faults import MEMORY, RIGHT, chosen, faults_of, restored, stream, try_all
 
 BACKENDS = [pytest.param("sim", marks=pytest.mark.sim), pytest.param("sim:arm64-7.2", marks=pytest.mark.sim),
             pytest.param("kvm", marks=pytest.mark.kvm)]
 VCPUS = 2
 LSTAR = ids.msr_id(0xC000_0082)
+
+
+@pytest.mark.parametrize(("arguments", "status", "words"), [
+    (("--backend", "nope"), 64, "no backend 'nope'"), (("--backend", "sim:nope"), 69, "near: sim:"),
+    (("--vcpus", "0"), 64, "--vcpus: 0 is not 1"), (("--every", "0"), 64, "--every: 0 is not 1"),
+    (("--every", "-3"), 64, "--every: -3 is not 1"), (("--vcpus", "9999999"), 64, "for 9999999 vCPUs"),
+])
+def test_what_can_not_be_tried_is_one_line(arguments: tuple[str, ...], status: int, words: str,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    assert faults.main(arguments) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("faults: ") and words in line
 
 
 @pytest.mark.parametrize(("name", "vcpus", "every"), [

@@ -86,6 +86,33 @@ TEXTS = (
 )
 
 
+@pytest.mark.parametrize(("edit", "words"), [
+    (('"vcpu_features": 4,', '"vcpu_features": NaN,'), "field 'vcpu_features': NaN is no number"),
+    (('"MAX_VCPUS": ', '"MAX_VCPUS": -Infinity, "A": '), "field 'capabilities': MAX_VCPUS: -Infinity is no number"),
+    (('"MAX_VCPUS": ', f'"MAX_VCPUS": {"9" * 30}, "A": '), "field 'capabilities': MAX_VCPUS: a number of 30 digits"),
+    (('"MAX_VCPUS": ', '"MAX_VCPUS": 1, "MAX_VCPUS": '), "field 'capabilities': 'MAX_VCPUS' is there twice"),
+    (('"after_run": {', '"after_run": {"0x1": [0, Infinity], '), "field 'after_run': 0x1: 1: Infinity is no"),
+    (('"arch": ', '"arch": "arm64", "arch": '), "'arch' is there twice"),
+])
+def test_what_is_no_value_is_named_with_its_field(edit: tuple[str, str], words: str) -> None:
+    text = json.dumps({**PLAIN[ARM], "vcpu_features": 4})
+    assert edit[0] in text
+    with pytest.raises(ProfileError) as caught:
+        from_json(text.replace(*edit, 1), "p.json")
+    assert words in str(caught.value)
+
+
+def test_a_profile_that_contradicts_itself_is_corrupt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By any command that reads it; where one of two fields must be wrong, both are named."""
+    path = tmp_path / "p.json"
+    for name, field, value in ((ARM, "feature_defaults", {}), (X86, "capabilities", {"MAX_VCPUS": 0})):
+        path.write_text(json.dumps({**PLAIN[name], field: value}))
+        for command in (["host", "show", str(path)], ["host", "diff", str(path), str(path)]):
+            assert main(command) == 1
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"'{field}'" in line
+
+
 @pytest.mark.parametrize(("text", "status", "words"), TEXTS)
 def test_what_is_no_profile_says_so(text: str, status: int, words: str, tmp_path: Path,
                                     capsys: pytest.CaptureFixture[str]) -> None:

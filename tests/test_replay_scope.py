@@ -103,7 +103,7 @@ def test_a_save_goes_by_the_profile_and_else_by_the_catalogue(profile: HostProfi
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """This machine's profile, where an experiment found LSTAR to be the VM's, and the catalogue leaves it open."""
+    """This machine's profile, with LSTAR the VM's by experiment, as if the catalogue left that open."""
     monkeypatch.setattr(profile_rules, "must_have", lambda id: None)
     backend = KvmBackend()
     found = capture(backend, "pytest", experiments=False)

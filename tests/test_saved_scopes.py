@@ -59,8 +59,8 @@ def test_a_scope_that_no_stream_may_have_is_refused_by_name(name: str, field: st
     with pytest.raises(ProfileError, match=f"field '{field}': {id:#x}: {scope}; {lookup(id).name} is ") as caught:
         from_json(json.dumps(data), "p.json")
     assert caught.value.exit_status == 1
-    changed: dict[str, Any] = {field: {**getattr(profiles.load(name), field), id: scope}}
-    verified(replace(profiles.load(name), **changed))
+    edited: Any = {field: {**getattr(profiles.load(name), field), id: scope}}
+    verified(replace(profiles.load(name), **edited))
 
 
 def test_a_kernel_that_is_otherwise_is_recorded_as_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,8 @@ def test_nor_does_a_kernel_that_answers_otherwise_break_a_save(name: str, data: 
     host = profiles.load(name)
     said = data.draw(st.dictionaries(st.sampled_from(sorted(host.scopes)), st.sampled_from(SCOPES), max_size=6))
     host = replace(host, scopes={**host.scopes, **said}, feature_scopes={})
-    if host.registers and bool(data.draw(st.integers(0, 1))):
-        flagged = data.draw(st.lists(st.sampled_from(host.registers), unique=True))
-        host = replace(host, scope_flags=tuple(flagged), capabilities={**host.capabilities, SCOPE_CAPABILITY: 1})
+    told: bool = data.draw(st.booleans())
+    if host.registers and told:
+        flags = data.draw(st.lists(st.sampled_from(host.registers), unique=True))
+        host = replace(host, scope_flags=tuple(flags), capabilities={**host.capabilities, SCOPE_CAPABILITY: 1})
     verified(host)

@@ -90,7 +90,7 @@ def test_a_name_that_makes_no_kernel_is_one_line(name: str, error: type[Migstrea
 ])
 def test_a_profile_edited_to_nonsense_is_refused_with_the_field(field: str, value: Any, words: str) -> None:
     edited: Any = {field: value}
-    with pytest.raises(UsageError, match=f"field '{field}'") as caught:
+    with pytest.raises(ProfileError, match=f"field '{field}'") as caught:
         SimBackend(dataclasses.replace(profiles.load(KERNEL), **edited))
     assert words in str(caught.value)
 

@@ -16,7 +16,7 @@ from migstream.backends.sim.arm64 import Arm64SimVm
 from migstream.backends.sim.arm64.proposals import ASYMMETRIC_CAP, EVENTS, SCOPE_CAP, SDEI_VERSIONS
 from migstream.backends.sim.clock import HostClock
 from migstream.cli import main
-from migstream.errors import BackendError, BackendUnavailable, MigstreamError, UsageError
+from migstream.errors import BackendError, BackendUnavailable, MigstreamError, ProfileError, UsageError
 from migstream.host import profiles
 from migstream.host.profile import to_json
 from migstream.model import Scope
@@ -103,7 +103,7 @@ def test_one_msr_by_number_and_by_name_is_one(name: str, pair: str) -> None:
 ])
 def test_a_profile_edited_to_nonsense_is_refused_with_the_field(field: str, value: Any, words: str) -> None:
     edited: Any = {field: value}
-    with pytest.raises(UsageError, match=f"field '{field}'") as caught:
+    with pytest.raises(ProfileError, match=f"field '{field}'") as caught:
         SimBackend(dataclasses.replace(profiles.load(KERNEL), **edited))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
@@ -118,7 +118,7 @@ def test_a_file_edited_to_nonsense_is_one_line_with_the_field(
     edited["vcpu_features"] = 1 << 12
     bad.write_text(json.dumps(edited))
     capsys.readouterr()
-    assert main(["host", "diff", str(bad), KERNEL]) == 64
+    assert main(["host", "diff", str(bad), KERNEL]) == 1
     assert capsys.readouterr().err.splitlines() == [
         f"migstream: {bad}: field 'vcpu_features': 0x1000 has bits that are no vCPU feature"]
 

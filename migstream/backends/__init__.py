@@ -19,6 +19,8 @@ def open_backend(name: str = "auto") -> Backend:
 
     Raises: BackendUnavailable, UsageError.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"a backend's name is text, not {type(name).__name__}: kvm, sim, sim:NAME or auto")
     if name == "auto":
         try:
             return open_backend("kvm")

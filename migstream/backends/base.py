@@ -197,6 +197,11 @@ class Vm(ABC):
         """
         raise UsageError("this backend can't enter a vCPU without running it")
 
+    def _check_vcpu(self, vcpu: int, made: int) -> None:
+        """Raises: UsageError where there is no such vCPU by now."""
+        if not 0 <= vcpu < made:
+            raise UsageError(f"there is no vCPU {vcpu}: {made} were made, numbered from 0")
+
     def has_attribute(self, id: int) -> bool:
         """Whether the device, vCPU 0 or VM that an attribute's id names knows it (KVM_HAS_DEVICE_ATTR).
 

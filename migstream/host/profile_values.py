@@ -8,9 +8,10 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 from migstream import limits
 
@@ -30,33 +31,70 @@ class OverLimit(ValueError):
     """Above one of the limits of formats/SPEC.md."""
 
 
+@dataclass(frozen=True)
+class _Wrong:
+    """What stands in the place of a value that JSON's reader would take and we don't, until its place is known."""
+
+    why: str
+
+
+def _refuse(refused: list[_Wrong], why: str) -> _Wrong:
+    refused.append(_Wrong(why))
+    return refused[-1]
+
+
 def document(text: str) -> Any:
-    """The value of a JSON text. A key that stands there twice, NaN and numbers above 64 bits are refused."""
+    """The value of a JSON text. A key that stands there twice, NaN and numbers above 64 bits are refused, with their
+    field."""
+    refused: list[_Wrong] = []
+    found = _document(text, refused)
+    if refused:
+        path, why = next(_wrong((), found))
+        field = f"field {shown(path[0])}: " if path else ""
+        raise ValueError(field + "".join(f"{name}: " for name in path[1:]) + why)
+    return found
+
+
+def _wrong(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Where values are that can't be, and why."""
+    if isinstance(value, _Wrong):
+        yield path, value.why
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _wrong((*path, name), item)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            if isinstance(item, (dict, list, _Wrong)):
+                yield from _wrong((*path, str(number)), item)
+
+
+def _document(text: str, refused: list[_Wrong]) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_int=_parse_int, parse_constant=_no_number)
+        return json.loads(text, object_pairs_hook=partial(_once, refused), parse_int=partial(_parse_int, refused),
+                          parse_constant=partial(_no_number, refused))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from error
     except RecursionError as error:
         raise ValueError("not JSON that anybody wrote: nested too deep") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(refused: list[_Wrong], pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Wrong:
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # None
-        raise ValueError(f"{shown(twice)} is there twice")
+        return _refuse(refused, f"{shown(twice)} is there twice")
     return found
 
 
-def _parse_int(digits: str) -> int:
+def _parse_int(refused: list[_Wrong], digits: str) -> int | _Wrong:
     if len(digits) > _DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits; 64 bits are the most")
+        return _refuse(refused, f"a number of {len(digits)} digits; 64 bits are the most")
     return int(digits)
 
 
-def _no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number of JSON")
+def _no_number(refused: list[_Wrong], word: str) -> _Wrong:
+    return _refuse(refused, f"{word} is no number of JSON")
 
 
 def shown(value: object) -> str:

@@ -24,7 +24,7 @@ from migstream.errors import BackendError, BackendUnavailable, UsageError, errno
 from migstream.host import profiles
 from migstream.host.profile import HostProfile
 from migstream.model import Bank, Layout, Machine, MemoryRegion, Scope
-from migstream.plan import DEVICES
+from migstream.plan import DEVICES, check_devices
 
 if TYPE_CHECKING:
     from migstream.model import Words
@@ -89,6 +89,7 @@ class KvmBackend(Backend):
     def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> KvmVm:
         """Make a VM; see `Backend.create`. Raises: BackendError, UsageError."""
         check_machine(machine, self.arch)
+        check_devices(machine)
         vm_fd = uapi.call(self.fd, uapi.CREATE_VM, self.host.vm_type(self.fd))
         vm = KvmVm(self, machine, vm_fd, owned=True)
         try:
@@ -328,6 +329,7 @@ class KvmVm(Vm):
     def enter(self, vcpu: int) -> None:
         """KVM_RUN with `immediate_exit`. Raises: BackendError for any end of it but EINTR."""
         self._check_open()
+        self._check_vcpu(vcpu, len(self._run_pages))
         self._forget()
         page = self._run_pages[vcpu]
         page[uapi.RUN_IMMEDIATE_EXIT] = 1

@@ -20,6 +20,7 @@ from migstream.backends.sim.vm import SimVm
 from migstream.errors import BackendUnavailable, UsageError
 from migstream.host import profiles
 from migstream.model import Arch, Machine
+from migstream.plan import check_devices
 from migstream.registers import x86_64
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class SimBackend(Backend):
             now_ns: the host's time; a model of time gives its own.
 
         Raises: BackendUnavailable for a name or rule that isn't known, with near ones; UsageError for an unknown
-            capability, for an argument that a rule can't have, for rules that contradict each other and for a profile
-            that makes no sense, with the field; of a file also OutputError, ProfileError.
+            capability, for an argument that a rule can't have and for rules that contradict each other; ProfileError for a
+            profile that makes no sense, with the field; of a file also OutputError.
         """
         title, profile = recorded(kernel) if isinstance(kernel, str) else (kernel.kernel, kernel)
         check(profile, title)
@@ -77,6 +78,7 @@ class SimBackend(Backend):
     def create(self, machine: Machine, enabled_caps: Mapping[int, tuple[int, ...]] | None = None) -> SimVm | Arm64SimVm:
         """See `Backend.create`. Raises: BackendError, UsageError."""
         check_machine(machine, self.arch)
+        check_devices(machine)
         kind = Arm64SimVm if self.arch == Arch.ARM64 else SimVm
         vm = kind(self._profile, machine, self._host)
         vm.stopwatch = self.stopwatch

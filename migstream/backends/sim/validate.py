@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from migstream.errors import UsageError
+from migstream.errors import ProfileError
 from migstream.model import Arch
 from migstream.registers import vcpu_features
 from migstream.registers.bit_tables import BITS
@@ -28,10 +28,10 @@ _ENTRY = 40
 
 
 def check(profile: HostProfile, name: str) -> None:
-    """Raises: UsageError naming the profile, the field and the register of the first thing that makes no sense."""
+    """Raises: ProfileError naming the profile, the field and the register of the first thing that makes no sense."""
     for row in CHECKS:
         for problem in row.find(profile) if profile.arch in row.archs else ():
-            raise UsageError(f"{name}: field {row.field!r}: {problem}")
+            raise ProfileError(f"{name}: field {row.field!r}: {problem}")
 
 
 def _negative(numbers: dict[str, int]) -> Iterator[str]:
@@ -119,7 +119,7 @@ def _register_bits(profile: HostProfile) -> Iterator[str]:
     for id, (taken, kept) in profile.register_bits.items():
         default = profile.defaults.get(id, profile.feature_defaults.get(id))
         if default is None:
-            yield f"{lookup(id).name} is not in 'defaults'"
+            yield f"{lookup(id).name} is not in {_default_fields(profile)}"
         elif max(len(taken), len(kept)) > len(default):
             yield f"{lookup(id).name}: bits beyond its {len(default)} bytes"
         elif (extra := int.from_bytes(kept, "little") & ~int.from_bytes(taken, "little")):
@@ -134,7 +134,12 @@ def _cpuid_forced(profile: HostProfile) -> Iterator[str]:
 
 def _scopes(profile: HostProfile) -> Iterator[str]:
     known = {**profile.defaults, **profile.feature_defaults, **dict.fromkeys(profile.refused)}
-    return (f"{lookup(id).name} is not in 'defaults'" for id in profile.scopes if id not in known)
+    return (f"{lookup(id).name} is not in {_default_fields(profile)}" for id in profile.scopes if id not in known)
+
+
+def _default_fields(profile: HostProfile) -> str:
+    """Where a register's default would be: which of the fields was edited can't be told."""
+    return "'defaults' or 'feature_defaults'" if profile.arch == Arch.ARM64 else "'defaults'"
 
 
 def _errno_pairs(pairs: dict[int, tuple[int, int]]) -> Iterator[str]:

@@ -139,6 +139,7 @@ class SimVm(TurnsVm):
     def enter(self, vcpu: int) -> None:
         """See `Vm.enter`. x86-64: what a run fixes is not fixed by it: a vCPU has run when it reached the guest."""
         self._check_still()
+        self._check_vcpu(vcpu, self.guest.vcpus)
         rules_cpu.enter(Rows.span(self.guest, vcpu, 1))
 
     def start(self) -> None:

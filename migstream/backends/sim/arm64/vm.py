@@ -237,6 +237,7 @@ class Arm64SimVm(DeviceIoctls, TurnsVm):
     def enter(self, vcpu: int) -> None:
         """See `Vm.enter`."""
         self._check_still()
+        self._check_vcpu(vcpu, self.guest.vcpus)
         if no := self.run(vcpu)[0]:
             raise BackendError("KVM_RUN", errno=no, vcpu=vcpu)
 
