@@ -51,8 +51,8 @@ class SimBackend(Backend):
             now_ns: the host's time; a model of time gives its own.
 
         Raises: BackendUnavailable for a name or rule that isn't known, with near ones; UsageError for an unknown
-            capability, for an argument that a rule can't have and for rules that contradict each other; ProfileError for a
-            profile that makes no sense, with the field; of a file also OutputError.
+            capability, for an argument that a rule can't have and for rules that contradict each other; ProfileError
+            for a profile that makes no sense, with the field; of a file also OutputError.
         """
         title, profile = recorded(kernel) if isinstance(kernel, str) else (kernel.kernel, kernel)
         check(profile, title)
