@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from migstream.contract import Contract
     from migstream.fleet import Vmm
     from migstream.host.profile import HostProfile
+    from migstream.model import Arch
     from migstream.plan import Plan
     from migstream.transport import Source
     from migstream.verdicts.model import Saved
@@ -156,13 +157,17 @@ class Input:
         from migstream.host import profiles
         from migstream.host.profile import HostProfile
 
+        arch = self.saved(next(iter(hosts.values()))).machine.arch
         if options.source:
-            return open_profile(options.source)
+            named = open_profile(options.source)
+            if named.arch != arch:
+                raise UsageError(f"check: --source {options.source}: a host of {named.arch.label}; the guest is of "
+                                 f"{arch.label}")
+            return named
         for host in hosts.values():
             if (host.kernel, host.cpu) == (self._kernel, self._cpu):
                 return host
-        found = profiles.recorded(HostProfile(self.saved(next(iter(hosts.values()))).machine.arch, self._kernel,
-                                              self._cpu, ""))
+        found = profiles.recorded(HostProfile(arch, self._kernel, self._cpu, ""))
         if found is None:
             raise UsageError(f"{self.name}: no recorded profile of where it comes from ({self._kernel or 'not said'}): "
                              "name it with --source")
@@ -270,7 +275,9 @@ def _fleet(options: argparse.Namespace) -> int:
         raise UsageError("check: --policy goes with a stream, a contract or --matrix: a policy is one host's")
     old, new = (open_profile(name) for name in options.fleet)
     default = f"knows:{options.fleet[0]}"
-    vmms = (_vmm("old", options.old_vmm or default), _vmm("new", options.new_vmm or "contract,opts-out"))
+    words = (default if options.old_vmm is None else options.old_vmm,
+             "contract,opts-out" if options.new_vmm is None else options.new_vmm)
+    vmms = (_vmm("old", words[0], old.arch), _vmm("new", words[1], old.arch))
     fleet = four_way(old, new, vmms, _features(options))
     if options.json:
         show.print_json("check", {"fleet": show_check.fleet_document(fleet)})
@@ -289,7 +296,7 @@ def _fleet(options: argparse.Namespace) -> int:
     return show_check.fleet_status(fleet)
 
 
-def _vmm(name: str, words: str) -> Vmm:
+def _vmm(name: str, words: str, arch: Arch) -> Vmm:
     """A VMM from its words. Raises: UsageError."""
     from migstream.cli_host import open_profile
     from migstream.fleet import Vmm
@@ -298,9 +305,14 @@ def _vmm(name: str, words: str) -> Vmm:
     known = [word for word in flags if word.startswith("knows:")]
     if unknown := sorted(flags - {*known, "contract", "opts-out"}):
         raise UsageError(f"--{name}-vmm: no word {unknown[0]!r}; {_VMM_WORDS}")
+    if not flags:
+        raise UsageError(f"--{name}-vmm: says nothing; {_VMM_WORDS}")
     if len(known) > 1:
         raise UsageError(f"--{name}-vmm: one knows:PROFILE at most")
-    rows = _rows_of(open_profile(known[0].removeprefix("knows:"))) if known else None
+    kernel = open_profile(known[0].removeprefix("knows:")) if known else None
+    if kernel is not None and kernel.arch != arch:
+        raise UsageError(f"--{name}-vmm: {known[0]}: a kernel of {kernel.arch.label}; the fleet is {arch.label}")
+    rows = None if kernel is None else _rows_of(kernel)
     return Vmm(name, rows, "contract" in flags, "opts-out" in flags)
 
 

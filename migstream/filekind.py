@@ -19,7 +19,7 @@ def check_version(name: str, kind: str, found: object, known: int) -> None:
     """Raises: DocumentTooNew, DocumentError for a version that is not the one that this migstream reads."""
     if type(found) is int and found == known:
         return
-    newer, shown = type(found) is int and found > known, printable(repr(found))
+    newer, shown = type(found) in (int, float) and found > known, printable(repr(found))  # type: ignore[operator]
     raise (DocumentTooNew if newer else DocumentError)(
         f"{name}: field 'migstream_{kind}': {kind} version {shown}; this migstream reads {known}")
 
