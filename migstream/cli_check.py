@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from migstream import filekind
@@ -85,6 +85,7 @@ def _file(options: argparse.Namespace) -> int:
     policy = open_policy(options.policy)
     given = read_input(options.file)
     hosts = {name: open_profile(name) for name in options.host}
+    given.notes += _no_promise(given, hosts)
     plans = {name: plan_for(given.saved(host), host, policy) for name, host in hosts.items()}
     if options.reverse:
         source = given.source(options, hosts)
@@ -174,6 +175,16 @@ class Input:
         return found
 
 
+def _no_promise(given: Input, hosts: Mapping[str, HostProfile]) -> list[str]:
+    """What a contract can't say of these hosts."""
+    from migstream.host.baseline import PTIMER_CNT, physical_counter
+    from migstream.model import Arch
+
+    without = [name for name, host in hosts.items()
+               if host.arch == Arch.ARM64 and host.listed and PTIMER_CNT not in host.listed]
+    return [physical_counter(without)] if without and given.kind == "contract" else []
+
+
 def _contract_notes(contract: Any) -> list[str]:
     from migstream.registers.catalogue import lookup
 
@@ -244,7 +255,7 @@ def _matrix(options: argparse.Namespace) -> int:
     if len(names) < 2:
         raise UsageError("check --matrix: name two hosts or more")
     hosts = {name: open_profile(name) for name in names}
-    plans = matrix(hosts, _features(options), open_policy(options.policy))
+    plans = matrix(hosts, _features(options, hosts.values()), open_policy(options.policy))
     if options.json:
         show.print_json("check", {"matrix": [{"from": a, "to": b, **show_check.plain(plan)}
                                              for (a, b), plan in plans.items()]})
@@ -258,11 +269,11 @@ def _matrix(options: argparse.Namespace) -> int:
     return max(map(show_check.status, plans.values()))
 
 
-def _features(options: argparse.Namespace) -> int:
+def _features(options: argparse.Namespace, hosts: Iterable[HostProfile]) -> int:
     from migstream.cli_host import parse_features
     from migstream.registers import vcpu_features
 
-    found = parse_features(options.vcpu_features)
+    found = parse_features(options.vcpu_features, hosts)
     return vcpu_features.DEFAULT if found is None else found
 
 
@@ -278,7 +289,7 @@ def _fleet(options: argparse.Namespace) -> int:
     words = (default if options.old_vmm is None else options.old_vmm,
              "contract,opts-out" if options.new_vmm is None else options.new_vmm)
     vmms = (_vmm("old", words[0], old.arch), _vmm("new", words[1], old.arch))
-    fleet = four_way(old, new, vmms, _features(options))
+    fleet = four_way(old, new, vmms, _features(options, (old, new)))
     if options.json:
         show.print_json("check", {"fleet": show_check.fleet_document(fleet)})
         return show_check.fleet_status(fleet)

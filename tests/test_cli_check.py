@@ -417,3 +417,15 @@ def test_what_the_guest_read_is_known_where_its_kernel_shows_the_register(capsys
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if "CTR_EL0" in line and "CCSIDR" not in line]
     assert "the guest read 0x" in line and "older" not in line
+
+
+@pytest.mark.sim
+def test_a_streams_contract_in_a_file(capsys: Capture, arm64: Path, contract: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.json"
+    assert main(["inspect", str(arm64), "--contract", "-o", str(out)]) == 0
+    assert main(["check", str(out), "--host", "arm64-7.2"]) == 0
+    assert main(["demo", "--backend", "sim:arm64-7.2", "--vcpus", "1", "--memory", "4M", "--run", "0",
+                 "--contract", str(out), "-o", str(tmp_path / "v.mig")]) == 0
+    assert main(["inspect", str(contract), "--contract", "-o", str(out)]) == 64
+    assert main(["inspect", str(arm64), "-o", str(out)]) == 64
+    assert "inspect -o: a file for what --contract shows" in capsys.readouterr().err
