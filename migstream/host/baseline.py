@@ -155,8 +155,9 @@ def _chip(draft: Draft, hosts: Hosts) -> None:
         draft.left_out.append("GICD_IIDR: interrupt controllers differ in more than their revision")
         return
     draft.values[GICD_IIDR] = lowest.to_bytes(4, "little")
-    draft.losses += [Loss(name, "GICD_IIDR", f"revision {(number & _REVISION) >> 12}",
-                          f"{(lowest & _REVISION) >> 12}") for name, number in found.items() if number != lowest]
+    words = {number: f"revision {(number & _REVISION) >> 12}" for number in found.values()}
+    draft.losses += [Loss(name, "GICD_IIDR", words[number], words[lowest]) for name, number in found.items()
+                     if number != lowest]
 
 
 _REVISION, _FIRST_REVISION = 0xF000, 0x2000

@@ -408,7 +408,8 @@ RULES: tuple[Rule, ...] = (
     Rule(ADDRESSES, _not_canonical, _REFUSED, "{value}: this kernel takes no such wide address",
          f"{_X86}: is_noncanonical_address, by the guest's CR4.LA57 up to 6.1, later by the host's"),
     Rule(ENTRIES, _entry_lost, _NOTICED, "{value}: bits of it are not kept here",
-         f"{_MSR_BITS}; arch/x86/kvm/svm/svm.c svm_set_msr: bits 31:0 alone, of a vCPU that is not Intel's; x86.c __kvm_set_msr: made canonical",
+         f"{_MSR_BITS}; arch/x86/kvm/svm/svm.c svm_set_msr: bits 31:0 alone, of a vCPU that is not Intel's; "
+         "x86.c __kvm_set_msr: made canonical",
          Kernel.DROPS),
     Rule("MSR_EFER", _efer_refused, _REFUSED, "{value}: bits that this kernel does not take", "profile: efer_taken"),
     Rule(FLAGS, refuses_bits, _REFUSED, "{value}: bits that this kernel refuses: {bits}", _MSR_BITS),
