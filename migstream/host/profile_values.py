@@ -35,7 +35,7 @@ def document(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_once, parse_int=_parse_int, parse_constant=_no_number)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
+        raise ValueError(f"not JSON: line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("not JSON that anybody wrote: nested too deep") from error
 
