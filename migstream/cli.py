@@ -90,7 +90,7 @@ def _vcpu_features(text: str) -> int:
     from migstream.registers import vcpu_features
 
     try:
-        return vcpu_features.parse(text)
+        return vcpu_features.parse("" if text == "none" else text)
     except KeyError as error:
         words = ", ".join(vcpu_features.WORDS)
         raise argparse.ArgumentTypeError(f"no vCPU feature {error}; there are {words}") from error
@@ -151,6 +151,7 @@ def _inspect_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--reg", metavar="GLOB", help="only registers or fields whose name (or id) matches")
     sub.add_argument("--contract", action="store_true",
                      help="what the guest was promised: feature and identity registers by name and field")
+    sub.add_argument("-o", dest="output", metavar="FILE", help="with --contract: write it as a contract file")
     sub.add_argument("--section", type=int, metavar="N", help="show one section")
     sub.add_argument("--hex", action="store_true", help="with --section: its payload, decompressed, in hexadecimal")
 
@@ -162,6 +163,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
     if options.contract and (contract := _contract_file(options.file)):
         _check_inspect(options)
+        if options.output is not None:
+            raise UsageError(f"inspect -o: {options.file} is a contract file already")
         document = {"file": options.file, "contract": _shown_contract(contract, options.json)}
         if options.json:
             show.print_json("inspect", document)
@@ -175,6 +178,7 @@ def _inspect(options: argparse.Namespace) -> int:
     _check_inspect(options)
     if options.contract:
         document["contract"] = _contract(options, seen)
+        _keep_contract(options, seen)
     elif options.section is not None:
         document["section"] = _section(options, seen)
     elif options.vm or options.vcpu or options.reg is not None:
@@ -203,6 +207,18 @@ def _contract(options: argparse.Namespace, seen: Survey) -> dict[str, Any]:
     return {} if contract is None else _shown_contract(contract, options.json)  # {}: an error, and it is said last
 
 
+def _keep_contract(options: argparse.Namespace, seen: Survey) -> None:
+    """Write the contract of a whole stream to a file of its own. Raises: OutputError."""
+    from migstream.contract import to_json
+    from migstream.transport import open_output
+
+    contract = seen.contract()
+    if options.output is None or contract is None or seen.error:
+        return
+    with open_output(options.output) as file:
+        file.write(to_json(contract).encode())
+
+
 def _shown_contract(contract: Contract, as_json: bool) -> dict[str, Any]:
     from migstream import show, show_contract
 
@@ -215,6 +231,8 @@ def _shown_contract(contract: Contract, as_json: bool) -> dict[str, Any]:
 
 
 def _check_inspect(options: argparse.Namespace) -> None:
+    if options.output is not None and (not options.contract or options.output == "-"):
+        raise UsageError("inspect -o: a file for what --contract shows of a stream")
     if options.contract and (options.vm or options.vcpu or options.reg is not None or options.section is not None):
         raise UsageError("--contract shows the contract alone: not with --vm, --vcpu, --reg or --section")
     if options.hex and options.section is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from migstream import filekind
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from migstream.contract import Contract
     from migstream.fleet import Vmm
     from migstream.host.profile import HostProfile
+    from migstream.model import Arch
     from migstream.plan import Plan
     from migstream.transport import Source
     from migstream.verdicts.model import Saved
@@ -84,6 +85,7 @@ def _file(options: argparse.Namespace) -> int:
     policy = open_policy(options.policy)
     given = read_input(options.file)
     hosts = {name: open_profile(name) for name in options.host}
+    given.notes += _no_promise(given, hosts)
     plans = {name: plan_for(given.saved(host), host, policy) for name, host in hosts.items()}
     if options.reverse:
         source = given.source(options, hosts)
@@ -156,17 +158,31 @@ class Input:
         from migstream.host import profiles
         from migstream.host.profile import HostProfile
 
+        arch = self.saved(next(iter(hosts.values()))).machine.arch
         if options.source:
-            return open_profile(options.source)
+            named = open_profile(options.source)
+            if named.arch != arch:
+                raise UsageError(f"check: --source {options.source}: a host of {named.arch.label}; the guest is of "
+                                 f"{arch.label}")
+            return named
         for host in hosts.values():
             if (host.kernel, host.cpu) == (self._kernel, self._cpu):
                 return host
-        found = profiles.recorded(HostProfile(self.saved(next(iter(hosts.values()))).machine.arch, self._kernel,
-                                              self._cpu, ""))
+        found = profiles.recorded(HostProfile(arch, self._kernel, self._cpu, ""))
         if found is None:
             raise UsageError(f"{self.name}: no recorded profile of where it comes from ({self._kernel or 'not said'}): "
                              "name it with --source")
         return found
+
+
+def _no_promise(given: Input, hosts: Mapping[str, HostProfile]) -> list[str]:
+    """What a contract can't say of these hosts."""
+    from migstream.host.baseline import PTIMER_CNT, physical_counter
+    from migstream.model import Arch
+
+    without = [name for name, host in hosts.items()
+               if host.arch == Arch.ARM64 and host.listed and PTIMER_CNT not in host.listed]
+    return [physical_counter(without)] if without and given.kind == "contract" else []
 
 
 def _contract_notes(contract: Any) -> list[str]:
@@ -239,7 +255,7 @@ def _matrix(options: argparse.Namespace) -> int:
     if len(names) < 2:
         raise UsageError("check --matrix: name two hosts or more")
     hosts = {name: open_profile(name) for name in names}
-    plans = matrix(hosts, _features(options), open_policy(options.policy))
+    plans = matrix(hosts, _features(options, hosts.values()), open_policy(options.policy))
     if options.json:
         show.print_json("check", {"matrix": [{"from": a, "to": b, **show_check.plain(plan)}
                                              for (a, b), plan in plans.items()]})
@@ -253,11 +269,11 @@ def _matrix(options: argparse.Namespace) -> int:
     return max(map(show_check.status, plans.values()))
 
 
-def _features(options: argparse.Namespace) -> int:
+def _features(options: argparse.Namespace, hosts: Iterable[HostProfile]) -> int:
     from migstream.cli_host import parse_features
     from migstream.registers import vcpu_features
 
-    found = parse_features(options.vcpu_features)
+    found = parse_features(options.vcpu_features, hosts)
     return vcpu_features.DEFAULT if found is None else found
 
 
@@ -270,8 +286,10 @@ def _fleet(options: argparse.Namespace) -> int:
         raise UsageError("check: --policy goes with a stream, a contract or --matrix: a policy is one host's")
     old, new = (open_profile(name) for name in options.fleet)
     default = f"knows:{options.fleet[0]}"
-    vmms = (_vmm("old", options.old_vmm or default), _vmm("new", options.new_vmm or "contract,opts-out"))
-    fleet = four_way(old, new, vmms, _features(options))
+    words = (default if options.old_vmm is None else options.old_vmm,
+             "contract,opts-out" if options.new_vmm is None else options.new_vmm)
+    vmms = (_vmm("old", words[0], old.arch), _vmm("new", words[1], old.arch))
+    fleet = four_way(old, new, vmms, _features(options, (old, new)))
     if options.json:
         show.print_json("check", {"fleet": show_check.fleet_document(fleet)})
         return show_check.fleet_status(fleet)
@@ -289,7 +307,7 @@ def _fleet(options: argparse.Namespace) -> int:
     return show_check.fleet_status(fleet)
 
 
-def _vmm(name: str, words: str) -> Vmm:
+def _vmm(name: str, words: str, arch: Arch) -> Vmm:
     """A VMM from its words. Raises: UsageError."""
     from migstream.cli_host import open_profile
     from migstream.fleet import Vmm
@@ -298,9 +316,14 @@ def _vmm(name: str, words: str) -> Vmm:
     known = [word for word in flags if word.startswith("knows:")]
     if unknown := sorted(flags - {*known, "contract", "opts-out"}):
         raise UsageError(f"--{name}-vmm: no word {unknown[0]!r}; {_VMM_WORDS}")
+    if not flags:
+        raise UsageError(f"--{name}-vmm: says nothing; {_VMM_WORDS}")
     if len(known) > 1:
         raise UsageError(f"--{name}-vmm: one knows:PROFILE at most")
-    rows = _rows_of(open_profile(known[0].removeprefix("knows:"))) if known else None
+    kernel = open_profile(known[0].removeprefix("knows:")) if known else None
+    if kernel is not None and kernel.arch != arch:
+        raise UsageError(f"--{name}-vmm: {known[0]}: a kernel of {kernel.arch.label}; the fleet is {arch.label}")
+    rows = None if kernel is None else _rows_of(kernel)
     return Vmm(name, rows, "contract" in flags, "opts-out" in flags)
 
 

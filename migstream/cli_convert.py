@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     from migstream.survey import survey
     from migstream.transport import convert, open_output, open_source, plan_conversion
 
-    if options.file == "-" or options.output == "-":
+    if "-" in (options.file, options.output) or _is_read_once(options.file):
         raise UsageError("convert reads its input twice and checks its output before it has a name: name two files")
     if _is_same(options.file, options.output):
         raise UsageError(f"{options.output}: convert reads its input twice and keeps it: name another file with -o")
@@ -54,6 +54,11 @@ def run(options: argparse.Namespace) -> int:
         show.print_pairs([("converted", f"{options.output}, {show.size(length)}, format 1.{wanted.minor}{stays}"),
                           *(("changed" if k == 0 else "", text) for k, text in enumerate(changes or ["nothing"]))])
     return 0
+
+
+def _is_read_once(name: str) -> bool:
+    """A pipe, a socket, a device."""
+    return os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name)
 
 
 def _is_same(one: str, other: str) -> bool:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from migstream.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from migstream.host.profile import HostProfile
 
 
@@ -176,7 +178,7 @@ def _baseline(options: argparse.Namespace) -> int:
     if len(set(options.profiles)) < 2:
         raise UsageError("host baseline: name two hosts or more")
     hosts = {name: open_profile(name) for name in dict.fromkeys(options.profiles)}
-    found = baseline(hosts, parse_features(options.vcpu_features), options.free)
+    found = baseline(hosts, parse_features(options.vcpu_features, hosts.values()), options.free)
     if options.output is not None and not found.refusals:
         with open_output(options.output) as file:
             file.write(to_json(found.contract).encode())
@@ -192,12 +194,15 @@ def _baseline(options: argparse.Namespace) -> int:
     return 0
 
 
-def parse_features(words: str | None) -> int | None:
-    """The mask of `--vcpu-features`; None where it isn't given. Raises: UsageError."""
+def parse_features(words: str | None, hosts: Iterable[HostProfile]) -> int | None:
+    """The mask of `--vcpu-features` for guests of these hosts; None where it isn't given. Raises: UsageError."""
+    from migstream.model import Arch
     from migstream.registers import vcpu_features
 
     if words is None:
         return None
+    if not any(host.arch == Arch.ARM64 for host in hosts):
+        raise UsageError("--vcpu-features: vCPUs of arm64 have them; these hosts are x86_64")
     try:
         return vcpu_features.parse("" if words == "none" else words)
     except KeyError as error:

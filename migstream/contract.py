@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from migstream import filekind
 from migstream.errors import Corrupt, DocumentError, DocumentLimit, UsageError, printable
@@ -39,6 +41,7 @@ BASELINE = "baseline"
 
 FOUND = (MEASURED, RECORDED, DERIVED, BASELINE)
 PINNED = (Klass.FEATURE, Klass.IDENTITY)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -173,10 +176,7 @@ def from_json(text: str, name: str = "contract") -> Contract:
     """
     if len(text) > MAX_CONTRACT:
         raise DocumentLimit(f"{name}: not a contract: over {MAX_CONTRACT} bytes")
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DocumentError(f"{name}: not a contract: not JSON: {printable(error)}") from error
+    data = _json(text, name)
     if not isinstance(data, dict) or "migstream_contract" not in data:
         kind = filekind.of_object(data)
         wrong = UsageError if kind else DocumentError
@@ -187,6 +187,32 @@ def from_json(text: str, name: str = "contract") -> Contract:
         raise DocumentError(f"{name}: not a contract: unknown field {printable(repr(unknown[0]))}")
     behaviour = Behaviour(*(fields.pop(key) for key in ("found", "behaves_as", "how", "firmware", "unknown")))
     return _checked(name, Contract(**fields, behaviour=behaviour))
+
+
+class _Twice(Exception):
+    """A key is in an object twice."""
+
+
+def _json(text: str, name: str) -> Any:
+    """Raises: DocumentError."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except _Twice as twice:
+        raise DocumentError(f"{name}: not a contract: field {printable(repr(str(twice)))} is there twice") from None
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"{name}: not a contract: not JSON: line {error.lineno}, column {error.colno}") from error
+    except RecursionError as error:
+        raise DocumentError(f"{name}: not a contract: not JSON: nested too deep") from error
+    except ValueError as error:
+        raise DocumentError(f"{name}: not a contract: not JSON: a number of too many digits") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def _field(name: str, data: dict[str, Any], key: str, read: Callable[[Any], Any]) -> Any:
@@ -223,27 +249,78 @@ def _found(value: Any) -> str:
     return str(value)
 
 
-def _register_id(text: str) -> int:
-    number = int(text, 16)
+_HEX = re.compile(r"(0[xX])?[0-9a-fA-F]+")
+
+
+def _hex(text: Any) -> int:
+    if not isinstance(text, str) or not _HEX.fullmatch(text.removeprefix("-")):
+        raise ValueError(f"expected a hexadecimal number, found {_short(text)}")
+    return int(text, 16)
+
+
+def _short(value: Any) -> str:
+    """What was found, for one line of an error."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+_SHOWN = 40
+
+
+def _register_id(text: Any) -> int:
+    number = _hex(text)
     if not 0 <= number < 1 << 64:
-        raise ValueError(f"no register id: {text}")
+        raise ValueError(f"no register id: {_short(text).strip(chr(39))}")
     return number
 
 
-def _bytes_by_id(found: Any) -> dict[int, bytes]:
-    return {_register_id(key): bytes.fromhex(value) for key, value in found.items()}
+def _word(text: Any) -> int:
+    number = _hex(text)
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"expected a number of 64 bits, found {_short(text)}")
+    return number
+
+
+def _mask(text: Any) -> int:
+    if (number := _hex(text)) < 0:
+        raise ValueError(f"expected bits, found {_short(text)}")
+    return number
+
+
+def _raw(digits: Any) -> bytes:
+    if not isinstance(digits, str) or len(digits) % 2 or digits.strip(string.hexdigits):
+        raise ValueError(f"expected two hexadecimal digits for each byte, found {_short(digits)}")
+    return bytes.fromhex(digits)
+
+
+def _by_id(found: Any, read: Callable[[Any], _T]) -> dict[int, _T]:
+    """An object whose keys are ids, each once however it is spelled."""
+    if not isinstance(found, dict):
+        raise TypeError(f"expected an object, found {_short(found)}")
+    out: dict[int, _T] = {}
+    for key, value in found.items():
+        if (id := _register_id(key)) in out:
+            raise ValueError(f"{key} is there twice")
+        out[id] = read(value)
+    return out
+
+
+def _list(found: Any, read: Callable[[Any], _T]) -> tuple[_T, ...]:
+    if not isinstance(found, list):
+        raise TypeError(f"expected a list, found {_short(found)}")
+    return tuple(map(read, found))
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
     "arch": _arch, "kernel": _text, "cpu": _text, "vcpu_features": _number,
-    "values": _bytes_by_id,
-    "varies": lambda v: tuple(map(_register_id, v)),
-    "free": lambda v: {_register_id(key): int(mask, 16) for key, mask in v.items()},
+    "values": lambda v: _by_id(v, _raw),
+    "varies": lambda v: _list(v, _register_id),
+    "free": lambda v: _by_id(v, _mask),
     "found": _found,
-    "behaves_as": _bytes_by_id,
-    "how": lambda v: {_register_id(key): _text(value) for key, value in v.items()},
-    "firmware": lambda v: {_register_id(key): int(value, 16) for key, value in v.items()},
-    "unknown": lambda v: tuple(_text(line) for line in v),
+    "behaves_as": lambda v: _by_id(v, _raw),
+    "how": lambda v: _by_id(v, _text),
+    "firmware": lambda v: _by_id(v, _word),
+    "unknown": lambda v: _list(v, _text),
 }
 
 
@@ -255,6 +332,13 @@ def _checked(name: str, contract: Contract) -> Contract:
         for id, value in values.items():
             if why := wrong_register(id, value, contract.arch):
                 raise DocumentError(f"{name}: field {where!r}: {lookup(id).name}: {why}")
+    for id, value in contract.behaves_as.items():
+        if contract.values.get(id, value) != value:
+            raise DocumentError(f"{name}: field 'behaves_as': {lookup(id).name}: 'values' has another value of it")
+    for where, ids_of in (("free", contract.free.keys()), ("how", contract.behaviour.how.keys())):
+        if stray := sorted(ids_of - contract.values.keys() - contract.behaves_as.keys()):
+            raise DocumentError(f"{name}: field {where!r}: {lookup(stray[0]).name}: neither in 'values' nor in "
+                                "'behaves_as'")
     return contract
 
 

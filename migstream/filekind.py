@@ -19,7 +19,8 @@ def check_version(name: str, kind: str, found: object, known: int) -> None:
     """Raises: DocumentTooNew, DocumentError for a version that is not the one that this migstream reads."""
     if type(found) is int and found == known:
         return
-    newer, shown = type(found) is int and found > known, printable(repr(found))
+    newer = isinstance(found, int | float) and not isinstance(found, bool) and found > known
+    shown = printable(repr(found))
     raise (DocumentTooNew if newer else DocumentError)(
         f"{name}: field 'migstream_{kind}': {kind} version {shown}; this migstream reads {known}")
 

@@ -107,6 +107,7 @@ def baseline_pairs(found: Baseline, output: str | None) -> list[tuple[str, str]]
     if found.contract.arch == Arch.ARM64:
         pairs.append(("vCPU features", ", ".join(vcpu_features.names(found.contract.vcpu_features))))
     pairs += [("stands in the way" if k == 0 else "", line) for k, line in enumerate(found.refusals)]
+    pairs += [("note" if k == 0 else "", line) for k, line in enumerate(found.notes)]
     return pairs + [("not pinned" if k == 0 else "", line) for k, line in enumerate(found.left_out)]
 
 
@@ -120,4 +121,5 @@ def baseline_document(found: Baseline) -> dict[str, Any]:
     """For machines."""
     return {"contract": None if found.refusals else to_plain(found.contract), "refusals": list(found.refusals),
             "losses": [{"host": loss.host, "name": loss.name, "has": loss.has, "gets": loss.gets}
-                       for loss in found.losses], "left_out": list(found.left_out)}
+                       for loss in found.losses], "left_out": list(found.left_out),
+            "notes": list(found.notes)}

@@ -18,9 +18,10 @@ from migstream.host import profiles
 from migstream.host.baseline import Baseline, baseline
 from migstream.host.baseline_x86_64 import entries, packed
 from migstream.host.profile import HostProfile
+from migstream.host.profile import to_json as profile_json
 from migstream.model import Arch
 from migstream.plan import plan_for
-from migstream.registers import arm64_ids, vcpu_features, x86_64
+from migstream.registers import arm64_ids, gic, ids, vcpu_features, x86_64
 from migstream.registers.bit_tables import BITS
 from migstream.registers.catalogue import lookup
 from migstream.registers.cpuid import RUNTIME_BITS, bit_name
@@ -262,3 +263,61 @@ def test_one_object_whatever_stands_in_the_way(capsys: Capture) -> None:
     assert main(["host", "baseline", "arm64-5.10", "arm64-7.2", "--json"]) == 11
     document = json.loads(capsys.readouterr().out)
     assert document["contract"] is None and document["refusals"]
+
+
+FREE = ("ID_DFR0_EL1.PerfMon", "ID_AA64DFR0_EL1.DebugVer", "ID_AA64DFR0_EL1.PMUVer", "ID_AA64MMFR1_EL1.HCX",
+        "SMCCC_ARCH_WORKAROUND_3")
+GICD_IIDR = ids.attribute_id(gic.GICV3, gic.DISTRIBUTOR, 8)
+
+
+def test_the_interrupt_controllers_revision_is_the_lowest() -> None:
+    hosts = {name: profiles.load(name) for name in ("arm64-5.10", "arm64-6.1", "arm64-6.12", "arm64-7.2")}
+    found = baseline(hosts, vcpu_features.DEFAULT, FREE)
+    assert int.from_bytes(found.contract.values[GICD_IIDR], "little") == 0x4B00_243B
+    lost = [(loss.host, loss.has, loss.gets) for loss in found.losses if loss.name == "GICD_IIDR"]
+    assert lost == [(name, "revision 3", "revision 2") for name in hosts if name != "arm64-5.10"]
+    other = replace(hosts["arm64-7.2"], attributes={**hosts["arm64-7.2"].attributes, GICD_IIDR: b"\x3b\x34\x00\x4c"})
+    assert any("GICD_IIDR" in line for line in baseline({**hosts, "other": other}, None, FREE).left_out)
+
+
+@pytest.mark.sim
+def test_a_guest_of_the_newest_kernel_fits_the_oldest_but_for_its_counter(tmp_path: Path, capsys: Capture) -> None:
+    """GICD_IIDR and GICR_CTLR are as the contract says; PTIMER_CNT no contract mends, and that is said beforehand."""
+    contract, stream = str(tmp_path / "c.json"), str(tmp_path / "v.mig")
+    free = [word for field in FREE for word in ("--free", field)]
+    kernels = ["arm64-5.10", "arm64-6.1", "arm64-6.12", "arm64-7.2"]
+    assert main(["host", "baseline", *kernels, "-o", contract, *free]) == 0
+    assert "PTIMER_CNT: a guest reads the host's own physical counter on arm64-5.10" in capsys.readouterr().out
+    assert main(["check", contract, "--host", "arm64-5.10"]) == 0
+    assert "PTIMER_CNT" in capsys.readouterr().out
+    assert main(["demo", "--backend", "sim:arm64-7.2", "--vcpus", "1", "--memory", "4M", "--contract", contract,
+                 "-o", stream]) == 0
+    capsys.readouterr()
+    main(["check", stream, "--host", "arm64-5.10", "--all", "--json"])
+    verdicts = json.loads(capsys.readouterr().out)["hosts"]["arm64-5.10"]["verdicts"]
+    bad = {v["register"] for v in verdicts if v["answer"] in ("noticed", "refused")}
+    assert "PTIMER_CNT" in bad and not bad & {"GICD_IIDR", "GICR_CTLR"}
+
+
+def test_a_profile_without_the_experiment_is_named(tmp_path: Path, capsys: Capture) -> None:
+    host = profiles.load("x86_64-7.2")
+    path = tmp_path / "p.json"
+    path.write_text(profile_json(replace(host, register_bits={}, msr_bits={})))
+    main(["host", "baseline", "x86_64-7.2", str(path)])
+    assert f"{path}: its profile was captured without the experiment" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [
+    ["host", "baseline", "x86_64-6.1", "x86_64-7.2", "--vcpu-features", "sve"],
+    ["check", "--matrix", "x86_64-6.1", "x86_64-7.2", "--vcpu-features", "sve"],
+    ["check", "--fleet", "x86_64-6.1", "x86_64-7.2", "--vcpu-features", "none"],
+    ["demo", "--backend", "sim:x86_64-7.2", "--vcpu-features", "sve"],
+])
+def test_vcpu_features_are_arm64s(capsys: Capture, words: list[str]) -> None:
+    assert main(words) == 64
+    assert "--vcpu-features: vCPUs of arm64 have them" in capsys.readouterr().err
+
+
+def test_a_full_device_is_named(capsys: Capture) -> None:
+    assert main(["host", "baseline", "x86_64-6.1", "x86_64-7.2", "-o", "/dev/full"]) == 74
+    assert capsys.readouterr().err == "migstream: /dev/full: No space left on device\n"

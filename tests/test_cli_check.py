@@ -403,3 +403,29 @@ def test_a_file_of_ours_that_is_no_stream(capsys: Capture, kinds: dict[str, Path
     assert main([words[0], str(kinds[kind]), *words[1:]]) == 64
     err = capsys.readouterr().err
     assert "not a stream (this is a " in err and err.count("\n") == 1
+
+
+def test_a_source_of_another_architecture_is_named(capsys: Capture, arm64: Path) -> None:
+    assert main(["check", str(arm64), "--host", "arm64-6.12", "--reverse", "--source", "x86_64-6.1"]) == 64
+    assert "--source x86_64-6.1: a host of x86_64; the guest is of arm64" in capsys.readouterr().err
+
+
+@pytest.mark.sim
+def test_what_the_guest_read_is_known_where_its_kernel_shows_the_register(capsys: Capture, arm64: Path) -> None:
+    """CTR_EL0 of 7.2 is trapped; 5.10 shows the CPU's own."""
+    main(["check", str(arm64), "--host", "arm64-5.10", "--all"])
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if "CTR_EL0" in line and "CCSIDR" not in line]
+    assert "the guest read 0x" in line and "older" not in line
+
+
+@pytest.mark.sim
+def test_a_streams_contract_in_a_file(capsys: Capture, arm64: Path, contract: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.json"
+    assert main(["inspect", str(arm64), "--contract", "-o", str(out)]) == 0
+    assert main(["check", str(out), "--host", "arm64-7.2"]) == 0
+    assert main(["demo", "--backend", "sim:arm64-7.2", "--vcpus", "1", "--memory", "4M", "--run", "0",
+                 "--contract", str(out), "-o", str(tmp_path / "v.mig")]) == 0
+    assert main(["inspect", str(contract), "--contract", "-o", str(out)]) == 64
+    assert main(["inspect", str(arm64), "-o", str(out)]) == 64
+    assert "inspect -o: a file for what --contract shows" in capsys.readouterr().err

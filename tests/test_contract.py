@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from migstream import cli
 from migstream.backends import open_backend
 from migstream.contract import BASELINE, DERIVED, Behaviour, Contract, from_json, to_json, to_plain
-from migstream.errors import DocumentError, DoesNotFit, UsageError
+from migstream.errors import DocumentError, DocumentTooNew, DoesNotFit, UsageError
 from migstream.model import Arch, Bank, Layout, Phase, Scope, Slot
 from migstream.registers import arm64_ids, ids, x86_64
 from migstream.survey import survey
@@ -273,3 +273,44 @@ def test_demo_under_a_contract_that_the_host_can_not_keep(tmp_path: Path, capsys
     path.write_bytes(good.VECTORS["contract"].data)
     assert cli.main(["demo", "--contract", str(path)]) == 64
     assert "not a contract (this is a stream)" in capsys.readouterr().err
+
+
+def _text(**more: object) -> str:
+    """A contract file of one register, MIDR_EL1, with other fields."""
+    fields = {"migstream_contract": 1, "arch": "arm64", "kernel": "", "cpu": "", "vcpu_features": 4,
+              "values": {MIDR_ID: "11" * 8}, "varies": [], "free": {}, "found": "baseline", "behaves_as": {}, "how": {},
+              "firmware": {}, "unknown": []}
+    return json.dumps({**fields, **more})
+
+
+MIDR_ID = "0x603000000013c000"
+ISAR0_ID = "0x603000000013c030"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (_text(behaves_as={MIDR_ID: "22" * 8}), "field 'behaves_as': MIDR_EL1: 'values' has another value of it"),
+    (_text(free={ISAR0_ID: "0xf"}), "field 'free': ID_AA64ISAR0_EL1: neither in 'values' nor in 'behaves_as'"),
+    (_text(how={ISAR0_ID: "x"}), "field 'how': ID_AA64ISAR0_EL1: neither in 'values' nor in 'behaves_as'"),
+    (_text()[:-1] + ', "arch": "arm64"}', "field 'arch' is there twice"),
+    (_text(values={MIDR_ID: "11" * 8, MIDR_ID.upper().replace("X", "x"): "11" * 8}), "is there twice"),
+    (_text(values={MIDR_ID: "zz" * 8}), "expected two hexadecimal digits for each byte, found 'zzzz"),
+    (_text(values={MIDR_ID: 5}), "expected two hexadecimal digits for each byte, found 5"),
+    (_text(values={"no": "11"}), "expected a hexadecimal number, found 'no'"),
+    (_text(values=[1]), "expected an object, found [1]"),
+    (_text(varies={"a": 1}), "expected a list, found {'a': 1}"),
+    (_text(free={MIDR_ID: "-0x1"}), "expected bits, found '-0x1'"),
+    (_text(firmware={"0x1": "0x" + "f" * 17}), "expected a number of 64 bits"),
+    ("\0" * 1000, "not JSON: line 1, column 1"),
+    ("[" * 100_000, "nested too deep"),
+    ("9" * 5000, "a number of too many digits"),
+])
+def test_what_a_file_says_amiss_is_said_in_our_words(text: str, message: str) -> None:
+    with pytest.raises(DocumentError) as caught:
+        from_json(text, "c.json")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["2", "1e999", "Infinity"])
+def test_a_version_above_ours_is_too_new(version: str) -> None:
+    with pytest.raises(DocumentTooNew):
+        from_json(_text().replace('"migstream_contract": 1', f'"migstream_contract": {version}'))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -296,3 +297,12 @@ def test_a_newer_minor_than_needed_is_said(tmp_path: Path, capsys: pytest.Captur
     capsys.readouterr()
     assert main(["convert", old, "-o", new, "--format-minor", "1"]) == 0
     assert "format 1.0: nothing in it needs a newer one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "pipe"])
+def test_what_can_be_read_once_alone_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    words = ["convert", name if name[0] == "/" else str(pipe), "-o", str(tmp_path / "out"), "--format-minor", "0"]
+    assert main(words) == 64
+    assert "convert reads its input twice" in capsys.readouterr().err

@@ -326,3 +326,13 @@ def test_misuse_is_one_clear_line(capsys: Capture, words: list[str], message: st
     assert main(["check", *words]) == 64
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--old-vmm", "knows:x86_64-6.1"], "--old-vmm: knows:x86_64-6.1: a kernel of x86_64; the fleet is arm64"),
+    (["--old-vmm", ""], "--old-vmm: says nothing"), (["--new-vmm", " , "], "--new-vmm: says nothing"),
+])
+def test_words_of_a_vmm_that_say_nothing_of_this_fleet(capsys: pytest.CaptureFixture[str], words: list[str],
+                                                       message: str) -> None:
+    assert main(["check", "--fleet", "arm64-6.12", "arm64-7.2", *words]) == 64
+    assert message in capsys.readouterr().err

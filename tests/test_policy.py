@@ -117,7 +117,7 @@ def test_ignore_of_what_is_left_out_anyway_changes_nothing() -> None:
 def test_require_refuses_what_the_rules_let_pass() -> None:
     contract = Contract(Arch.ARM64, "k", "c", behaviour=Behaviour("measured", {STD: word(0)}))
     plan = judged(guest(contract, psci=0x10001), policy("require", "STD_BMAP"))
-    assert plan.refusals == ["STD_BMAP: refused: the policy requires it as saved; it is: fits, written as 0x0: the "
+    assert plan.refusals == ["STD_BMAP: refused: the policy requires it as saved; it is: fits, written as: 0x0: the "
                              "saving kernel has no such register, and this is what it behaves as (policy, require: "
                              "ours)"]
     assert judged(guest(psci=0x10001), policy("require")).refusals == []
@@ -282,3 +282,20 @@ def test_a_row_of_many_names_is_one_short_line() -> None:
     assert [clause.names(name) for name in ("ID_PFR0_EL1", "KVM_CLOCK", "KVM_CLOCKS", "ID_PFR0", "xID_PFR0_EL1")] == [
         True, True, False, False, False]
     assert show_check._names(clause) == f"{', '.join(['ID_*_EL1'] * 6)} and 994 more"
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ('[[tolerate]]\nregister = "ID_AA64DFR0_EL1.PMUVer"\nreason = "x"', "a policy is about whole registers"),
+    ('[[tolerate]]\nregister = "PSCI_VERSOIN"\nreason = "x"', "nearest is PSCI_VERSION"),
+    ('[[tolerate]]\nregister = "ID_*"\nreason = "x"\n[[tolerate]]\nregister = "ID_AA64DFR0_EL1"\nreason = "y"',
+     "[[tolerate]] ID_AA64DFR0_EL1: an earlier [[tolerate]] row is about it already"),
+])
+def test_a_row_that_could_not_do_anything(rows: str, message: str) -> None:
+    with pytest.raises(DocumentError) as caught:
+        parse(f"migstream_policy = 1\n{rows}\n")
+    assert message in str(caught.value)
+
+
+def test_a_row_before_a_wider_one_is_none_of_these() -> None:
+    assert len(parse('migstream_policy = 1\n[[clamp]]\nregister = "ID_PFR0_EL1"\nreason = "x"\n'
+                     '[[clamp]]\nregister = "ID_*"\nreason = "y"\n').clauses) == 2

@@ -96,6 +96,8 @@ def machine(arch: Arch, vcpus: int, memory: int, vcpu_features: int = 0) -> Mach
 
     Raises: UsageError for a size that the guest can't use.
     """
+    if vcpu_features and arch != Arch.ARM64:
+        raise UsageError("--vcpu-features: vCPUs of arm64 have them, this machine's are x86_64's")
     for refuses, why in _FEATURES if arch == Arch.ARM64 else ():
         if refuses(vcpu_features):
             raise UsageError(f"--vcpu-features: {why}")

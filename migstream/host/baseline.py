@@ -15,7 +15,7 @@ from migstream.errors import UsageError
 from migstream.host.behaviour import of_profile
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Klass
-from migstream.registers import arm64, arm64_ids, firmware_arm64, vcpu_features
+from migstream.registers import arm64, arm64_ids, firmware_arm64, gic, ids, vcpu_features
 from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import Field
 from migstream.registers.catalogue import Register, lookup
@@ -44,13 +44,15 @@ class Baseline:
     Attributes:
         contract: complete only where there are no `refusals`.
         losses: what each host gives up. refusals: by name, what no value would do for, a line each.
-        left_out: registers that are not in the contract, with the reason.
+        left_out: registers that are not in the contract, with the reason. notes: what it can't promise, or was made
+            without knowing.
     """
 
     contract: Contract
     losses: tuple[Loss, ...] = ()
     refusals: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Draft:
     losses: list[Loss] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     patterns: Sequence[str] = ()
 
@@ -98,7 +101,9 @@ def baseline(hosts: Hosts, features: int | None = None, free: Sequence[str] = ()
     names = " + ".join(dict.fromkeys(profile.kernel for profile in hosts.values()))
     contract = Contract(archs.pop(), names, "", features, dict(sorted(draft.values.items())), free=draft.free,
                         behaviour=Behaviour(BASELINE))
-    return Baseline(contract, tuple(draft.losses), tuple(draft.refusals), tuple(draft.left_out))
+    draft.notes += [f"{name}: its profile was captured without the experiment: which bits its kernel lets be changed "
+                    "nobody has tried" for name, host in hosts.items() if not host.register_bits and not host.msr_bits]
+    return Baseline(contract, tuple(draft.losses), tuple(draft.refusals), tuple(draft.left_out), tuple(draft.notes))
 
 
 # arm64
@@ -129,10 +134,50 @@ def _arm64(draft: Draft, hosts: Hosts, features: int | None) -> int:
                                   "before hosts were asked by a guest)")
             continue
         _settle(draft, row, {name: offer for name, offer in offers.items() if offer})
+    _chip(draft, hosts)
+    _physical_counter(draft, views)
     reasons = sorted({*_OWN.values()})
     draft.left_out += [f"{', '.join(_short(reason, listed))}: {reason}" for reason in reasons
                        if _short(reason, listed)]
     return common
+
+
+def _chip(draft: Draft, hosts: Hosts) -> None:
+    """GICD_IIDR: the lowest revision, which every kernel takes from 2 to its own (vgic_mmio_uaccess_write_v3_misc)."""
+    found = {name: int.from_bytes(host.attributes.get(GICD_IIDR, b""), "little") for name, host in hosts.items()}
+    if not all(found.values()):
+        return
+    if draft.is_free("GICD_IIDR"):
+        draft.left_out.append("GICD_IIDR: not pinned, as asked")
+        return
+    lowest = min(found.values(), key=lambda number: number & _REVISION)
+    if len({number & ~_REVISION for number in found.values()}) > 1 or lowest & _REVISION < _FIRST_REVISION:
+        draft.left_out.append("GICD_IIDR: interrupt controllers differ in more than their revision")
+        return
+    draft.values[GICD_IIDR] = lowest.to_bytes(4, "little")
+    words = {number: f"revision {(number & _REVISION) >> 12}" for number in found.values()}
+    draft.losses += [Loss(name, "GICD_IIDR", words[number], words[lowest]) for name, number in found.items()
+                     if number != lowest]
+
+
+_REVISION, _FIRST_REVISION = 0xF000, 0x2000
+
+
+def _physical_counter(draft: Draft, views: Mapping[str, View]) -> None:
+    """What no contract can promise: CNTPCT_EL0 of a guest's own on some hosts, and the host's on others."""
+    without = [name for name, view in views.items() if PTIMER_CNT not in view.host.listed]
+    if without and len(without) < len(views):
+        draft.notes.append(physical_counter(without))
+
+
+def physical_counter(hosts: Iterable[str]) -> str:
+    """What a guest meets on hosts without PTIMER_CNT if it was started on one that has it."""
+    return (f"PTIMER_CNT: a guest reads the host's own physical counter on {', '.join(hosts)}: started on a kernel "
+            "that keeps it the guest's (since 6.4), it would notice the jump, and no contract mends that")
+
+
+GICD_IIDR = ids.attribute_id(gic.GICV3, gic.DISTRIBUTOR, 8)
+PTIMER_CNT = arm64_ids.sysreg(3, 3, 14, 0, 1)
 
 
 def _short(reason: str, listed: Iterable[int]) -> list[str]:

@@ -73,7 +73,7 @@ def _document(text: str, refused: list[_Wrong]) -> Any:
         return json.loads(text, object_pairs_hook=partial(_once, refused), parse_int=partial(_parse_int, refused),
                           parse_constant=partial(_no_number, refused))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
+        raise ValueError(f"not JSON: line {error.lineno}, column {error.colno}") from error
     except RecursionError as error:
         raise ValueError("not JSON that anybody wrote: nested too deep") from error
 

@@ -81,7 +81,7 @@ def plan_conversion(reader: StreamReader, encoded: Iterable[EncodedBank], contra
     if behaviour is not None and (minor is not None and minor < wire.KINDS["CNTR"].minor):
         _droppable(_left(behaviour, layouts), host)
         changes.append(Change("CNTR", "left out: minor 0 has no contract section; all that it said of registers is in "
-                              "the banks, or this host behaves so"))
+                              f"the banks{', or the host that it is for behaves so' if host else ''}"))
         behaviour = None
     return Conversion(tuple(layouts), tuple(banks), wire.KINDS["CNTR"].minor if behaviour else 0, behaviour,
                       tuple(changes))

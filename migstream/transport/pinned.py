@@ -8,7 +8,7 @@ from migstream.backends.base import Backend, Vm
 from migstream.contract import Contract
 from migstream.errors import BackendError, DoesNotFit, UsageError, errno_name
 from migstream.model import Arch, Layout, Phase, Scope, Slot
-from migstream.registers import arm64_ids, ids, vcpu_features, x86_64
+from migstream.registers import arm64_ids, gic, ids, vcpu_features, x86_64
 from migstream.registers.bit_tables import BITS
 from migstream.registers.catalogue import lookup
 from migstream.registers.cpuid import cpuid_words
@@ -21,6 +21,9 @@ _CPUID_OWN: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {
 }
 """CPUID words of each vCPU's own, by leaf and subleaf: (EAX to EDX as 0 to 3, bits). The APIC id; and what KVM computes
 from the vCPU's state: OSXSAVE, APIC, OSPKE, the size of the XSAVE area (kvm_update_cpuid_runtime)."""
+
+_GICD_IIDR = ids.attribute_id(gic.GICV3, gic.DISTRIBUTOR, 8)
+"""Of a machine with an interrupt controller; a contract is for machines without one, too."""
 
 _TOLD = (ids.struct_id(Arch.ARM64, 1),)
 """KVM_ARM_VCPU_INIT: the machine's vCPU features, compared as such."""
@@ -54,7 +57,8 @@ def apply_contract(vm: Vm, contract: Contract) -> int:
     if vm.machine.arch != contract.arch or (contract.arch == Arch.ARM64 and features != contract.vcpu_features):
         raise UsageError("the machine has another architecture, or other vCPU features, than the contract")
     wanted = {id: value for id, value in contract.registers.items()
-              if id not in contract.varies and id not in _TOLD and ids.capability_number(id) is None}
+              if id not in contract.varies and id not in _TOLD and ids.capability_number(id) is None
+              and (id != _GICD_IIDR or "gic_distributor" in vm.machine.devices)}
     if (lengths := wanted.get(arm64_ids.SVE_VLS)) is not None:
         _write(vm, Layout(Scope.VCPU, Phase.FINALIZE, (Slot(arm64_ids.SVE_VLS, len(lengths)),)), [lengths])
     wrong, there, sees = [], set(), vm.behaviour().sees

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, Protocol, TextIO, cast
@@ -178,7 +178,8 @@ def _straight(name: str) -> Iterator[BinaryIO]:
         raise OutputError(f"{printable(name)}: {error.strerror}") from error
     finally:
         if name != "-":
-            file.close()
+            with suppress(OSError):  # what could not be flushed was said above
+                file.close()
 
 
 def _finish(file: BinaryIO, target: Path, check: Callable[[BinaryIO], object] | None) -> None:

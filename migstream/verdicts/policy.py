@@ -14,10 +14,11 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -100,7 +101,7 @@ def _require(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
     if verdict.answer == Answer.FITS:
         return verdict
     return replace(verdict, answer=Answer.REFUSED, target=None, value=None,
-                   reason=f"the policy requires it as saved; it is: {verdict.answer} {verdict.reason}".rstrip())
+                   reason=f"the policy requires it as saved; it is: {str(verdict).removeprefix(f'{verdict.name}: ')}")
 
 
 def _ignore(pair: Pair, verdict: Verdict, clause: Clause) -> Verdict:
@@ -169,8 +170,32 @@ def parse(text: str, name: str = "policy") -> Policy:
     for clause in clauses:
         for glob in clause.registers:
             if not _is_known(glob):
-                raise DocumentError(f"{name}: [[{clause.verb}]]: no register is called {printable(repr(glob))}")
+                raise DocumentError(f"{name}: [[{clause.verb}]]: no register is called {printable(repr(glob))}"
+                                    f"{_meant(glob)}")
+    _none_shadowed(name, clauses)
     return Policy(clauses, name)
+
+
+def _meant(glob: str) -> str:
+    """What somebody may have meant who wrote this."""
+    register, dot, _ = glob.partition(".")
+    if dot and _is_known(register):
+        return f": a policy is about whole registers ({register}), not about fields"
+    nearest = difflib.get_close_matches(glob[:_LONGEST_NAME].upper(), known_names(), 1)
+    return f"; nearest is {nearest[0]}" if nearest else ""
+
+
+_LONGEST_NAME = 100
+
+
+def _none_shadowed(name: str, clauses: Sequence[Clause]) -> None:
+    """Of one verb the first row that names a register counts. Raises: DocumentError for one that never does."""
+    for k, clause in enumerate(clauses):
+        earlier = [other for other in clauses[:k] if other.verb == clause.verb]
+        for glob in clause.registers:
+            if any(glob in other.registers or (glob in known_names() and other.names(glob)) for other in earlier):
+                raise DocumentError(f"{name}: [[{clause.verb}]] {printable(glob)}: an earlier [[{clause.verb}]] row is "
+                                    "about it already")
 
 
 def _is_known(glob: str) -> bool:

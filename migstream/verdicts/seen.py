@@ -7,6 +7,7 @@ and different where it would not.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from migstream.model import Arch
@@ -29,9 +30,24 @@ def judge(case: Case) -> Verdict | None:
     met = case.known.numbers[0] if read is None else int.from_bytes(read, "little")
     if here is None:
         return _shown(case, met, plain.kernel)
+    if read is None and contract and _traps(contract.kernel):
+        return _stuck(case, met, here, plain.kernel)
     if read is None and not (contract and contract.kernel == case.host.kernel):
         return _untold(case, met, here, plain.kernel)
     return _stuck(case, here if read is None else met, here, plain.kernel)
+
+
+def _traps(kernel: str) -> bool:
+    """Whether guests of this kernel read what KVM_GET_ONE_REG has; False for several kernels, or none told."""
+    version = None if _SEVERAL in kernel else re.match(r"(?:Linux )?(\d{1,4})\.(\d{1,4})", kernel)
+    return version is not None and (int(version[1]), int(version[2])) >= _TRAPPED
+
+
+_SEVERAL = " + "
+"""Between the kernels that a baseline is of."""
+
+_TRAPPED = (6, 6)
+"""The first kernel that sets HCR_EL2.TID2 for every guest."""
 
 
 def _stuck(case: Case, met: int, here: int, kernel: Kernel) -> Verdict:
@@ -53,8 +69,8 @@ def _untold(case: Case, register: int, here: int, kernel: Kernel) -> Verdict:
         return Verdict(case.slot, Answer.FITS if target else Answer.HARMLESS, target, "" if target else
                        f"a guest reads {here:#x} here, whatever the register has", _SOURCE, kernel=kernel)
     return Verdict(case.slot, Answer.NOTICED, target, f"a guest reads {here:#x} here, whatever the register has; the "
-                   f"register had {register:#x} where it was saved, and the stream does not say what the guest read "
-                   "(an older migstream's)", _SOURCE, kernel=kernel)
+                   f"register had {register:#x} where it was saved, and the stream does not say whether the guest "
+                   "read that", _SOURCE, kernel=kernel)
 
 
 def _shown(case: Case, met: int, kernel: Kernel) -> Verdict:

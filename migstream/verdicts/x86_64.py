@@ -28,6 +28,10 @@ FLAGS = ("MSR_IA32_SPEC_CTRL MSR_IA32_FEAT_CTL MSR_IA32_MISC_ENABLE MSR_MISC_FEA
 """MSRs that are sets of flags: of these, trials of single bits tell of any value. Of addresses (canonical or not),
 memory types and counters they don't; their values are the guest's state, and KVM takes what it has put out."""
 
+IN_PART = ("MSR_IA32_DEBUGCTLMSR MSR_AMD64_VIRT_SPEC_CTRL MSR_AMD64_TSC_RATIO MSR_VM_HSAVE_PA MSR_TSC_AUX "
+           "MSR_K7_EVNTSEL* MSR_K7_PERFCTR* HV_X64_MSR_VP_INDEX HV_X64_MSR_CRASH_CTL HV_X64_MSR_APIC_FREQUENCY")
+"""MSRs of which some kernel takes bits that it does not keep: all of them where it has no such thing for a guest."""
+
 _TSC_ADJUSTABLE = 250
 """Parts in a million: tsc_tolerance_ppm of kvm.ko."""
 
@@ -300,6 +304,10 @@ ADDRESSES = "MSR_LSTAR MSR_CSTAR MSR_KERNEL_GS_BASE"
 """MSRs that KVM takes canonical addresses for."""
 
 
+ENTRIES = "MSR_IA32_SYSENTER_ESP MSR_IA32_SYSENTER_EIP"
+"""Addresses that KVM takes whatever they are, and may keep a part of."""
+
+
 def _not_canonical(case: Case) -> bool:
     """An address wider than KVM takes: by the trials (all bits of the lower half), or by the guest's own CR4.LA57."""
     taken, _ = case.host.msr_bits.get(ids.msr_index(case.slot.id) or 0, (0, 0))
@@ -324,6 +332,18 @@ def _has_la57(case: Case) -> bool:
     except KeyError:
         return False
     return any(int.from_bytes(value[_CR4], "little") & _LA57 for value in sregs.distinct)
+
+
+def _entry_lost(case: Case) -> bool:
+    """Of a run of bits that reads back: with fewer than addresses have, what is above; else what is not canonical."""
+    _, kept = case.host.msr_bits.get(ids.msr_index(case.slot.id) or 0, (0, 0))
+    if not kept or kept & kept + 1 or kept >> 64 - 1:  # not tried, no run of bits from 0, or all of them
+        return False
+    half = kept.bit_length() - 1
+    return any(number & ~kept if half < _HALF_48 else _beyond(number, half) for number in case.known.numbers)
+
+
+_HALF_48 = 47
 
 
 def _bad_types(case: Case) -> bool:
@@ -406,8 +426,13 @@ RULES: tuple[Rule, ...] = (
          f"{_X86} kvm_pat_valid"),
     Rule(ADDRESSES, _not_canonical, _REFUSED, "{value}: this kernel takes no such wide address",
          f"{_X86}: is_noncanonical_address, by the guest's CR4.LA57 up to 6.1, later by the host's"),
+    Rule(ENTRIES, _entry_lost, _NOTICED, "{value}: bits of it are not kept here",
+         f"{_MSR_BITS}; arch/x86/kvm/svm/svm.c svm_set_msr: bits 31:0 alone, of a vCPU that is not Intel's; "
+         "x86.c __kvm_set_msr: made canonical",
+         Kernel.DROPS),
     Rule("MSR_EFER", _efer_refused, _REFUSED, "{value}: bits that this kernel does not take", "profile: efer_taken"),
     Rule(FLAGS, refuses_bits, _REFUSED, "{value}: bits that this kernel refuses: {bits}", _MSR_BITS),
-    Rule(FLAGS, loses_bits, _NOTICED, "{value}: bits of it read back as here: {bits}", _MSR_BITS, Kernel.DROPS),
+    Rule(f"{FLAGS} {IN_PART}", loses_bits, _NOTICED, "{value}: bits of it read back as here: {bits}", _MSR_BITS,
+         Kernel.DROPS),
 )
 

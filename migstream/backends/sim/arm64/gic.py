@@ -96,6 +96,16 @@ def _revision(guest: Guest, old: Column, new: Column) -> Mask:
     return np.asarray(~told_apart if since(guest.profile, 5, 18) else new != old)
 
 
+def _with_rev3(guest: Guest, rows: slice, values: Column) -> Column:
+    """vgic_mmio_read_v3r_ctlr(): CES and IR where GICD_IIDR's revision is 3 (KVM_VGIC_IMP_REV_3) or above."""
+    revision = _bits(guest.column(_GICD_IIDR)[0, 0] ^ np.uint64(rule(guest, _GICD_IIDR).start), 12, 4)
+    return values if revision >= 3 else values & np.uint64(~_CES_IR & _ALL)
+
+
+_CES_IR = 1 << 1 | 1 << 2
+_GICD_IIDR = ids.attribute_id(gic.GICV3, gic.DISTRIBUTOR, 8)
+
+
 def _icc_ctlr_refused(guest: Guest, old: Column, new: Column) -> Mask:
     """Priority and interrupt id bits no more than there are; SEIS and A3V the host's."""
     more = (_bits(new, 8, 3) > _bits(old, 8, 3)) | (_bits(new, 11, 3) > _bits(old, 11, 3))
@@ -176,7 +186,8 @@ RULES: dict[str, GicRule] = {
     "GICR_IPRIORITYR": GicRule(0, 0xF8F8_F8F8, "vgic_mmio_write_priority: VGIC_PRI_BITS is 5"),
     "GICR_ISACTIVER0": GicRule(0, _HALF, "vgic_mmio_uaccess_write_sactive", keep=_not_the_timers),
     "GICR_ISENABLER0": GicRule(0xFFFF, 0xFFFF_FFFF, "kvm_vgic_vcpu_init: SGIs are enabled"),
-    "GICR_CTLR": GicRule(6, 1, "vgic_mmio_write_v3r_ctlr: LPIs on, where there is an ITS; IR and CES since 5.19"),
+    "GICR_CTLR": GicRule(6, 1, "vgic_mmio_write_v3r_ctlr: LPIs on, where there is an ITS; IR and CES since 5.19",
+                         show=_with_rev3),
     "GICR_PENDBASER": GicRule(0, _ALL, "vgic_mmio_write_pendbase: PTZ reads 0", keep=_table_base("GICR_PENDBASER"),
                               show=_without_ptz),
     "GICR_PROPBASER": GicRule(0, _ALL, "vgic_mmio_write_propbase: struct vgic_dist has one",
