@@ -15,7 +15,10 @@ _ALL = 2**64 - 1
 
 
 def bound(word: int, least: int, most: int | None = None, *, shift: int = 0, mask: int = _ALL) -> bytes:
-    """One question to column `word`; without `most` the value must be `least`. Several are put one after the other."""
+    """One question to column `word`; without `most` the value must be `least`. Several are put one after the other.
+
+    A `most` below `least` goes round the end of the numbers: from `least` up, or up to `most`, as canonical addresses.
+    """
     return _BOUND.pack(word, shift, mask, least, least if most is None else most)
 
 
@@ -30,4 +33,4 @@ def _within(values: Words, word: int, shift: int, mask: int, least: int, most: i
     import numpy as np
 
     found = values[:, word] >> np.uint64(shift) & np.uint64(mask)
-    return not ((found < np.uint64(least)) | (found > np.uint64(most))).any()
+    return not (found - np.uint64(least) > np.uint64((most - least) & _ALL)).any()

@@ -7,12 +7,12 @@ is judged again then (`Plan.at_the_pause`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from migstream.bounds import bound, within
+from migstream.bounds import within
 from migstream.errors import DoesNotFit, UsageError
 from migstream.host.profile import HostProfile
 from migstream.model import Arch, Bank, Layout, Machine, Phase, Scope
@@ -138,8 +138,8 @@ class Plan:
     def foresee(self, number: int, bank: Bank) -> None:
         """Judge values that may come with the pause, as a fresh vCPU has: if they do, it is not done again then.
 
-        Only an answer that no other late value can change is kept. It stands for every value that has the same
-        deciding bits (`judge.deciding`); with a policy, which may ask for more, for that value alone.
+        Only an answer that no other late value can change is kept. It stands for every value that rules do not
+        tell from it (`judge.deciding`); with a policy, which may ask for more, for that value alone.
 
         Raises: DoesNotFit, PolicyError.
         """
@@ -149,15 +149,13 @@ class Plan:
         if columns and now.as_saved and step.as_saved and not any(now.verdicts[c].pending or now.verdicts[c].reason
                                                                   for c in columns):
             assert self.pair is not None
-            self.foreseen[number] = b"".join(
-                bound(word, int(bank.values[0, word]) & mask, mask=mask)
-                for column in columns for word, mask in self._deciding(self.pair, step.source, column))
+            self.foreseen[number] = b"".join(self._alike(self.pair, bank, column) for column in columns)
 
-    def _deciding(self, pair: Pair, layout: Layout, column: int) -> Iterator[tuple[int, int]]:
-        """(word of a row, bits) that the verdict on a column goes by."""
-        slot, start = layout.slots[column], layout.offsets[column]
-        return ((start + word, mask) for word, mask in
-                (whole(slot) if self.policy.clauses else deciding(pair.host, slot)))
+    def _alike(self, pair: Pair, bank: Bank, column: int) -> bytes:
+        """The bounds of the values of a column that get the verdict of the bank's first row."""
+        slot, start = bank.layout.slots[column], bank.layout.offsets[column]
+        questions = whole(slot) if self.policy.clauses else deciding(pair.host, slot)
+        return b"".join(asked.like(int(bank.values[0, start + asked.word]), start) for asked in questions)
 
     def _is_foreseen(self, number: int, bank: Bank) -> bool:
         """Whether all pending registers have the values that were judged before, on all vCPUs."""

@@ -30,7 +30,7 @@ def test_both_paths_say_what_the_words_say(asked: tuple[list[list[int]], list[tu
     values = np.array(rows, np.uint64)
     packed = b"".join(bounds.bound(word, least, most, shift=shift, mask=mask)
                       for word, shift, mask, least, most in found)
-    expected = all(least <= row[word] >> shift & mask <= most
+    expected = all(((row[word] >> shift & mask) - least) % 2**64 <= (most - least) % 2**64
                    for word, shift, mask, least, most in found for row in rows)
     assert bounds.within(values, packed) == expected
     with mock.patch.object(bounds, "compiled", None):
@@ -43,6 +43,17 @@ def test_without_a_greatest_value_it_must_be_the_least() -> None:
     assert not bounds.within(values, bounds.bound(0, 4))
     values[1] = 6
     assert not bounds.within(values, bounds.bound(0, 5))
+
+
+@pytest.mark.parametrize(("value", "good"), [
+    (0, True), (2**47 - 1, True), (2**47, False), (2**63, False), (2**64 - 2**47 - 1, False), (2**64 - 2**47, True),
+    (2**64 - 1, True)])
+def test_canonical_addresses_are_one_question(value: int, good: bool) -> None:
+    values = np.array([[value]], np.uint64)
+    asked = bounds.bound(0, 2**64 - 2**47, 2**47 - 1)
+    assert bounds.within(values, asked) == good
+    with mock.patch.object(bounds, "compiled", None):
+        assert bounds.within(values, asked) == good
 
 
 @pytest.mark.skipif(compiled is None, reason="nothing compiled is here")

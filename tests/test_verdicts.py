@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from migstream import show_check
+from migstream.bounds import within
 from migstream.contract import BASELINE, Behaviour, Contract
 from migstream.host import profiles
 from migstream.host.baseline import baseline
@@ -147,25 +148,43 @@ def test_a_column_is_judged_as_a_whole(values: list[int], other: int, cut: int) 
     assert column.only(other) == (set(values) == {other})
 
 
-@pytest.mark.parametrize("name", [name for name in profiles.names() if name.startswith("x86_64")])
+X86 = [name for name in profiles.names() if name.startswith("x86_64")]
+
+
+def judged(host: HostProfile, slot: Slot, value: bytes) -> Verdict:
+    columns = {slot.id: Column.of(slot, value)}
+    return judge(Pair(Saved(Machine(Arch.X86_64, 1, ()), (), columns), host), slot)
+
+
+@pytest.mark.parametrize("name", X86)
 @given(st.binary(min_size=64, max_size=64), st.integers(0, 2**64 - 1))
 def test_the_same_deciding_bits_the_same_verdict(name: str, noise: bytes, components: int) -> None:
     """Of KVM_XSAVE the components that the host has not; all else of it is the guest's own."""
     host = profiles.load(name)
     slot = Slot(x86_64.XSAVE.id, host.sizes.get(x86_64.XSAVE.id, 4096))
-    asked = dict(deciding(host, slot))
-    assert 0 < len(asked) < slot.words
-    at, mask = next(iter(asked.items()))
-
-    def judged(value: bytearray) -> Verdict:
-        pair = Pair(Saved(Machine(Arch.X86_64, 1, ()), (), {slot.id: Column.of(slot, bytes(value))}), host)
-        return judge(pair, slot)
-
+    (asked,) = deciding(host, slot)
     plain, other = bytearray(slot.size), bytearray((noise * (slot.size // 64))[:slot.size])
-    plain[8 * at:8 * at + 8] = word(components & mask)
-    other[8 * at:8 * at + 8] = word(components)
-    assert judged(plain) == judged(other)
-    assert (judged(other).answer == Answer.REFUSED) == bool(components & mask)
+    plain[8 * asked.word:8 * asked.word + 8] = word(components & asked.mask)
+    other[8 * asked.word:8 * asked.word + 8] = word(components)
+    assert judged(host, slot, bytes(plain)) == judged(host, slot, bytes(other))
+    assert (judged(host, slot, bytes(other)).answer == Answer.REFUSED) == bool(components & asked.mask)
+
+
+ADDRESSES = st.integers(0, 2**64 - 1) | st.builds(lambda bit, few, sign: (sign << 64) + (-1) ** sign * (1 << bit) + few,
+                                                 st.integers(8, 63), st.integers(-2, 2), st.integers(0, 1))
+
+
+@pytest.mark.parametrize("name", X86)
+@given(st.sampled_from((0x175, 0x176, 0xC0000082, 0xC0000083, 0xC0000102)), ADDRESSES, ADDRESSES)
+def test_addresses_that_are_alike_get_the_same_verdict(name: str, index: int, one: int, other: int) -> None:
+    host, slot = profiles.load(name), Slot(ids.msr_id(index), 8)
+    one, other = one % 2**64, other % 2**64
+    alike = b"".join(asked.like(one, 0) for asked in deciding(host, slot))
+    if within(np.array([[other]], np.uint64), alike):
+        assert judged(host, slot, word(one)) == judged(host, slot, word(other))
+    assert within(np.array([[one]], np.uint64), alike)
+    kernel_text = b"".join(asked.like(0, 0) for asked in deciding(host, slot))
+    assert index < 0x1000 or within(np.array([[0xFFFF_FFFF_8100_0000]], np.uint64), kernel_text)
 
 
 # Guests of profiles.

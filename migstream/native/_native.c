@@ -12,7 +12,7 @@
 #include "filter.h"
 #include "pool.h"
 
-#define VERSION 4
+#define VERSION 5
 
 /* delta(values, rows, words) -> bytes */
 static PyObject *delta(PyObject *module, PyObject *arguments)

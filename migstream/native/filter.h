@@ -77,7 +77,7 @@ static int within(const uint64_t *values, size_t rows, size_t words, const struc
         const struct bound *b = bounds + k;
         for (size_t row = 0; row < rows; row++) {
             uint64_t found = values[row * words + b->word] >> b->shift & b->mask;
-            if (found < b->least || found > b->most)
+            if (found - b->least > b->most - b->least) /* round the end of the numbers where most is below least */
                 return 0;
         }
     }

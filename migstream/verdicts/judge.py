@@ -16,7 +16,7 @@ from migstream.verdicts import arm64 as arm64_rules
 from migstream.verdicts import id_fields, seen
 from migstream.verdicts import x86_64 as x86_rules
 from migstream.verdicts.facts import BY_NAME, Case, NotYet, Pair
-from migstream.verdicts.model import Answer, Kernel, Verdict
+from migstream.verdicts.model import Answer, Kernel, Question, Verdict
 from migstream.verdicts.rule import Rule
 
 _Exception = Callable[[Slot, Register, HostProfile], Verdict | None]
@@ -91,15 +91,15 @@ def is_id_register(arch: Arch, name: str) -> bool:
     return arch == Arch.ARM64 and whole.names(name)
 
 
-def deciding(host: HostProfile, slot: Slot) -> Iterable[tuple[int, int]]:
-    """(word of the value, its bits) that the verdict on a register goes by: the same bits, the same verdict."""
-    narrow = x86_rules.DECIDING.get(slot.id)
-    return narrow(host) if narrow else whole(slot)
+def deciding(host: HostProfile, slot: Slot) -> Iterable[Question]:
+    """What the verdict on a register goes by: of values with the same answers it is the same."""
+    narrow = x86_rules.DECIDING.get(lookup(slot.id).name)
+    return narrow(host, slot) if narrow else whole(slot)
 
 
-def whole(slot: Slot) -> Iterable[tuple[int, int]]:
+def whole(slot: Slot) -> Iterable[Question]:
     """All bits of a value, as `deciding`."""
-    return ((word, 2**64 - 1) for word in range(slot.words))
+    return (Question(word) for word in range(slot.words))
 
 
 # What no value can change: sizes, structures that stand for another.

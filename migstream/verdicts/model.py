@@ -6,8 +6,9 @@ import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from migstream.bounds import bound
 from migstream.model import Bank, Layout, Machine, Slot
 from migstream.registers.catalogue import lookup
 
@@ -91,6 +92,27 @@ class Verdict:
     def __str__(self) -> str:
         text = f"{self.name}: {self.answer}{': ' if self.answer != Answer.HARMLESS else ' '}{self.reason}"
         return text.rstrip(": ") + (f" ({self.overruled})" if self.overruled else "")
+
+
+class Question(NamedTuple):
+    """A part of a value by which rules tell values apart.
+
+    Attributes:
+        word, mask: these bits of this 64-bit word of the value. least, most: all of a range (round the end of the
+            numbers where `most` is below `least`) are alike; None where each is another.
+    """
+
+    word: int
+    mask: int = 2**64 - 1
+    least: int | None = None
+    most: int | None = None
+
+    def like(self, value: int, start: int) -> bytes:
+        """The bound (`bounds.bound`) of what is like a word of this value, in a row whose column begins at `start`."""
+        found, least, most = value & self.mask, self.least, self.most
+        if least is None or most is None or (found - least) % 2**64 > (most - least) % 2**64:
+            least = most = found
+        return bound(start + self.word, least, most, mask=self.mask)
 
 
 class Column:

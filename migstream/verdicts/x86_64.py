@@ -12,9 +12,9 @@ from migstream.registers import ids
 from migstream.registers.bit_tables import BITS
 from migstream.registers.bits import describe
 from migstream.registers.cpuid import EAX, EBX, EDX, FEATURE_WORDS, RUNTIME_BITS, Word, bit_name, cpuid_words
-from migstream.registers.x86_64 import CPUID2, SREGS2, TSC_KHZ, XSAVE
+from migstream.registers.x86_64 import CPUID2, SREGS2, TSC_KHZ
 from migstream.verdicts.facts import Case, absent, both, constant, loses_bits, refuses_bits, value
-from migstream.verdicts.model import Answer, Kernel
+from migstream.verdicts.model import Answer, Kernel, Question
 from migstream.verdicts.rule import Rule
 
 _FITS, _AS, _HARMLESS, _NOTICED, _REFUSED = Answer
@@ -131,16 +131,6 @@ def _not_here(case: Case) -> int:
 
 _ALWAYS = 0b11
 """x87 and SSE: every CPU with FXSAVE."""
-
-
-def _xsave_decides(host: HostProfile) -> tuple[tuple[int, int], ...]:
-    """Components that the host has not, of XSTATE_BV; the rest of KVM_XSAVE is the guest's own affair."""
-    here = components(host.cpuid)
-    return ((_XSTATE_BV.start // 8, ~(here | _ALWAYS) & 2**64 - 1),) if here else ()
-
-
-DECIDING: dict[int, Callable[[HostProfile], tuple[tuple[int, int], ...]]] = {XSAVE.id: _xsave_decides}
-"""Registers of whose value the rules below look at a part alone: (word, bits); the rest is never the same twice."""
 
 
 def _named_components(bits: int) -> str:
@@ -355,6 +345,35 @@ def _bad_types(case: Case) -> bool:
 def _efer_refused(case: Case) -> bool:
     taken = case.host.behaviour.get("efer_taken")
     return taken is not None and any(number & ~taken for number in case.known.numbers)
+
+
+def _xsave_decides(host: HostProfile, slot: Slot) -> tuple[Question, ...]:
+    """Components that the host has not, of XSTATE_BV; the rest of KVM_XSAVE is the guest's own affair."""
+    here = components(host.cpuid)
+    return (Question(_XSTATE_BV.start // 8, ~(here | _ALWAYS) & 2**64 - 1),) if here else ()
+
+
+def _address_decides(host: HostProfile, slot: Slot) -> tuple[Question, ...]:
+    """Addresses of 48 bits are all taken, where wider ones may not be."""
+    taken, _ = host.msr_bits.get(ids.msr_index(slot.id) or 0, (0, 0))
+    return (_CANONICAL_48 if not taken or taken.bit_length() >= _HALF_48 else Question(0),)
+
+
+def _entry_decides(host: HostProfile, slot: Slot) -> tuple[Question, ...]:
+    """The same of addresses that are kept in part, or what is kept of fewer bits."""
+    _, kept = host.msr_bits.get(ids.msr_index(slot.id) or 0, (0, 0))
+    if not kept or kept.bit_length() > _HALF_48:
+        return (_CANONICAL_48,)
+    return (Question(0, least=0, most=kept) if kept & kept + 1 == 0 else Question(0),)
+
+
+_CANONICAL_48 = Question(0, least=2**64 - (1 << _HALF_48), most=(1 << _HALF_48) - 1)
+
+DECIDING: dict[str, Callable[[HostProfile, Slot], tuple[Question, ...]]] = {
+    "KVM_XSAVE": _xsave_decides, **dict.fromkeys(ADDRESSES.split(), _address_decides),
+    **dict.fromkeys(ENTRIES.split(), _entry_decides),
+}
+"""Registers of whose values the rules below tell few apart: most of this state is never the same twice."""
 
 
 RULES: tuple[Rule, ...] = (
