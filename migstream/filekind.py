@@ -41,5 +41,14 @@ def of_bytes(data: bytes) -> str:
             return of_object(json.loads(text))
         except (ValueError, RecursionError):
             return ""
-    policy = any(line.strip().startswith(_POLICY) for line in text.splitlines())
-    return " (this is a policy)" if policy else ""
+    return " (this is a policy)" if _is_policy(text) else ""
+
+
+def _is_policy(text: str) -> bool:
+    """TOML with our key: a page about policies has it too."""
+    import tomllib
+
+    try:
+        return _POLICY in tomllib.loads(text)
+    except (ValueError, RecursionError):
+        return False

@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -124,7 +125,6 @@ def test_no_qemu_outlives_an_interrupted_start(tmp_path: Path, monkeypatch: pyte
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2)")
 def test_a_program_dies_with_a_bench_that_is_killed(tmp_path: Path) -> None:
     _program(tmp_path / "talker", "exec sleep 1000")
     words = ("import sys, time; from pathlib import Path; from bench.program import Talk; "
@@ -279,7 +279,6 @@ def test_a_full_disk_shows_what_there_is(host: Bench, no_pictures: None, tmp_pat
 
 
 def test_a_journal_that_finds_no_room_raises_once_and_goes_on_later(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource", reason="limits of POSIX")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(OutputError, match="too large"), Journal(tmp_path / "j", TRUSTED) as journal:
         journal.add((1, "scoped", 0), SAMPLE)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +50,6 @@ def test_a_signal_is_one_line_and_its_status(number: signal.Signals, command: st
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (128 + number, "")
     assert done.stderr == f"bench: stopped by {number.name}; nothing was kept\n"
-
-
-def test_ctrl_c_while_the_benchmarks_are_imported(tmp_path: Path) -> None:
-    (tmp_path / "argparse.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    child = subprocess.Popen([sys.executable, "-m", "bench", "codec"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True)
-    assert child.stdout and child.stdout.readline() == "importing\n"
-    time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=30)
-    assert (child.returncode, out, err) == (130, "", "")
 
 
 def _interrupted(after: int) -> Any:

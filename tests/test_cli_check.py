@@ -247,7 +247,8 @@ def kinds(stream: Path, contract: Path, tmp_path_factory: pytest.TempPathFactory
              "newer contract": contract.read_text().replace('"migstream_contract": 1', '"migstream_contract": 2'),
              "newer profile": to_json(profiles.load("x86_64-7.2")).replace(
                  '"migstream_host_profile": 2', '"migstream_host_profile": 3'),
-             "newer policy": "migstream_policy = 2\n"}
+             "newer policy": "migstream_policy = 2\n",
+             "page": "# On policies\n\n    migstream_policy = 1\n    [[tolerate]]\n\nare written so.\n"}
     out = {"stream": stream, "contract": contract, "folder": folder, "none": folder / "none"}
     for name, text in texts.items():
         out[name] = folder / name.replace(" ", "-")
@@ -263,13 +264,15 @@ WRONG = (
     # what is given as the stream or contract
     ("file", "policy", 64, "neither a stream nor a contract (this is a policy)"),
     ("file", "profile", 64, "(this is a host profile)"),
-    ("file", "text", 1, ""), ("file", "empty", 2, ""), ("file", "json", 64, "(this is the --json output of a command)"),
+    ("file", "text", 1, ""), ("file", "page", 1, "not a migstream stream"), ("file", "empty", 2, ""),
+    ("file", "json", 64, "(this is the --json output of a command)"),
     ("file", "deep", 1, "not a contract: not JSON"), ("file", "newer contract", 3, "contract version 2"),
     ("file", "newer stream", 3, ""), ("file", "folder", 74, "directory"), ("file", "none", 74, "No such file"),
     # as the host
     ("host", "stream", 64, "not a host profile (this is a stream)"),
     ("host", "contract", 64, "no object with a field 'migstream_host_profile' (this is a contract)"),
     ("host", "policy", 64, "not a host profile (this is a policy)"), ("host", "empty", 1, "not a host profile: "),
+    ("host", "page", 1, "not a host profile: not JSON"),
     ("host", "deep", 1, "nested too deep"), ("host", "newer profile", 3, "version 3; this migstream reads 2"),
     ("host", "none", 74, "No such file"), ("host", "folder", 74, "directory"),
     # as the policy

@@ -66,7 +66,7 @@ def test_a_scope_that_no_stream_may_have_is_refused_by_name(name: str, field: st
 def test_a_kernel_that_is_otherwise_is_recorded_as_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """The experiment's own word stays in the words, and the profile can be read again."""
     monkeypatch.setattr(experiment, "_scope", lambda scratch, id, trial: Found("vm", "seen so"))
-    found = experiment.scopes(None, dict.fromkeys((STEAL_TIME, ids.msr_id(0xDEAD))))  # type: ignore[arg-type]  # unused
+    found = experiment.scopes(None, dict.fromkeys((STEAL_TIME, ids.msr_id(0xDEAD))))  # type: ignore[arg-type]  # no VM is asked
     assert found[STEAL_TIME] == Found("vcpu", "as on every other kernel, though by experiment vm: seen so")
     assert found[ids.msr_id(0xDEAD)] == Found("vm", "seen so")
 

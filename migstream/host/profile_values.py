@@ -82,7 +82,7 @@ def _once(refused: list[_Wrong], pairs: list[tuple[str, Any]]) -> dict[str, Any]
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # None
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # always None
         return _refuse(refused, f"{shown(twice)} is there twice")
     return found
 
