@@ -109,9 +109,7 @@ class Run:
         """Give what was written since to the restorer; returns its length."""
         data = self.out.getbuffer()[self._fed:]
         for start in range(0, len(data), MAX_FEED):
-            self.restorer.reader.feed(data[start:start + MAX_FEED])
-            while (found := self.restorer.reader.next()) is not None:
-                self.restorer.take(*found)
+            self.restorer.feed(data[start:start + MAX_FEED])
         length = len(data)
         self._fed += length
         data.release()

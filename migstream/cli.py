@@ -344,7 +344,7 @@ def _replay(options: argparse.Namespace) -> int:
     from migstream.backends import open_backend
     from migstream.backends.faulty import FaultyBackend, parse
     from migstream.errors import StreamError
-    from migstream.transport import Restorer, open_source, read_items
+    from migstream.transport import Restorer, open_source, read_chunks
 
     stream_only(options.file)
     policy = open_policy(options.policy)
@@ -357,8 +357,8 @@ def _replay(options: argparse.Namespace) -> int:
     try:
         with (open_source(options.file) as source,
               Restorer(backend, readback=options.readback, policy=policy, threads=options.threads) as restorer):
-            for section, item in read_items(source, restorer.reader):
-                restorer.take(section, item)
+            for data in read_chunks(source, restorer.reader):
+                restorer.feed(data)
             vm, report = restorer.finish()
     except StreamError as error:
         raise error.in_file(options.file) from error.__cause__

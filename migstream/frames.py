@@ -11,7 +11,7 @@ followed by their own CRC is the same number whatever the data, and would miss s
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from crc32c import crc32c
 from migstream import limits
 from migstream.errors import Corrupt, LimitExceeded, StreamError, TooNew, Truncated, UsageError
 from migstream.model import Arch
+from migstream.native import compiled
 from migstream.wire import stream as wire
 from migstream.wire.record import Record
 
@@ -71,8 +72,51 @@ class Section(NamedTuple):
         return f"#{self.number} {self.kind.strip()}"
 
 
+class SmallBank(NamedTuple):
+    """A bank that can go through the compiled part, many in one call: sent, or expected with room for its values.
+
+    Attributes:
+        head: its section's header without lengths and checksums (`head_of`). values: a view of its matrix.
+        words: width of a row. bounds: what its values must be within (`migstream.bounds`).
+    """
+
+    head: bytes
+    values: memoryview
+    words: int
+    bounds: bytes
+
+
+class SmallBanks:
+    """Banks in their order, given to the compiled part once: their memory must stay where it is."""
+
+    def __init__(self, banks: Sequence[SmallBank], filled: bool = False) -> None:
+        """`filled`: they are expected, and their matrices are filled when they come."""
+        self.made = compiled.small(list(banks), filled) if compiled else None
+        self.length = len(banks)
+
 
 _PREAMBLE, _HEADER, _END = Record(wire.PREAMBLE), Record(wire.SECTION_HEADER), Record(wire.END)
+
+
+def head_of(section: Section) -> bytes:
+    """A section's header with zero for its lengths and checksums."""
+    return _HEADER.build({
+        "kind": section.kind.encode("ascii"), "version": section.version, "flags": section.flags,
+        "scope": section.scope, "codec": section.codec, "filter": section.filter, "layout": section.layout,
+        "first_vcpu": section.first_vcpu, "vcpu_count": section.vcpu_count,
+        "stored_length": 0, "raw_length": 0, "payload_crc": 0, "header_crc": 0})
+
+
+def framing(sections: int, end: bool) -> int:
+    """Bytes of so many sections that are no payload of a bank: headers, and the end's payload."""
+    return sections * wire.HEADER_SIZE + (_END.size if end else 0)
+
+
+_END_HEAD = head_of(Section("END ", b"", 0))
+_COUNTS = struct.Struct("<IIQ")
+"""What has gone by, as the end section states it: sections, checksum over their headers, bytes."""
+_LENGTHS = struct.Struct("<QQI")
+"""The last fields of a header before its own checksum: stored and raw length, checksum of the payload."""
 
 
 def _parse(record: Record, data: bytes, offset: int, name: str, number: int = 0) -> Any:
@@ -127,6 +171,23 @@ class FrameReader:
         except StreamError as error:
             self._dead = error
             raise
+
+    def take_banks(self, banks: SmallBanks, first: int, end: bool) -> int:
+        """Take banks from number `first` on, and the end where it may follow, if they come next, whole and as expected.
+
+        Returns how many sections that were.
+
+        All else is for `next_section()`: it says what is wrong, or decodes what the compiled part does not.
+        """
+        self._check_alive()
+        if compiled is None or self._header or self.preamble is None or self._ended:
+            return 0
+        counts = bytearray(_COUNTS.pack(self._count, self._headers_crc, self._base))
+        taken: int = compiled.unpack(banks.made, first, counts, _END_HEAD if end else b"", self._buffer)
+        self._count, self._headers_crc, passed = _COUNTS.unpack(counts)
+        del self._buffer[:passed - self._base]
+        self._base, self._ended = passed, first + taken > banks.length
+        return taken
 
     def end_of_input(self) -> None:
         """Say that no more bytes come. Raises: Truncated when the end section has not been read."""
@@ -314,8 +375,7 @@ class FrameWriter:
 
         Raises: UsageError after `end()`.
         """
-        if self._ended:
-            raise UsageError(f"a section {section.kind.strip()} after the end section: no reader would take the stream")
+        self._check_open(section.kind)
         header = self._header(section)
         if section.kind != "END ":
             self._headers_crc = crc32c(header[:-4], self._headers_crc)
@@ -323,6 +383,26 @@ class FrameWriter:
         self._count += 1
         self._length += len(header) + len(section.stored) + len(padding)
         return [header, section.stored, padding] if padding else [header, section.stored]
+
+    def send_banks(self, banks: SmallBanks, first: int, end: bool, worth: int) -> tuple[bytes, int]:
+        """Return the bytes of the sections of banks from number `first` on, and of the end, and how many they are.
+
+        It stops at a bank with a value out of its bounds or a payload of `worth` bytes or more, which is for `send()`;
+        0 sections where nothing is compiled. Raises: UsageError after `end()`.
+        """
+        self._check_open("BANK")
+        if compiled is None:
+            return b"", 0
+        counts = bytearray(_COUNTS.pack(self._count, self._headers_crc, self._length))
+        data, sent = compiled.pack(banks.made, first, counts, _END_HEAD if end else b"", worth)
+        self._count, self._headers_crc, self._length = _COUNTS.unpack(counts)
+        self._ended = first + sent > banks.length
+        return data, sent
+
+    @property
+    def ended(self) -> bool:
+        """True once the end section was given out."""
+        return self._ended
 
     def end(self) -> list[bytes | memoryview]:
         """Return the end section's buffers; nothing may follow. Raises: UsageError the second time."""
@@ -332,12 +412,11 @@ class FrameWriter:
         self._ended = True
         return buffers
 
+    def _check_open(self, kind: str) -> None:
+        if self._ended:
+            raise UsageError(f"a section {kind.strip()} after the end section: no reader would take the stream")
+
     def _header(self, section: Section) -> bytes:
-        head = _HEADER.build({
-            "kind": section.kind.encode("ascii"), "version": section.version, "flags": section.flags,
-            "scope": section.scope, "codec": section.codec, "filter": section.filter, "layout": section.layout,
-            "first_vcpu": section.first_vcpu, "vcpu_count": section.vcpu_count,
-            "stored_length": len(section.stored), "raw_length": section.raw_length,
-            "payload_crc": crc32c(section.stored), "header_crc": 0,
-        })[:-4]
+        lengths = _LENGTHS.pack(len(section.stored), section.raw_length, crc32c(section.stored))
+        head = head_of(section)[:-4 - _LENGTHS.size] + lengths
         return head + struct.pack("<I", crc32c(head))

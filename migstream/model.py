@@ -123,6 +123,16 @@ class Layout:
         """Columns whose id is of our namespace: structs, capabilities and device attributes."""
         return tuple((column, slot) for column, slot in enumerate(self.slots) if slot.id >> 56 == OURS)
 
+    @cached_property
+    def step(self) -> str:
+        """The name of its phase in a report: `state`."""
+        return self.phase.name.lower()
+
+    @cached_property
+    def timed_as(self) -> str:
+        """What a report calls the time of writing it: `state (vcpu)`."""
+        return f"{self.step} ({self.scope})"
+
     @property
     def title(self) -> str:
         """Short text for people: `vcpu/state`."""

@@ -157,6 +157,11 @@ class Plan:
         questions = whole(slot) if self.policy.clauses else deciding(pair.host, slot)
         return b"".join(asked.like(int(bank.values[0, start + asked.word]), start) for asked in questions)
 
+    def bounds(self, number: int) -> bytes | None:
+        """What a bank's values must be within, for its step to be as planned; None where it must be judged then."""
+        pending = any(v.pending for v in self.steps[number].verdicts)
+        return self.foreseen.get(number) if pending else b""
+
     def _is_foreseen(self, number: int, bank: Bank) -> bool:
         """Whether all pending registers have the values that were judged before, on all vCPUs."""
         known = self.foreseen.get(number)

@@ -7,13 +7,14 @@ and nothing came twice, out of order, at the wrong scope or for another architec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 from migstream import limits
 from migstream.contract import Behaviour, check_behaviour
 from migstream.errors import Corrupt, LimitExceeded, StreamError
-from migstream.frames import FrameReader, Preamble, Section
+from migstream.frames import FrameReader, Preamble, Section, SmallBank, SmallBanks
 from migstream.model import PAGE, HostSummary, Layout, Machine, OpaqueState, Phase, Scope, Slot
 from migstream.registers.catalogue import fits_arch, lookup, must_have
 from migstream.sections import EncodedBank, End, Item, RamLayout, RamPages, Skipped, decode
@@ -43,6 +44,9 @@ class StreamReader:
         self._scopes: dict[int, Scope] = {}
         self._row_bytes = dict.fromkeys(Scope, 0)
         self._opaque_bytes = 0
+        self._expected: list[int] = []
+        self._small = SmallBanks(())
+        self._all_expected = False
 
     @property
     def preamble(self) -> Preamble | None:
@@ -57,6 +61,41 @@ class StreamReader:
     def feed(self, data: bytes | memoryview) -> None:
         """Take bytes, at most `frames.MAX_FEED`. Raises: UsageError, StreamError."""
         self.frames.feed(data)
+
+    def expect(self, banks: Sequence[SmallBank | None]) -> None:
+        """Say where the values of the blackout banks are to go, one a layout, whole: `take_banks` then gives them.
+
+        Args:
+            banks: in the order of their layouts; None where one must come out of `next()`, and with it all that follow.
+
+        Nothing comes of it before the prologue is whole, or once such a bank has come. The matrices are the caller's
+        and must stay.
+        """
+        late = [number for number, layout in enumerate(self.layouts) if not layout.phase.prologue]
+        early = [number for number, layout in enumerate(self.layouts) if layout.phase.prologue]
+        whole = all(self._covered.get(number) == self._rows(self.layouts[number]) for number in early)
+        if self._rank >= _BLACKOUT or len(late) != len(banks) or not whole:
+            return
+        known = [bank for bank in takewhile(lambda bank: bank is not None, banks) if bank is not None]
+        self._small = SmallBanks(known, filled=True)
+        self._expected = late[:len(known)]
+        self._all_expected = len(known) == len(late)
+
+    def take_banks(self) -> list[int]:
+        """Take what was expected, as far as it comes next; the numbers of the layouts whose matrices are filled now.
+
+        One compiled call for all of them. What is not as expected comes out of `next()`, as does everything else.
+        """
+        if not self._expected or self._ram:
+            return []
+        taken = self.frames.take_banks(self._small, self._small.length - len(self._expected), self._all_expected)
+        if not taken:
+            return []
+        numbers, self._expected = self._expected[:taken], self._expected[taken:]
+        for number in numbers:
+            self._covered[number] = self._rows(self.layouts[number])
+        self._bank, self._rank = numbers[-1], _END if self.frames.ended else _BLACKOUT
+        return numbers
 
     def next(self) -> tuple[Section, Item] | None:
         """Return the next section and what it holds; None when more bytes are needed. Raises: StreamError and below."""
@@ -177,6 +216,12 @@ class StreamReader:
                           expected=f"vCPU {done} of {limit}" if done < limit else f"no more than {limit} vCPUs",
                           found=f"{bank.rows} from {bank.first_vcpu}")
         self._covered[number] = done + bank.rows
+        self._came(number, self._covered[number] == limit)
+
+    def _came(self, number: int, whole: bool) -> None:
+        """A bank that was expected came another way: the next is still expected, unless this one was in parts."""
+        if self._expected:
+            self._expected = self._expected[1:] if whole and number == self._expected[0] else []
 
     def _on_ram_layout(self, section: Section, layout: RamLayout) -> None:
         if self._ram is not None:

@@ -44,10 +44,10 @@ class _Phase:
         self.start = self.report.stopwatch.now_ns()
 
     def __exit__(self, *_: object) -> None:
-        report = self.report
-        passed = report.stopwatch.now_ns() - self.start
-        if passed or report.stopwatch.kind == MEASURED:
-            report.times[self.name] = report.times.get(self.name, 0) + passed
+        stopwatch, times = self.report.stopwatch, self.report.times
+        passed = stopwatch.now_ns() - self.start
+        if passed or stopwatch.kind == MEASURED:
+            times[self.name] = times.get(self.name, 0) + passed
 
 
 @dataclass
@@ -87,6 +87,14 @@ class Report:
         """Add register writes or reads."""
         row = self.writes.setdefault(phase, {Scope.VM: 0, Scope.VCPU: 0})
         row[scope] += registers
+
+    def add(self, counted: Report) -> None:
+        """Add the register writes of another report, which is given up."""
+        for phase, row in counted.writes.items():
+            known = self.writes.setdefault(phase, row)
+            if known is not row:
+                for scope, registers in row.items():
+                    known[scope] += registers
 
     @property
     def lossy(self) -> bool:

@@ -19,7 +19,7 @@ from migstream import codec, limits
 from migstream.bounds import bound, within
 from migstream.contract import SECTION_FIELDS, Behaviour, behaviour_from_section, behaviour_to_section
 from migstream.errors import Corrupt, LimitExceeded, StreamError, TooNew, UsageError, printable
-from migstream.frames import Section
+from migstream.frames import Section, SmallBank, head_of
 from migstream.model import (
     PAGE,
     Arch,
@@ -299,16 +299,31 @@ def _capacity(count: Count, size: int, minimum: int) -> int:
     return min(capacity, (size - minimum) // count.entry) if count.entry else capacity
 
 
-def encode_bank(bank: Bank, number: int, level: int = codec.DEFAULT_LEVEL, how: int = codec.DELTA) -> Section:
+def encode_bank(bank: Bank, number: int, level: int = codec.DEFAULT_LEVEL, how: int = codec.DELTA,
+                worth: int = codec.WORTH) -> Section:
     """Return the section of one bank. `number` is its layout's position among the stream's layouts."""
     raw = codec.filter_bank(bank.values, how)
     if max(len(raw), bank.values.nbytes) > limits.MAX_MATRIX:
         raise UsageError(f"bank of {bank.values.nbytes} bytes; split it (limit {limits.MAX_MATRIX})")
-    codec_number, stored = codec.compress(raw, level)
-    count = bank.rows if bank.layout.scope == Scope.VCPU else 0
-    return Section("BANK", stored, len(raw), codec=codec_number, filter=how, scope=_SCOPE_NUMBERS[bank.layout.scope],
-                   flags=wire.CRITICAL | (wire.UPDATE if bank.update else 0), layout=number,
-                   first_vcpu=bank.first_vcpu, vcpu_count=count)
+    codec_number, stored = codec.compress(raw, level, worth)
+    return _bank_section(bank, number)._replace(stored=stored, raw_length=len(raw), codec=codec_number, filter=how)
+
+
+def _bank_section(bank: Bank, number: int) -> Section:
+    """Without its payload."""
+    return Section("BANK", b"", 0, scope=_SCOPE_NUMBERS[bank.layout.scope], layout=number, first_vcpu=bank.first_vcpu,
+                   vcpu_count=bank.rows if bank.layout.scope == Scope.VCPU else 0,
+                   flags=wire.CRITICAL | (wire.UPDATE if bank.update else 0))
+
+
+def small_bank(bank: Bank, number: int, more: bytes = b"") -> SmallBank:
+    """The bank for the compiled part: its bytes are those of `encode_bank` where they are not worth compressing.
+
+    Args:
+        more: bounds that its values must be within, too (`migstream.bounds`).
+    """
+    head = head_of(_bank_section(bank, number)._replace(filter=codec.DELTA))
+    return SmallBank(head, bank.values.data, bank.layout.row_words, _bounds(bank.layout) + more)
 
 
 def decode_bank(section: Section, layout: Layout) -> EncodedBank:

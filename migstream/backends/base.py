@@ -11,6 +11,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from migstream.contract import Behaviour
@@ -116,12 +118,33 @@ class Stopwatch:
         """See the class."""
         return ""
 
-    def now_ns(self) -> int:
-        """ns since some moment."""
-        return time.perf_counter_ns()
+    now_ns: Callable[[], int] = staticmethod(time.perf_counter_ns)
+    """ns since some moment."""
 
 
 WALL = Stopwatch()
+
+
+class Prepared:
+    """Writes that were made ready: a call does them all and returns what was refused.
+
+    Attributes:
+        ns: what each took at the last call, by the VM's stopwatch; a backend that does several at once may tell their
+            sum at the first of them.
+    """
+
+    def __init__(self, writes: Sequence[Callable[[], list[Refusal]]], stopwatch: Stopwatch) -> None:
+        self._writes, self._stopwatch = writes, stopwatch
+        self.ns: Sequence[int] = [0] * len(writes)
+
+    def __call__(self) -> list[Refusal]:
+        """Write. Raises: UsageError where the VM was closed since."""
+        refused, moments = [], [self._stopwatch.now_ns()]
+        for write in self._writes:
+            refused += write()
+            moments.append(self._stopwatch.now_ns())
+        self.ns = [end - start for start, end in pairwise(moments)]
+        return refused
 
 
 class Vm(ABC):
@@ -162,6 +185,18 @@ class Vm(ABC):
     @abstractmethod
     def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """Write all columns of all rows, in the layout's order within a row; goes on after a refusal."""
+
+    def reading(self, banks: Sequence[Bank]) -> Callable[[], list[Refusal]]:
+        """What calls `read_all(banks)`, with as much of it done now as can be: the banks' memory must stay."""
+        return partial(self.read_all, banks)
+
+    def writing(self, banks: Sequence[Bank]) -> Prepared:
+        """What writes several banks, with as much of it done now as can be: their memory must stay.
+
+        Those of vCPUs come first, the VM's follow. A change of their registers by another layout must not come between.
+        """
+        return Prepared([partial(self.write, bank.layout, bank.first_vcpu, bank.values) for bank in banks],
+                        self.stopwatch)
 
     def prepare(self, layouts: Sequence[Layout]) -> None:  # noqa: B027 - most backends have nothing to do
         """Make what reading and writing these layouts takes, so that it is not made while the guest stands still."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-VERSION = 5
+VERSION = 6
 """What a compiled part must say of itself; one from another build is left out."""
 
 

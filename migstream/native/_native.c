@@ -9,10 +9,10 @@
 #include <Python.h>
 #include <stdlib.h>
 
-#include "filter.h"
 #include "pool.h"
+#include "sections.h"
 
-#define VERSION 5
+#define VERSION 6
 
 /* delta(values, rows, words) -> bytes */
 static PyObject *delta(PyObject *module, PyObject *arguments)
@@ -96,6 +96,219 @@ static PyObject *bounded(PyObject *module, PyObject *arguments)
     return answer;
 }
 
+/* Small banks with all their buffers, borrowed once and kept: what they are is in sections.h. */
+struct small {
+    size_t count;
+    struct bank *banks;
+    struct lent { Py_buffer head, values, bounds; int taken; } *lent;
+    uint64_t *scratch;           /* for the widest; the GIL is held while it is used */
+};
+
+static const char SMALL[] = "migstream small banks";
+
+static void let_small_go(struct small *small)
+{
+    for (size_t k = 0; small->lent && k < small->count && small->lent[k].taken; k++) {
+        PyBuffer_Release(&small->lent[k].head);
+        PyBuffer_Release(&small->lent[k].values);
+        PyBuffer_Release(&small->lent[k].bounds);
+    }
+    free(small->banks);
+    free(small->lent);
+    free(small->scratch);
+    free(small);
+}
+
+static void drop_small(PyObject *capsule) { let_small_go(PyCapsule_GetPointer(capsule, SMALL)); }
+
+static int bounds_fit(const struct bank *bank)
+{
+    for (size_t k = 0; k < bank->bound_count; k++)
+        if (bank->bounds[k].word >= bank->words || bank->bounds[k].shift >= 64)
+            return 0;
+    return 1;
+}
+
+/* (head, values, words, bounds); the width, or 0 */
+static size_t borrow(PyObject *tuple, const char *format, struct lent *lent, struct bank *bank)
+{
+    Py_ssize_t words;
+    if (!tuple || !PyArg_ParseTuple(tuple, format, &lent->head, &lent->values, &words, &lent->bounds))
+        return 0;
+    lent->taken = 1;
+    size_t row = words > 0 ? (size_t)words * 8 : 1, size = (size_t)lent->values.len;
+    *bank = (struct bank){ .values = lent->values.buf, .rows = size / row, .words = (size_t)words,
+                           .bounds = lent->bounds.buf, .bound_count = (size_t)lent->bounds.len / sizeof(struct bound) };
+    if (words < 1 || words > UINT32_MAX || !bank->rows || size % row || lent->head.len != HEAD || !bounds_fit(bank)) {
+        PyErr_SetString(PyExc_ValueError, "the bank does not fit its matrix");
+        return 0;
+    }
+    memcpy(&bank->head, lent->head.buf, HEAD);
+    return bank->words;
+}
+
+static int borrow_all(PyObject *list, struct small *small, int filled)
+{
+    size_t widest = 0;
+    for (size_t k = 0; k < small->count; k++) {
+        PyObject *tuple = PyList_GetItem(list, (Py_ssize_t)k); /* borrowed */
+        size_t words = borrow(tuple, filled ? "y*w*ny*" : "y*y*ny*", small->lent + k, small->banks + k);
+        if (!words)
+            return 0;
+        widest = words > widest ? words : widest;
+    }
+    small->scratch = malloc(widest * 12 + 768);
+    if (!small->scratch)
+        PyErr_NoMemory();
+    return small->scratch != NULL;
+}
+
+/* small(banks, filled) -> what `pack` and `unpack` are given; banks that will be `filled` have memory for that */
+static PyObject *small(PyObject *module, PyObject *arguments)
+{
+    PyObject *list, *answer = NULL;
+    int filled;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "O!p", &PyList_Type, &list, &filled))
+        return NULL;
+    struct small *made = calloc(1, sizeof *made);
+    if (!made)
+        return PyErr_NoMemory();
+    made->count = (size_t)PyList_Size(list);
+    made->banks = calloc(made->count + 1, sizeof *made->banks);
+    made->lent = calloc(made->count + 1, sizeof *made->lent);
+    if (!made->banks || !made->lent)
+        PyErr_NoMemory();
+    else if (borrow_all(list, made, filled))
+        answer = PyCapsule_New(made, SMALL, drop_small);
+    if (!answer)
+        let_small_go(made);
+    return answer;
+}
+
+/* What both directions are given: the banks from one of them on, how far the stream is (it is brought up to date), and
+ * the end's header where the end may follow. */
+struct course {
+    const struct small *small;
+    size_t first, done, offset;
+    Py_buffer counts, end;
+};
+
+static int sound_course(struct course *course, PyObject *capsule)
+{
+    course->small = PyCapsule_GetPointer(capsule, SMALL);
+    if (!course->small)
+        return 0;
+    if (course->first <= course->small->count && course->counts.len == sizeof(struct counts)
+        && (course->end.len == HEAD || !course->end.len))
+        return 1;
+    PyErr_SetString(PyExc_ValueError, "no counts, no header, or no such bank");
+    return 0;
+}
+
+static void step(struct course *course, size_t length)
+{
+    course->done += length > 0;
+    course->offset += length;
+}
+
+static size_t room_for(const struct course *course, size_t worth)
+{
+    return (course->small->count - course->first) * (HEAD + worth) + HEAD + sizeof(struct counts);
+}
+
+static void put_all(struct course *course, uint8_t *out, size_t worth)
+{
+    const struct small *small = course->small;
+    struct counts counts;
+    struct head end;
+    size_t length = 1;
+    memcpy(&counts, course->counts.buf, sizeof counts);
+    for (size_t k = course->first; k < small->count && length; k++)
+        step(course, length = put_bank(small->banks + k, worth, out + course->offset, &counts, small->scratch));
+    if (length && course->end.len) {
+        memcpy(&end, course->end.buf, HEAD);
+        step(course, put_end(end, out + course->offset, &counts));
+    }
+    memcpy(course->counts.buf, &counts, sizeof counts);
+}
+
+static void take_all(struct course *course, const uint8_t *data, size_t size)
+{
+    const struct small *small = course->small;
+    struct counts counts;
+    struct head end;
+    size_t length = 1;
+    memcpy(&counts, course->counts.buf, sizeof counts);
+    for (size_t k = course->first; k < small->count && length; k++)
+        step(course, length = take_bank(small->banks + k, data + course->offset, size - course->offset, &counts,
+                                        small->scratch));
+    if (length && course->end.len) {
+        memcpy(&end, course->end.buf, HEAD);
+        step(course, take_end(end, data + course->offset, size - course->offset, &counts));
+    }
+    memcpy(course->counts.buf, &counts, sizeof counts);
+}
+
+/* pack(small, first, counts, end, worth) -> (bytes, sections) */
+static PyObject *pack(PyObject *module, PyObject *arguments)
+{
+    struct course course = { .done = 0 };
+    Py_ssize_t first, worth;
+    PyObject *capsule, *answer = NULL;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "Onw*y*n", &capsule, &first, &course.counts, &course.end, &worth))
+        return NULL;
+    course.first = (size_t)first;
+    if (sound_course(&course, capsule)) {
+        uint8_t *out = worth >= 0 ? malloc(room_for(&course, (size_t)worth)) : NULL;
+        if (out) {
+            put_all(&course, out, (size_t)worth);
+            answer = Py_BuildValue("y#n", out, (Py_ssize_t)course.offset, (Py_ssize_t)course.done);
+        } else {
+            PyErr_NoMemory();
+        }
+        free(out);
+    }
+    PyBuffer_Release(&course.counts);
+    PyBuffer_Release(&course.end);
+    return answer;
+}
+
+/* unpack(small, first, counts, end, data) -> sections */
+static PyObject *unpack(PyObject *module, PyObject *arguments)
+{
+    struct course course = { .done = 0 };
+    Py_ssize_t first;
+    Py_buffer data;
+    PyObject *capsule, *answer = NULL;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "Onw*y*y*", &capsule, &first, &course.counts, &course.end, &data))
+        return NULL;
+    course.first = (size_t)first;
+    if (sound_course(&course, capsule)) {
+        take_all(&course, data.buf, (size_t)data.len);
+        answer = PyLong_FromSize_t(course.done);
+    }
+    PyBuffer_Release(&course.counts);
+    PyBuffer_Release(&course.end);
+    PyBuffer_Release(&data);
+    return answer;
+}
+
+/* checksum(data, portable) -> CRC-32C */
+static PyObject *checksum(PyObject *module, PyObject *arguments)
+{
+    Py_buffer data;
+    int portable;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y*p", &data, &portable))
+        return NULL;
+    uint32_t crc = (portable ? crc_portable : crc32c)(0, data.buf, (size_t)data.len);
+    PyBuffer_Release(&data);
+    return PyLong_FromUnsignedLong(crc);
+}
+
 /* Whether an entry stays within its row, its indices and a run page. */
 static int fits(const struct entry *e, size_t width, size_t indices)
 {
@@ -148,48 +361,85 @@ static int take_job(PyObject *tuple, struct held *held, struct job *job, int wri
     return 0;
 }
 
-static int take_jobs(PyObject *list, Py_ssize_t count, struct held *held, struct job *jobs, struct batch *batch,
-                     int writing)
+/* Jobs with all their buffers, borrowed once and kept, because that takes as long as some of the ioctls. */
+struct kept {
+    struct batch batch;
+    struct held *held;
+    Py_buffer ns;
+};
+
+static const char KEPT[] = "migstream batch";
+
+static void let_go(struct kept *kept)
 {
-    for (Py_ssize_t k = 0; k < count; k++) {
-        PyObject *tuple = PyList_GetItem(list, k); /* borrowed */
-        if (!tuple || !take_job(tuple, held + k, jobs + k, writing))
+    for (unsigned k = 0; kept->held && k < kept->batch.count && kept->held[k].taken; k++)
+        for (int n = 0; n < BUFFERS; n++)
+            PyBuffer_Release(&kept->held[k].buffer[n]);
+    PyBuffer_Release(&kept->ns);
+    free(kept->held);
+    free((void *)kept->batch.jobs);
+    free(kept);
+}
+
+static void drop(PyObject *capsule) { let_go(PyCapsule_GetPointer(capsule, KEPT)); }
+
+static int take_jobs(PyObject *list, struct kept *kept, struct job *jobs, int writing)
+{
+    for (unsigned k = 0; k < kept->batch.count; k++) {
+        PyObject *tuple = PyList_GetItem(list, (Py_ssize_t)k); /* borrowed */
+        if (!tuple || !take_job(tuple, kept->held + k, jobs + k, writing))
             return 0;
-        if (jobs[k].shared && jobs[k].rows > batch->rows)
-            batch->rows = jobs[k].rows;
+        if (jobs[k].shared && jobs[k].rows > kept->batch.rows)
+            kept->batch.rows = jobs[k].rows;
     }
     return 1;
 }
 
-/* run(jobs, writing, threads) -> rows that were stopped */
-static PyObject *run(PyObject *module, PyObject *arguments)
+/* prepare(jobs, writing, ns) -> what `run` is given; `ns` gets 8 bytes a job then (see `struct batch`) */
+static PyObject *prepare(PyObject *module, PyObject *arguments)
 {
     PyObject *list, *answer = NULL;
-    unsigned threads;
+    struct kept *kept = calloc(1, sizeof *kept);
     int writing;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "OpI", &list, &writing, &threads))
+    if (!kept)
+        return PyErr_NoMemory();
+    if (!PyArg_ParseTuple(arguments, "O!pw*", &PyList_Type, &list, &writing, &kept->ns)) {
+        free(kept);
         return NULL;
-    Py_ssize_t count = PyList_Size(list);
-    if (count < 0)
-        return NULL;
-    struct held *held = calloc((size_t)count + 1, sizeof *held);
-    struct job *jobs = calloc((size_t)count + 1, sizeof *jobs);
-    struct batch batch = { .jobs = jobs, .count = (unsigned)count };
-    if (!held || !jobs) {
-        PyErr_NoMemory();
-    } else if (take_jobs(list, count, held, jobs, &batch, writing)) {
-        Py_BEGIN_ALLOW_THREADS
-        run_batch(&batch, threads);
-        Py_END_ALLOW_THREADS
-        answer = PyLong_FromUnsignedLong(atomic_load(&batch.stopped));
     }
-    for (Py_ssize_t k = 0; held && k < count && held[k].taken; k++)
-        for (int n = 0; n < BUFFERS; n++)
-            PyBuffer_Release(&held[k].buffer[n]);
-    free(held);
-    free(jobs);
+    size_t count = (size_t)PyList_Size(list);
+    struct job *jobs = calloc(count + 1, sizeof *jobs);
+    kept->held = calloc(count + 1, sizeof *kept->held);
+    kept->batch = (struct batch){ .jobs = jobs, .count = (unsigned)count, .ns = kept->ns.buf };
+    if (!kept->held || !jobs)
+        PyErr_NoMemory();
+    else if ((size_t)kept->ns.len != count * 8)
+        PyErr_SetString(PyExc_ValueError, "8 bytes a job");
+    else if (take_jobs(list, kept, jobs, writing))
+        answer = PyCapsule_New(kept, KEPT, drop);
+    if (!answer)
+        let_go(kept);
     return answer;
+}
+
+/* run(batch, threads) -> rows that were stopped */
+static PyObject *run(PyObject *module, PyObject *arguments)
+{
+    PyObject *capsule;
+    unsigned threads;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "OI", &capsule, &threads))
+        return NULL;
+    const struct kept *kept = PyCapsule_GetPointer(capsule, KEPT);
+    if (!kept)
+        return NULL;
+    struct batch batch = { .jobs = kept->batch.jobs, .count = kept->batch.count, .rows = kept->batch.rows,
+                           .ns = kept->batch.ns };
+    Py_BEGIN_ALLOW_THREADS
+    run_batch(&batch, threads);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromUnsignedLong(atomic_load(&batch.stopped));
 }
 
 /* warm(threads): let the workers be there and spin for a moment, so that the next run finds them awake, and the caller
@@ -213,17 +463,23 @@ static PyObject *warm(PyObject *module, PyObject *argument)
 }
 
 static PyMethodDef functions[] = {
+    { "prepare", prepare, METH_VARARGS, NULL },
     { "run", run, METH_VARARGS, NULL },
     { "warm", warm, METH_O, NULL },
     { "bounded", bounded, METH_VARARGS, NULL },
     { "delta", delta, METH_VARARGS, NULL },
     { "undelta", undelta, METH_VARARGS, NULL },
+    { "small", small, METH_VARARGS, NULL },
+    { "pack", pack, METH_VARARGS, NULL },
+    { "unpack", unpack, METH_VARARGS, NULL },
+    { "checksum", checksum, METH_VARARGS, NULL },
     { NULL, NULL, 0, NULL },
 };
 
 static int fill(PyObject *module)
 {
     pthread_atfork(NULL, NULL, forget_workers);
+    choose_crc();
     return PyModule_AddIntConstant(module, "VERSION", VERSION)
         || PyModule_AddIntConstant(module, "ENTRY_SIZE", sizeof(struct entry));
 }

@@ -3,7 +3,6 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
-#include <time.h>
 
 #include "rows.h"
 
@@ -27,13 +26,6 @@ static struct {
     unsigned count;
     struct worker *workers[MOST_WORKERS];
 } pool = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 0, NULL, 0, { NULL } };
-
-static int64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 static inline void relax(void)
 {
@@ -167,6 +159,7 @@ static void run_together(struct batch *batch, unsigned threads, struct msrs *buf
 static void run_batch(struct batch *batch, unsigned threads)
 {
     struct msrs buffer = { 0 };
+    int64_t start = now_ns(), *ns = first_shared(batch);
     if (threads > batch->rows)
         threads = batch->rows;
     if (threads > 1 && pthread_mutex_trylock(&pool.owner) == 0) {
@@ -175,6 +168,8 @@ static void run_batch(struct batch *batch, unsigned threads)
     } else {
         work(batch, &buffer);
     }
+    if (ns)
+        *ns = now_ns() - start;
     work_alone(batch, &buffer);
 }
 

@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <time.h>
 
 enum kind {
     STRUCT,   /* the argument is the column; `head` (head_bytes) is put there before */
@@ -52,8 +53,16 @@ struct job {
 struct batch {
     const struct job *jobs;
     unsigned count, rows;        /* rows: of the longest shared one */
+    int64_t *ns;                 /* a job: what it took; all shared ones together at the first of them */
     atomic_uint next, stopped;   /* the next row; rows that an entry stopped */
 };
+
+static int64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
 
 /* ---- struct kvm_run of x86-64 (include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h) ---- */
 
@@ -192,8 +201,21 @@ static void work(struct batch *batch, struct msrs *buffer)
 static void work_alone(struct batch *batch, struct msrs *buffer)
 {
     unsigned stopped = 0;
-    for (unsigned k = 0; k < batch->count; k++)
-        for (unsigned row = 0; !batch->jobs[k].shared && row < batch->jobs[k].rows; row++)
+    for (unsigned k = 0; k < batch->count; k++) {
+        int64_t start = now_ns();
+        if (batch->jobs[k].shared)
+            continue;
+        for (unsigned row = 0; row < batch->jobs[k].rows; row++)
             stopped += one_row(batch->jobs + k, row, buffer);
+        batch->ns[k] = now_ns() - start;
+    }
     atomic_fetch_add(&batch->stopped, stopped);
+}
+
+static int64_t *first_shared(const struct batch *batch)
+{
+    for (unsigned k = 0; k < batch->count; k++)
+        if (batch->jobs[k].shared)
+            return batch->ns + k;
+    return NULL;
 }

@@ -9,8 +9,8 @@ from migstream.transport.converter import convert, plan_conversion
 from migstream.transport.pinned import apply_contract, check_host
 from migstream.transport.restorer import Restorer, restore
 from migstream.transport.saver import Prologue, capture, capture_prologue, save
-from migstream.transport.streams import Sink, Source, open_output, open_source, read_items, verify
+from migstream.transport.streams import Sink, Source, open_output, open_source, read_chunks, read_items, verify
 
 __all__ = ["Prologue", "Restorer", "Sink", "Source", "apply_contract", "capture",
            "capture_prologue", "check_host", "convert", "open_output", "open_source", "plan_conversion",
-           "read_items", "restore", "save", "verify"]
+           "read_chunks", "read_items", "restore", "save", "verify"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from migstream import limits, ram, sections
-from migstream.backends.base import Backend, Refusal, Vm, check_threads
+from migstream.backends.base import Backend, Prepared, Refusal, Vm, check_threads
 from migstream.contract import Contract
 from migstream.errors import DoesNotFit, MigstreamError, RestoreFailed, UsageError
-from migstream.frames import FrameReader, FrameWriter, Section
+from migstream.frames import FrameReader, FrameWriter, Section, SmallBank
 from migstream.host import profiles
 from migstream.model import Bank, Layout, OpaqueState, Phase, Scope
 from migstream.plan import Plan, Step, added_bank, make_plan, scope_notes
@@ -20,13 +21,42 @@ from migstream.report import Report
 from migstream.sections import EncodedBank, Item, RamPages
 from migstream.transport import readback as check
 from migstream.transport.lost import settle
-from migstream.transport.streams import Source, read_items
+from migstream.transport.streams import Source, read_chunks
 from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written, columns, repeats
 from migstream.verdicts.policy import NO_POLICY, Policy
 
 if TYPE_CHECKING:
     from migstream.model import Words
+
+
+@dataclass(frozen=True)
+class _Together:
+    """All late banks, to be written by one call, and what to say of them then: nothing is made in the pause.
+
+    Attributes:
+        done: what will be written, and what won't. banks: all of them. names: of those that are written, among the
+            report's times. counted: their registers, for the report.
+    """
+
+    done: list[Written]
+    banks: list[Bank]
+    write: Prepared
+    names: list[str]
+    counted: Report
+
+    @classmethod
+    def of(cls, vm: Vm, done: list[Written]) -> _Together | None:
+        """None where some of the VM's would have to be written before some of a vCPU's."""
+        written = [one for one in done if one.values is not None]
+        of_vm = [one.target.scope == Scope.VM for one in written]
+        if of_vm != sorted(of_vm):
+            return None
+        counted = Report()
+        for one in written:
+            counted.count(one.target.step, one.target.scope, one.bank.rows * len(one.target.slots))
+        write = vm.writing([one.bank for one in written])
+        return cls(done, [one.bank for one in done], write, [one.target.timed_as for one in written], counted)
 
 
 class Restorer:
@@ -48,6 +78,8 @@ class Restorer:
         self._vm: Vm | None = None
         self._complete = self._is_ready = False
         self._room: dict[int, Words] = {}
+        self._late: dict[int, Written] = {}
+        self._together: _Together | None = None
         self._written: list[Written] = []
         self._refused: list[tuple[Refusal, Written]] = []
 
@@ -57,6 +89,40 @@ class Restorer:
     def __exit__(self, *_: object) -> None:
         if self._vm is not None:
             self._vm.close()
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Take bytes of the stream as they come, at most `frames.MAX_FEED` at once, and act on all whole sections.
+
+        Raises: as `take`.
+        """
+        self.reader.feed(data)
+        if self._together is not None and self._vm is not None:
+            self._vm.warm()
+        while True:
+            self._take_expected()
+            if (found := self.reader.next()) is None:
+                return
+            self.take(*found)
+
+    def _take_expected(self) -> None:
+        """Banks that came as `ready` foresaw: their values are in place, checked and judged by one compiled call."""
+        if not self._late:
+            return
+        with self.report.phase("decode"):
+            numbers = self.reader.take_banks()
+        if not numbers:
+            return
+        assert self._vm is not None and self._plan is not None
+        late, together, self._late, self._together = self._late, self._together, {}, None
+        if together is not None and len(numbers) == len(late):
+            self._plan.came.extend(together.banks)
+            self._write_together(together)
+            return
+        for number in numbers:
+            done = late.pop(number)
+            self._plan.came.append(done.bank)
+            self._write(self._vm, done)
+        self._late = late
 
     def take(self, section: Section, item: Item) -> None:
         """Act on one section. Raises: DoesNotFit before anything was made; StreamError, RestoreFailed, BackendError."""
@@ -76,6 +142,7 @@ class Restorer:
             vm.warm()
         with self.report.phase("prologue decode" if early else "decode"):
             bank = encoded.decode(self._place(number, encoded))
+        self._together = None
         if early and self._plan is None:
             self._prologue(number, bank)
         else:
@@ -95,6 +162,7 @@ class Restorer:
             fresh = vm.take_stock([step.target for step in self._plan.in_the_pause.values()
                                    if step.target is not None and step.target.scope == Scope.VCPU])
             self._rehearse(self._plan, fresh)
+            self._expect(self._plan, vm)
             vm.warm([step.target for step in self._plan.in_the_pause.values() if step.target is not None])
         return True
 
@@ -123,14 +191,30 @@ class Restorer:
                 elif step.target is not None:
                     step.fit(bank.values)
 
+    def _expect(self, plan: Plan, vm: Vm) -> None:
+        """Have the reader put late banks where they will be written from, but those whose step may yet change."""
+        expected: list[SmallBank | None] = []
+        for number, step in plan.in_the_pause.items():
+            bounds, room = plan.bounds(number), self._room.get(number)
+            if bounds is None or room is None or not (step.target is None or step.as_saved):
+                expected.append(None)
+                continue
+            bank = Bank(step.source, 0, room)
+            self._late[number] = Written(step, step.target or step.source, bank, room if step.target else None)
+            expected.append(sections.small_bank(bank, number, bounds))
+        self.reader.expect(expected)
+        if all(expected) and not self._per_vcpu:
+            self._together = _Together.of(vm, [*self._late.values()])
+
     def finish(self) -> tuple[Vm, Report]:
         """Settle refusals, read back when asked, and hand over the VM: complete, paused, the caller's to close.
 
         Raises: RestoreFailed, for what the target refused and for what read back different; DoesNotFit.
         """
         vm = self._with_vcpus(self._ready())
-        with self.report.phase("clock (vcpu)"):
-            restore_offsets(vm, self._written, self.report)
+        if vm.machine.vcpus > 1:
+            with self.report.phase("clock (vcpu)"):
+                restore_offsets(vm, self._written, self.report)
         refused = self._settle(vm)
         self.report.bytes = self.reader.frames.offset
         self.report.notes += [f"skipped unknown section {s.kind!r} version {s.version}" for s in self.reader.skipped]
@@ -215,7 +299,7 @@ class Restorer:
         if (step.source.scope, step.source.phase) != (Scope.VM, Phase.CREATE):
             self._with_vcpus(vm)
         if step.target is None:
-            self._written.append(Written(step, step.source, bank, None))
+            self._write(vm, Written(step, step.source, bank, None))
         elif bank.update:
             self._update(vm, Written(step, step.target, bank, step.fit(bank.values)))
         else:
@@ -253,15 +337,26 @@ class Restorer:
         room = self._room.get(number)
         return None if room is None else room[encoded.first_vcpu:encoded.first_vcpu + encoded.rows]
 
+    def _write_together(self, late: _Together) -> None:
+        self._written += late.done
+        refused = late.write()
+        times = self.report.times
+        for name, ns in zip(late.names, late.write.ns, strict=True):
+            times[name] = times.get(name, 0) + ns
+        self.report.add(late.counted)
+        self._refused += [(no, next(done for done in late.done if no.register in done.target.index)) for no in refused]
+
     def _write(self, vm: Vm, done: Written) -> None:
-        assert done.values is not None
-        name, times = done.target.phase.name.lower(), repeats(vm, done.target, self._per_vcpu)
-        with self.report.phase(f"{name} ({done.target.scope})"):
+        """Write what is to be written."""
+        self._written.append(done)
+        if done.values is None:
+            return
+        times = repeats(vm, done.target, self._per_vcpu) if self._per_vcpu else 1
+        with self.report.phase(done.target.timed_as):
             for _ in range(times):
                 refused = vm.write(done.target, done.bank.first_vcpu, done.values)
-        self.report.count(name, done.target.scope, done.bank.rows * len(done.target.slots) * times)
+        self.report.count(done.target.step, done.target.scope, done.bank.rows * len(done.target.slots) * times)
         self._refused += [(no, done) for no in refused]
-        self._written.append(done)
 
     def _update(self, vm: Vm, now: Written) -> None:
         """Write the registers that changed between prologue and pause, and these alone."""
@@ -327,7 +422,7 @@ def restore(source: Source, backend: Backend, *, readback: bool = False, policy:
     """
     with Restorer(backend, readback=readback, policy=policy, threads=threads,
                   vm_scope_per_vcpu=vm_scope_per_vcpu) as restorer:
-        for section, item in read_items(source, restorer.reader):
-            restorer.take(section, item)
+        for data in read_chunks(source, restorer.reader):
+            restorer.feed(data)
             restorer.ready()
         return restorer.finish()

@@ -10,7 +10,7 @@ from migstream import codec, limits, ram, sections
 from migstream.backends.base import Refusal, Vm, check_threads
 from migstream.contract import Behaviour
 from migstream.errors import BackendError, Corrupt
-from migstream.frames import FrameWriter, Section
+from migstream.frames import FrameWriter, Section, SmallBanks, framing
 from migstream.model import Bank, HostSummary, Layout, OpaqueState, Phase, Scope
 from migstream.report import Report
 from migstream.sections import RamLayout
@@ -51,7 +51,9 @@ def capture_prologue(vm: Vm, behaviour: Behaviour | None = None) -> Prologue:
 def capture(vm: Vm, layout: Layout) -> list[Bank]:
     """Read all rows of a layout, split so that each bank is within the limits. Raises: BackendError by name."""
     banks = empty_banks(vm, layout)
-    _fill(vm, banks)
+    raise_first(vm.read_all(banks))
+    for bank in banks:
+        _check(bank)
     return banks
 
 
@@ -68,10 +70,6 @@ def empty_banks(vm: Vm, layout: Layout) -> list[Bank]:
     return banks
 
 
-def _fill(vm: Vm, banks: Sequence[Bank]) -> None:
-    raise_first(vm.read_all(banks))
-    for bank in banks:
-        _check(bank)
 
 
 def _check(bank: Bank) -> None:
@@ -106,8 +104,10 @@ class Saver:
         self._frames = FrameWriter(vm.machine.arch)
         self._prologue: Prologue | None = None
         self._banks: list[Bank] = []
+        self._small = SmallBanks(())
         self._again: list[tuple[Bank, Bank]] = []
         self._numbers: dict[Layout, int] = {}
+        self._read: Callable[[], list[Refusal]] = list
 
     def prologue(self, captured: Prologue | None = None) -> None:
         """Write the part that is sent before the pause. Raises: BackendError, OutputError."""
@@ -123,6 +123,7 @@ class Saver:
             for layout in captured.layouts:
                 self._send(sections.encode(layout))
             for bank in captured.banks:
+                self._count(bank)
                 self._bank(bank)
             self._out.flush()
             late = [layout for layout in captured.layouts if not layout.phase.prologue]
@@ -130,6 +131,11 @@ class Saver:
             self._banks = [bank for layout in late for bank in empty_banks(self.vm, layout)]
             self._again = [(bank, empty_banks(self.vm, bank.layout)[0]) for bank in captured.banks
                            if bank.layout.scope == Scope.VM and bank.layout.phase == Phase.FEATURE]
+            for bank in self._banks:
+                self._count(bank)
+            self._small = SmallBanks([sections.small_bank(bank, self._numbers[bank.layout]) for bank in self._banks])
+            often = [bank for bank in self._banks for _ in range(repeats(self.vm, bank.layout, self._per_vcpu))]
+            self._read = self.vm.reading([*often, *(new for _, new in self._again)])
 
     def ready(self) -> None:
         """Do what can be done just before the pause, after the prologue: `save` calls it there.
@@ -142,8 +148,10 @@ class Saver:
             rehearsal._numbers = self._numbers
             for bank in self._banks:
                 rehearsal._bank(bank)
-            rehearsal._out.add(rehearsal._frames.end())
-            rehearsal._out.flush()
+            rehearsal._banks = self._banks
+            rehearsal._small = SmallBanks([sections.small_bank(bank, self._numbers[bank.layout])._replace(bounds=b"")
+                                           for bank in self._banks])
+            rehearsal._finish(())
             self.vm.warm([bank.layout for bank in self._banks])
 
     def state(self, *, ram_too: bool = True, opaque: Sequence[OpaqueState] = ()) -> Report:
@@ -154,35 +162,59 @@ class Saver:
         assert self._prologue is not None
         self.vm.warm()
         with self.report.phase("registers"):
-            banks, self._banks = self._banks, []
-            often = [bank for bank in banks for _ in range(repeats(self.vm, bank.layout, self._per_vcpu))]
-            _fill(self.vm, [*often, *(new for _, new in self._again)])
+            raise_first(self._read())
             updates = self._changed()
-        with self.report.phase("encode"):
-            for bank in updates:
-                self._bank(bank)
+        if updates:
+            with self.report.phase("encode"):
+                for bank in updates:
+                    self._count(bank)
+                    self._bank(bank)
         if ram_too:
             with self.report.phase("ram"):
                 self._ram()
         with self.report.phase("encode"):
-            for bank in banks:
-                self._bank(bank)
-            for section in sections.encode_opaque(opaque):
-                self._send(section)
-            self._out.add(self._frames.end())
-            self._out.flush()
+            self._finish(opaque)
         self.report.bytes = self._frames.offset
         return self.report
 
+    def _finish(self, opaque: Sequence[OpaqueState]) -> None:
+        """All that comes after the RAM."""
+        sent = 0
+        while sent < len(self._banks):
+            sent = self._send_small(sent, end=not opaque)
+            if sent < len(self._banks):
+                _check(self._banks[sent])
+                self._bank(self._banks[sent], codec.WORTH_IN_A_PAUSE)
+                sent += 1
+        for section in sections.encode_opaque(opaque) if opaque else ():
+            self._send(section)
+        if not self._frames.ended:
+            self._out.add(self._frames.end())
+        self._out.flush()
+
+    def _send_small(self, first: int, end: bool) -> int:
+        """Send banks from number `first` on, and the end, up to one that is not small or not right; its number."""
+        data, sent = self._frames.send_banks(self._small, first, end, codec.WORTH_IN_A_PAUSE)
+        self._out.add([data])
+        stored = self.report.stored_bytes
+        stored["registers"] = stored.get("registers", 0) + len(data) - framing(sent, self._frames.ended)
+        return first + sent
+
     def _changed(self) -> list[Bank]:
         """VM-wide registers that a guest may write are sent early and looked at again: changed ones go twice."""
-        return [Bank(new.layout, 0, new.values, update=True) for old, new in self._again
-                if old.values.tobytes() != new.values.tobytes()]
+        changed = [Bank(new.layout, 0, new.values, update=True) for old, new in self._again
+                   if old.values.tobytes() != new.values.tobytes()]
+        for bank in changed:
+            _check(bank)
+        return changed
 
-    def _bank(self, bank: Bank) -> None:
-        self.report.count(bank.layout.phase.name.lower(), bank.layout.scope, bank.rows * len(bank.layout.slots))
+    def _bank(self, bank: Bank, worth: int = codec.WORTH) -> None:
+        self._send(sections.encode_bank(bank, self._numbers[bank.layout], self._level, worth=worth), "registers")
+
+    def _count(self, bank: Bank) -> None:
+        """A bank that was read, or will be in the pause: there is no time for it then."""
+        self.report.count(bank.layout.step, bank.layout.scope, bank.rows * len(bank.layout.slots))
         self._raw("registers", bank.values.nbytes)
-        self._send(sections.encode_bank(bank, self._numbers[bank.layout], self._level), "registers")
 
     def _ram(self) -> None:
         regions = self.vm.memory.regions

@@ -34,20 +34,35 @@ class Source(Protocol):
 
 def read_items(source: Source, reader: StreamReader) -> Iterator[tuple[Section, Item]]:
     """Give the sections of a stream as they come, to its end. Raises: StreamError and below, OutputError."""
-    while reader.wanted:
-        data = _read(source, min(reader.wanted, MAX_FEED))
-        if not data:
-            reader.end_of_input()
+    for data in read_chunks(source, reader):
         reader.feed(data)
         while (found := reader.next()) is not None:
             yield found
-    reader.feed(_read(source, 1))
-    reader.next()
 
 
-def _read(source: Source, size: int) -> bytes:
+def read_chunks(source: Source, reader: StreamReader) -> Iterator[bytes]:
+    """Give the bytes of a stream as they come, to its end and one more: whoever takes them feeds the reader.
+
+    A source with a `read1` gives what is there, be it many sections; another is asked for just what is missing.
+    Raises: StreamError and below, OutputError.
+    """
+    read1 = getattr(source, "read1", None)
+    while reader.wanted:
+        size = min(max(reader.wanted, _CHUNK if read1 else 0), MAX_FEED)
+        data = _read(read1 or source.read, size)
+        if not data:
+            reader.end_of_input()
+        yield data
+    yield _read(source.read, 1)
+
+
+_CHUNK = 1 << 16
+"""Bytes that are asked for where fewer may come."""
+
+
+def _read(read: Callable[[int], bytes], size: int) -> bytes:
     try:
-        return source.read(size)
+        return read(size)
     except OSError as error:
         raise OutputError(f"reading the stream: {error.strerror or error}") from error
 
@@ -58,12 +73,9 @@ _JOINED = 1 << 16
 
 def write_all(out: Sink, buffers: Sequence[bytes | memoryview]) -> None:
     """Write all of some buffers, in order; neighbours that are short in one call. Raises: OutputError."""
-    try:
-        for long, group in groupby(buffers, lambda buffer: len(buffer) > _JOINED):
-            for buffer in group if long else (b"".join(group),):
-                _write_whole(out, buffer)
-    except OSError as error:
-        raise OutputError(f"writing the stream: {error.strerror or error}") from error
+    for long, group in groupby(buffers, lambda buffer: len(buffer) > _JOINED):
+        for buffer in group if long else (b"".join(group),):
+            _write_whole(out, buffer)
 
 
 class Held:
@@ -83,15 +95,21 @@ class Held:
 
     def flush(self) -> None:
         """Write what is held. Raises: OutputError."""
-        buffers, self._buffers, self._bytes = self._buffers, [], 0
-        write_all(self._out, buffers)
+        buffers, self._buffers, size, self._bytes = self._buffers, [], self._bytes, 0
+        if size > _JOINED:
+            write_all(self._out, buffers)
+        else:
+            _write_whole(self._out, b"".join(buffers))
 
 
 def _write_whole(out: Sink, buffer: bytes | memoryview) -> None:
-    """A raw pipe or socket may take less at once, and says how much."""
+    """A raw pipe or socket may take less at once, and says how much. Raises: OutputError."""
     rest = memoryview(buffer).cast("B")
     while rest:
-        taken = out.write(rest)
+        try:
+            taken = out.write(rest)
+        except OSError as error:
+            raise OutputError(f"writing the stream: {error.strerror or error}") from error
         if taken is None or taken == len(rest):
             return
         if not isinstance(taken, int) or not 0 < taken <= len(rest):

@@ -9,12 +9,22 @@ import os
 import platform
 import struct
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from migstream.backends.base import Backend, GuestMemory, Refusal, Vm, check_machine, check_startable, no_memory
+from migstream.backends.base import (
+    Backend,
+    GuestMemory,
+    Prepared,
+    Refusal,
+    Vm,
+    check_machine,
+    check_startable,
+    no_memory,
+)
 from migstream.backends.kvm import batch, uapi
 from migstream.backends.kvm.arch import arch_host, host_arch
 from migstream.backends.kvm.operations import ATTRIBUTE, Operation, Rows
@@ -160,7 +170,8 @@ class KvmVm(Vm):
         self._runner: Runner | None = None
         self._programs: dict[Layout, _Program] = {}
         self._there: dict[Layout, Words] = {}
-        self._page_addresses = b""
+        self._epoch = 0
+        self._pages, self._pages_known = bytearray(), False
 
     def build(self, enabled_caps: dict[int, tuple[int, ...]]) -> None:
         """Memory, then what the interrupt chips need, in KVM's order. Raises: BackendError, UsageError."""
@@ -196,6 +207,7 @@ class KvmVm(Vm):
             fd = uapi.call(self.fd, uapi.CREATE_VCPU, k, vcpu=k)
             self.vcpu_fds.append(fd)
             self._run_pages.append(mmap.mmap(fd, size))
+        self._pages = bytearray(8 * len(self._run_pages))
         self.arch.vcpus_created()
 
     def layouts(self) -> tuple[tuple[Layout, ...], list[Refusal]]:
@@ -219,31 +231,63 @@ class KvmVm(Vm):
         """See `Vm.read`."""
         part, rows = self._program(layout).reading, self._rows(layout, first_vcpu, values)
         if part.table is not None:
-            return batch.run([self._reading(part.table, rows, first_vcpu)], self._threads(len(rows)))
+            return self._run(batch.Batch([self._reading(part.table, rows, first_vcpu)]), len(rows))
         return [no for row in rows for op in part.operations for no in op.read(row)]
 
     def read_all(self, banks: Sequence[Bank]) -> list[Refusal]:
         """See `Vm.read_all`: in one call of the compiled part, where it has all of them."""
+        return self.reading(banks)()
+
+    def reading(self, banks: Sequence[Bank]) -> Callable[[], list[Refusal]]:
+        """See `Vm.reading`."""
         tables = [self._program(bank.layout).reading.table for bank in banks]
         jobs = [self._reading(table, self._rows(bank.layout, bank.first_vcpu, bank.values), bank.first_vcpu)
                 for table, bank in zip(tables, banks, strict=True) if table is not None]
         if len(jobs) < len(banks):
-            return super().read_all(banks)
-        return batch.run(jobs, self._threads(len(self.vcpu_fds)))
+            return partial(super().read_all, banks)
+        return partial(self._run, batch.Batch(jobs), len(self.vcpu_fds))
+
+    def _run(self, work: batch.Batch, rows: int) -> list[Refusal]:
+        self._check_open()
+        return work.run(self.threads or batch.default_threads(rows))
 
     def _reading(self, table: batch.Table, rows: Rows, first_vcpu: int) -> batch.Job:
-        pages = self._page_addresses[8 * first_vcpu:8 * (first_vcpu + len(rows))] if rows.of_vcpus else b""
-        return table.job(rows, pages)
+        return table.job(rows, memoryview(self._pages)[8 * first_vcpu:][:8 * len(rows)] if rows.of_vcpus else b"")
 
     def write(self, layout: Layout, first_vcpu: int, values: Words) -> list[Refusal]:
         """See `Vm.write`."""
+        job = self._writing(layout, first_vcpu, values)
+        if job is not None:
+            self._changes(layout)
+            return self._run(batch.Batch([job]), len(values))
+        rows = self._rows(layout, first_vcpu, values)
+        self._changes(layout)
+        return [no for row in rows for op in self._program(layout).writing.operations for no in op.write(row)]
+
+    def writing(self, banks: Sequence[Bank]) -> Prepared:
+        """See `Vm.writing`: one call of the compiled part, where it has all of them."""
+        jobs = [job for bank in banks if (job := self._writing(bank.layout, bank.first_vcpu, bank.values)) is not None]
+        plain = super().writing(banks)
+        return plain if len(jobs) < len(banks) else _Writes(self, [bank.layout for bank in banks], jobs, plain)
+
+    def _writing(self, layout: Layout, first_vcpu: int, values: Words) -> batch.Job | None:
         part, rows = self._program(layout).writing, self._rows(layout, first_vcpu, values)
-        there, self._page_addresses = self._there.get(layout), b""
-        self._there = {other: has for other, has in self._there.items() if other != layout}
-        if part.table is not None:
-            has = b"" if there is None else there[first_vcpu:first_vcpu + len(values)]
-            return batch.run([part.table.job(rows, there=has)], self._threads(len(rows)))
-        return [no for row in rows for op in part.operations for no in op.write(row)]
+        if part.table is None:
+            return None
+        there = self._there.get(layout)
+        return part.table.job(rows, there=None if there is None else there[first_vcpu:first_vcpu + len(values)])
+
+    def _changes(self, *layouts: Layout) -> None:
+        """What was known of the vCPUs' registers, and of these layouts', is so no more: they are written."""
+        self._forget_pages()
+        for layout in layouts:
+            self._there.pop(layout, None)
+        self._epoch += 1
+
+    def _forget_pages(self) -> None:
+        if self._pages_known:
+            self._pages[:] = bytes(len(self._pages))
+            self._pages_known = False
 
     def _rows(self, layout: Layout, first_vcpu: int, values: Words) -> Rows:
         self._check_open()
@@ -254,9 +298,6 @@ class KvmVm(Vm):
         fds = self.vcpu_fds if self.arch.through_vcpu(layout) else [self.fd]
         return Rows(fds[first_vcpu:first_vcpu + len(values)], values,
                     first_vcpu if layout.scope == Scope.VCPU else None)
-
-    def _threads(self, rows: int) -> int:
-        return self.threads or batch.default_threads(rows)
 
     def _program(self, layout: Layout) -> _Program:
         if layout not in self._programs:
@@ -284,13 +325,15 @@ class KvmVm(Vm):
             if table is None or not table.length:
                 continue
             has = np.zeros((len(self.vcpu_fds), layout.row_words), np.uint64)
-            if not batch.run([table.job(self._rows(layout, 0, has))], self._threads(len(has))):
+            if not self._run(batch.Batch([table.job(self._rows(layout, 0, has))]), len(has)):
                 self._there[layout] = has
+                self._epoch += 1
         return super().take_stock(layouts)
 
     def warm(self, layouts: Sequence[Layout] = ()) -> None:
         """See `Vm.warm`."""
-        batch.warm(min(self._threads(len(self.vcpu_fds)), len(self.vcpu_fds)))
+        if self.threads != 1:
+            batch.warm(min(self.threads or batch.default_threads(len(self.vcpu_fds)), len(self.vcpu_fds)))
         for layout in layouts:
             self._run_empty(layout)
 
@@ -300,7 +343,7 @@ class KvmVm(Vm):
         program, nothing = self._program(layout), np.zeros((0, layout.row_words), np.uint64)
         for part in (program.reading, program.writing):
             if part.table is not None:
-                batch.run([part.table.job(self._rows(layout, 0, nothing))], 1)
+                self._run(batch.Batch([part.table.job(self._rows(layout, 0, nothing))]), 0)
 
     def __enter__(self) -> KvmVm:
         return self
@@ -323,8 +366,9 @@ class KvmVm(Vm):
 
     def _forget(self) -> None:
         """What was known of the vCPUs' registers is so no more: they run."""
-        self._page_addresses = b""
+        self._forget_pages()
         self._there.clear()
+        self._epoch += 1
 
     def enter(self, vcpu: int) -> None:
         """KVM_RUN with `immediate_exit`. Raises: BackendError for any end of it but EINTR."""
@@ -355,7 +399,8 @@ class KvmVm(Vm):
     def pause(self) -> None:
         """See `Vm.pause`. From here to the next write, the run pages have the registers of the last exit."""
         if self._runner and self._runner.pause() and self.arch.page_registers():
-            self._page_addresses = array("Q", [_address(page) for page in self._run_pages]).tobytes()
+            self._pages[:] = array("Q", [_address(page) for page in self._run_pages]).tobytes()
+            self._pages_known = True
 
     def exits(self) -> dict[int, str]:
         """See `Vm.exits`."""
@@ -376,6 +421,25 @@ class KvmVm(Vm):
         self._run_pages, self._mappings, self.vcpu_fds, self.device_fds, self.fd = [], [], [], {}, -1
         self._forget()
         self._runner = None
+
+
+class _Writes(Prepared):
+    """Several banks in one call of the compiled part; one by one where what is known of the VM has changed since."""
+
+    def __init__(self, vm: KvmVm, layouts: Sequence[Layout], jobs: Sequence[batch.Job], plain: Prepared) -> None:
+        self._vm, self._plain = vm, plain
+        self._layouts = [layout for layout in layouts if layout in vm._there]
+        self._work, self._epoch = batch.Batch(jobs), vm._epoch
+
+    def __call__(self) -> list[Refusal]:
+        """See `Prepared`."""
+        vm = self._vm
+        if vm._epoch != self._epoch:
+            refused, self.ns = self._plain(), self._plain.ns
+            return refused
+        vm._changes(*self._layouts)
+        self.ns = self._work.ns
+        return vm._run(self._work, len(vm.vcpu_fds))
 
 
 @dataclass(frozen=True)

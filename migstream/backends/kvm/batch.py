@@ -83,19 +83,30 @@ class Job(NamedTuple):
 
     def refused(self) -> list[Refusal]:
         """What was refused, in the order of the rows; the rest of a row that was stopped is done now."""
-        results = memoryview(self.results).cast("Q")
+        results = struct.unpack(f"{len(self.rows)}Q", self.results)
+        self.results[:] = bytes(len(self.results))
         return [no for k, result in enumerate(results) if result for no in self.table.go_on(self.rows[k], result)]
 
 
-def run(jobs: Sequence[Job], threads: int) -> list[Refusal]:
-    """Serve all rows of some jobs, all of which read or all write, and return what was refused, in their order.
+class Batch:
+    """Jobs that are done in one call, all of which read or all write.
 
     The rows of vCPUs are shared among the threads, those of one vCPU one after the other; the VM's come last.
     """
-    assert compiled is not None
-    if not jobs or not compiled.run([job.packed for job in jobs], jobs[0].table.writing, threads):
-        return []
-    return [no for job in jobs for no in job.refused()]
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        assert compiled is not None
+        self._jobs = jobs
+        self.ns = array("q", bytes(8 * len(jobs)))
+        """What each job took at the last `run`; the vCPUs' all together at the first of theirs."""
+        self._made = compiled.prepare([job.packed for job in jobs], bool(jobs) and jobs[0].table.writing, self.ns)
+
+    def run(self, threads: int) -> list[Refusal]:
+        """Serve all rows, and return what was refused, in the order of the jobs."""
+        assert compiled is not None
+        if not compiled.run(self._made, threads):
+            return []
+        return [no for job in self._jobs for no in job.refused()]
 
 
 class Table:
@@ -112,15 +123,16 @@ class Table:
         self._entries, self._indices = b"".join(packed), indices.tobytes()
         self.length = len(program)
 
-    def job(self, rows: Rows, pages: bytes | memoryview = b"", there: Words | bytes = b"") -> Job:
+    def job(self, rows: Rows, pages: bytes | memoryview = b"", there: Words | None = None) -> Job:
         """All rows of a matrix, to be run.
 
         Args:
-            pages: addresses of the rows' run pages, where they may be used (see `Flag.GATE`); else empty.
-            there: what the target has, a matrix like the rows' (see `Flag.SETTLED`); else empty.
+            pages: addresses of the rows' run pages, 0 where one may not be used (see `Flag.GATE`); empty for none. What
+                is in it when the job runs counts.
+            there: what the target has, a matrix like the rows' (see `Flag.SETTLED`), if that is known.
         """
-        results = bytearray(8 * len(rows))
-        return Job(self, rows, results, (self._entries, self._indices, rows.fds, pages, there, rows.values, results,
+        results, has = bytearray(8 * len(rows)), b"" if there is None else there.data
+        return Job(self, rows, results, (self._entries, self._indices, rows.fds, pages, has, rows.values.data, results,
                                          rows.values.shape[1] * 8, rows.of_vcpus))
 
     def go_on(self, row: Row, result: int) -> list[Refusal]:
