@@ -86,7 +86,7 @@ class StreamReader:
 
         One compiled call for all of them. What is not as expected comes out of `next()`, as does everything else.
         """
-        if not self._expected or self._ram:
+        if not self._expected or self._ram or self._rank > _BLACKOUT:
             return []
         taken = self.frames.take_banks(self._small, self._small.length - len(self._expected), self._all_expected)
         if not taken:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 import migstream
 from migstream.backends.base import Vm
+from migstream.backends.faulty import Fault, FaultyBackend, Kind
 from migstream.demo import run
-from migstream.errors import DoesNotFit
-from migstream.model import Arch, Bank, Layout, Phase, Scope, Slot
+from migstream.errors import DoesNotFit, RestoreFailed
+from migstream.frames import FrameWriter
+from migstream.model import Arch, Bank, Layout, OpaqueState, Phase, Scope, Slot
+from migstream.native import compiled
+from migstream.reader import StreamReader
 from migstream.registers import ids, x86_64
-from migstream.transport import Restorer, capture_prologue, save
+from migstream.report import Report
+from migstream.sections import EncodedBank, encode_bank
+from migstream.transport import Restorer, capture, capture_prologue, save
 from migstream.transport.saver import Saver
 from migstream.verdicts.policy import NO_POLICY, parse
+from tests.strategies import chunk_sizes
 
 pytestmark = pytest.mark.sim
 
@@ -31,12 +40,6 @@ def vm() -> Iterator[Vm]:
         yield made
 
 
-def feed(restorer: Restorer, data: bytes) -> None:
-    restorer.reader.feed(data)
-    while (found := restorer.reader.next()) is not None:
-        restorer.take(*found)
-
-
 def test_the_stream_and_the_target_are_the_same(vm: Vm) -> None:
     backend, out, plain = migstream.open_backend("sim"), io.BytesIO(), io.BytesIO()
     assert vm.write(AT, 0, np.array([[0x1000], [0x2000], [0x3000]], np.uint64)) == []
@@ -45,7 +48,7 @@ def test_the_stream_and_the_target_are_the_same(vm: Vm) -> None:
     with Restorer(backend, readback=True) as restorer:
         assert not restorer.ready(), "nothing came yet"
         saver.prologue()
-        feed(restorer, out.getvalue())
+        restorer.feed(out.getvalue())
         written = {name: dict(row) for name, row in restorer.report.writes.items()}
         assert restorer.ready()
         assert restorer.ready(), "a second time is nothing"
@@ -53,7 +56,7 @@ def test_the_stream_and_the_target_are_the_same(vm: Vm) -> None:
         saver.ready()
         early = len(out.getvalue())
         saver.state()
-        feed(restorer, out.getvalue()[early:])
+        restorer.feed(out.getvalue()[early:])
         target, report = restorer.finish()
     with target:
         values = np.zeros((3, 1), np.uint64)
@@ -72,7 +75,7 @@ def test_state_that_no_verdict_goes_by_is_foreseen(vm: Vm) -> None:
         saver = Saver(vm, out, host=migstream.open_backend("sim").summary())
         with Restorer(migstream.open_backend("sim"), policy=chosen) as restorer:
             saver.prologue()
-            feed(restorer, out.getvalue())
+            restorer.feed(out.getvalue())
             assert restorer.ready()
             plan = restorer._plan
             assert plan is not None
@@ -93,7 +96,7 @@ def test_a_value_that_was_not_foreseen_is_judged(vm: Vm) -> None:
     saver = Saver(vm, out, host=backend.summary())
     with Restorer(backend) as restorer:
         saver.prologue()
-        feed(restorer, out.getvalue())
+        restorer.feed(out.getvalue())
         assert restorer.ready()
         plan = restorer._plan
         assert plan is not None
@@ -105,3 +108,158 @@ def test_a_value_that_was_not_foreseen_is_judged(vm: Vm) -> None:
         values[2, step.source.offsets[step.source.index[PAT]]] = 2
         with pytest.raises(DoesNotFit, match="MSR_IA32_CR_PAT"):
             plan.at_the_pause(number, Bank(step.source, 0, values))
+
+
+# The blackout's banks by the way of their own (`reader.take_banks`), and by the other
+
+
+class Half:
+    """A save whose prologue a restorer has, both ready for the pause."""
+
+    def __init__(self, vm: Vm, **options: Any) -> None:
+        self.out, self.backend = io.BytesIO(), migstream.open_backend("sim")
+        self.saver = Saver(vm, self.out, host=self.backend.summary())
+        self.restorer = Restorer(self.backend, **options)
+        self.saver.prologue()
+        self.restorer.feed(self.out.getvalue())
+        self.early = len(self.out.getvalue())
+
+    def ready(self) -> None:
+        """Both."""
+        assert self.restorer.ready()
+        self.saver.ready()
+
+    def late(self, **options: Any) -> bytes:
+        """What is written in the pause."""
+        self.saver.state(**options)
+        return self.out.getvalue()[self.early:]
+
+    def finish(self, late: bytes, sizes: Sequence[int] = ()) -> tuple[list[int], Report]:
+        """Feed in these sizes, then the rest; the target's LSTARs then, and the report."""
+        position = 0
+        with self.restorer:
+            for size in (*sizes, len(late)):
+                self.restorer.feed(late[position:position + size])
+                position += size
+            target, report = self.restorer.finish()
+            with target:
+                return [int(value) for bank in capture(target, AT) for value in bank.values[:, 0]], report
+
+
+def write_some(vm: Vm) -> None:
+    """Values that a fresh vCPU has not."""
+    assert vm.write(AT, 0, np.array([[0x1000], [0x2000], [0x3000]], np.uint64)) == []
+
+
+@pytest.fixture
+def way(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of each bank that took the way of its own."""
+    taken: list[int] = []
+    original = StreamReader.take_banks
+
+    def watched(self: StreamReader) -> list[int]:
+        numbers = original(self)
+        taken.extend(numbers)
+        return numbers
+
+    monkeypatch.setattr(StreamReader, "take_banks", watched)
+    return taken
+
+
+def compared(report: Report) -> list[Any]:
+    """What a report says, but times."""
+    return [report.writes, report.refused, list(map(str, report.verdicts)), report.differs, report.notes, report.bytes]
+
+
+@pytest.mark.skipif(compiled is None, reason="nothing compiled is here")
+@given(sizes=chunk_sizes)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_however_the_pause_arrives(vm: Vm, way: list[int], sizes: list[int]) -> None:
+    write_some(vm)
+    way.clear()
+    slow, fast = Half(vm, readback=True), Half(vm, readback=True)
+    fast.ready()
+    late = slow.late(ram_too=False)
+    expected, one = slow.finish(late)
+    assert way == []
+    found, other = fast.finish(late, sizes)
+    assert found == expected == [0x1000, 0x2000, 0x3000]
+    assert compared(other) == compared(one)
+    assert other.readback == one.readback > 100
+    if not sizes:  # a piece that ends behind a header sends that bank the other way
+        assert len(way) == sum(not layout.phase.prologue for layout in fast.restorer.reader.layouts)
+
+
+@pytest.mark.skipif(compiled is None, reason="nothing compiled is here")
+def test_ram_and_opaque_state_go_the_other_way(vm: Vm, way: list[int]) -> None:
+    half = Half(vm)
+    half.ready()
+    late = half.late(opaque=[OpaqueState("disk", b"1")])
+    _, report = half.finish(late)
+    assert len(way) == 4
+    assert report.opaque == [OpaqueState("disk", b"1")]
+
+
+@pytest.mark.skipif(compiled is None, reason="nothing compiled is here")
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_value_that_no_verdict_foresaw_is_refused_on_both_ways(vm: Vm, way: list[int], ready: bool) -> None:
+    half = Half(vm)
+    if ready:
+        half.ready()
+    late = bytearray(half.late(ram_too=False))
+    layouts = half.restorer.reader.layouts
+    number, layout = next((n, layout) for n, layout in enumerate(layouts) if PAT in layout.index)
+    banks = [Bank(at, 0, np.zeros((3 if at.scope == Scope.VCPU else 1, at.row_words), np.uint64)) for at in layouts]
+    reader = StreamReader()
+    reader.feed(half.out.getvalue())
+    for section, item in iter(reader.next, None):
+        if isinstance(item, EncodedBank) and section.layout == number:
+            place, banks[number] = section.offset - half.early, item.decode()
+    banks[number].values[2, layout.offsets[layout.index[PAT]]] = 2
+    section = encode_bank(banks[number], number, worth=1 << 20)
+    forged = b"".join(FrameWriter(Arch.X86_64).send(section))
+    late[place:place + len(forged)] = forged
+    with half.restorer, pytest.raises(RestoreFailed, match="MSR_IA32_CR_PAT"):
+        half.restorer.feed(bytes(late))
+    assert number not in way
+
+
+def test_a_register_of_the_vm_that_changed_by_the_pause(vm: Vm) -> None:
+    """WALL_CLOCK was sent early: an update goes before the banks, which then are written one by one."""
+    at = Layout(Scope.VM, Phase.FEATURE, (Slot(ids.msr_id(0x11), 8),))
+    results = []
+    for ready in (False, True):
+        assert vm.write(at, 0, np.zeros((1, 1), np.uint64)) == []
+        half = Half(vm)
+        if ready:
+            half.ready()
+        assert vm.write(at, 0, np.array([[0x5000]], np.uint64)) == []
+        found, report = half.finish(half.late(ram_too=False))
+        results.append((found, compared(report)))
+        assert report.writes["update"] == {Scope.VM: 2, Scope.VCPU: 0}, "the old MSR and the new one are the same"
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("per_vcpu", [False, True])
+def test_writes_are_counted_alike(vm: Vm, per_vcpu: bool) -> None:
+    reports = []
+    for ready in (False, True):
+        half = Half(vm, vm_scope_per_vcpu=per_vcpu)
+        if ready:
+            half.ready()
+        reports.append(half.finish(half.late(ram_too=False))[1])
+    assert compared(reports[0]) == compared(reports[1])
+    assert reports[0].writes["interrupts"][Scope.VM] == 4 * (3 if per_vcpu else 1)
+
+
+def test_a_refusal_in_the_pause_is_named_on_both_ways(vm: Vm) -> None:
+    fault = Fault("write", Kind.ERRNO, register=LSTAR, vcpu=1, nth=1)
+    write_some(vm)
+    for ready in (False, True):
+        half = Half(vm)
+        half.restorer = Restorer(FaultyBackend(half.backend, fault))
+        half.restorer.feed(half.out.getvalue())
+        if ready:
+            half.ready()
+        with pytest.raises(RestoreFailed, match=r"vCPU 1: MSR_LSTAR: .*EIO"):
+            half.finish(half.late(ram_too=False))

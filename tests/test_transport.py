@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import socket
 import struct
 import threading
 import tracemalloc
@@ -18,14 +19,14 @@ import migstream
 from migstream import limits, ram
 from migstream.backends.base import Backend, GuestMemory, Refusal, Vm
 from migstream.demo import run
-from migstream.errors import DoesNotFit, OutputError, RestoreFailed, Truncated, UsageError
+from migstream.errors import Corrupt, DoesNotFit, OutputError, RestoreFailed, Truncated, UsageError
 from migstream.model import PAGE, Arch, Bank, Klass, Layout, Machine, MemoryRegion, OpaqueState, Phase, Scope, Slot
 from migstream.reader import StreamReader
 from migstream.registers import ids, x86_64
 from migstream.registers.catalogue import lookup
 from migstream.report import Report
 from migstream.sections import EncodedBank, encode, encode_opaque
-from migstream.transport import capture_prologue, read_items, restore, save
+from migstream.transport import Restorer, capture_prologue, read_items, restore, save
 from migstream.transport.tsc import restore_offsets
 from migstream.transport.written import Written
 
@@ -165,6 +166,58 @@ def test_a_stream_goes_through_a_pipe_in_one_pass(vm: Vm) -> None:
     with target:
         assert get(target, LSTAR) == [7, 8, 9]
         assert bytes(target.memory.view(0x5000, 8)) == b"in RAM.."
+
+
+def test_a_target_is_ready_before_the_pause_reaches_it(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a socket: what is there is taken at once, and nobody waits for more."""
+    here, there = socket.socketpair()
+    made = threading.Event()
+    original = Restorer.ready
+
+    def watched(self: Restorer) -> bool:
+        if is_ready := original(self):
+            made.set()
+        return is_ready
+
+    monkeypatch.setattr(Restorer, "ready", watched)
+
+    def paused() -> None:
+        assert made.wait(60), "the restorer waits for bytes that come after the pause"
+
+    def send() -> None:
+        with here, here.makefile("wb", buffering=0) as out:
+            save(vm, out, host=migstream.open_backend("sim").summary(), pause=paused, prologue=capture_prologue(vm))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    with there, there.makefile("rb") as source:
+        target, _ = restore(source, migstream.open_backend("sim"))
+    thread.join()
+    with target:
+        assert get(target, LSTAR) == get(vm, LSTAR)
+
+
+class OnlyRead:
+    """A source without `read1`, whose `read` waits for all that it was asked for: it must be asked for no more."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.position = data, 0
+
+    def read(self, size: int) -> bytes:
+        at, self.position = self.position, self.position + size
+        assert self.position <= len(self.data) + 1, "the one byte behind the end is asked for to see that there is none"
+        return self.data[at:self.position]
+
+
+def test_a_source_that_waits_is_asked_for_what_is_missing_alone(vm: Vm) -> None:
+    data = saved(vm)
+    for one in (OnlyRead(data), io.BytesIO(data)):
+        target, report = restore(one, migstream.open_backend("sim"))
+        target.close()
+        assert report.bytes == len(data)
+    for one in (OnlyRead(data + b"\0"), io.BytesIO(data + b"\0")):
+        with pytest.raises(Corrupt, match="bytes after the end section"):
+            restore(one, migstream.open_backend("sim"))
 
 
 def test_a_guest_page_of_zeros_overwrites_what_the_prologue_left_there(

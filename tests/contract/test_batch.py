@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +15,7 @@ from migstream.backends.kvm import KvmBackend, uapi
 from migstream.backends.kvm.backend import KvmVm
 from migstream.backends.kvm.batch import Flag, Kind
 from migstream.demo import guest_x86_64 as guest
-from migstream.model import Layout
+from migstream.model import Bank, Layout
 from migstream.native import compiled
 from migstream.registers import ids, x86_64
 from tests.contract.access import machine, run_a_little
@@ -166,6 +166,43 @@ def test_the_stock_is_what_is_compared_with(vm: KvmVm) -> None:
     wanted[2, 0] = 8
     assert vm.write(layout, 0, wanted) == []
     assert [int(row[0]) for row in read(vm, layout)] == [0, 0, 8, 0, 0]
+
+
+def test_a_prepared_write_goes_by_the_stock_of_its_moment(vm: KvmVm) -> None:
+    """A stock that lies shows what is left out; any write, stock or run since then ends what the prepared one knows."""
+    layout = cut(state_of(vm), x86_64.DEBUGREGS.id)
+    start = words(layout, x86_64.DEBUGREGS.id).start
+    fresh = read(vm, layout)
+    wanted = fresh.copy()
+    wanted[:, start] = 7
+
+    def left_out(between: Callable[[], object]) -> bool:
+        assert vm.write(layout, 0, fresh.copy()) == []
+        vm.take_stock([layout])
+        vm._there[layout][:, start] = 7
+        todo = vm.writing([Bank(layout, 0, wanted)])
+        between()
+        assert todo() == []
+        return bool((read(vm, layout)[:, start] != 7).all())
+
+    assert left_out(lambda: None)
+    assert not left_out(lambda: vm.write(layout, 0, fresh.copy()))
+    assert not left_out(lambda: vm.take_stock([layout]))
+    assert not left_out(lambda: run_a_little(vm))
+    assert not left_out(vm.writing([Bank(layout, 0, fresh.copy())]))
+
+
+def test_a_prepared_read_knows_whether_the_run_page_may_be_used_now(vm: KvmVm) -> None:
+    layout = state_of(vm)
+    values = np.zeros((5, layout.row_words), np.uint64)
+    look = vm.reading([Bank(layout, 0, values)])
+    enable_apics(vm)
+    run_and_mark_pages(vm)
+    first = words(layout, x86_64.REGS.id).start
+    for expected in (True, False):
+        assert look() == []
+        assert [int(row[first]) == 0x5EED for row in values] == [expected] * 5
+        assert vm.write(cut(layout, LSTAR), 0, read(vm, cut(layout, LSTAR))) == []
 
 
 def test_a_run_ends_what_is_known(vm: KvmVm) -> None:

@@ -1,0 +1,80 @@
+"""Reads and writes that were made ready ahead of a pause do what they do otherwise, on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from migstream.backends.base import SHORT_COUNT, Backend, Vm
+from migstream.errors import UsageError
+from migstream.model import Bank, Layout, Phase, Scope, Slot
+from tests.contract.access import CSTAR, LSTAR, STAR, UNKNOWN_MSR, WALL_CLOCK, create, msr, u64, write
+
+VCPUS = 3
+
+
+@pytest.fixture
+def three(backend: Backend) -> Iterator[Vm]:
+    with create(backend, VCPUS) as made:
+        yield made
+
+
+def of_vcpus(*indices: int) -> Bank:
+    layout = Layout(Scope.VCPU, Phase.STATE, tuple(Slot(msr(index), 8) for index in indices))
+    return Bank(layout, 0, np.zeros((VCPUS, layout.row_words), np.uint64))
+
+
+def of_vm() -> Bank:
+    return Bank(Layout(Scope.VM, Phase.FEATURE, (Slot(msr(WALL_CLOCK), 8),)), 0, np.zeros((1, 1), np.uint64))
+
+
+def test_a_prepared_read_sees_what_is_there_when_it_is_called(three: Vm) -> None:
+    banks = [of_vcpus(STAR, LSTAR), of_vm(), of_vcpus(CSTAR)]
+    read = three.reading(banks)
+    for n in (1, 2):
+        for index in (STAR, LSTAR, CSTAR):
+            assert write(three, msr(index), [u64(n * 0x1000 + k) for k in range(VCPUS)]) == []
+        for bank in banks:
+            bank.values.fill(0)
+        assert read() == []
+        for bank in (banks[0], banks[2]):
+            assert bank.values.tolist() == [[n * 0x1000 + k] * bank.layout.row_words for k in range(VCPUS)]
+
+
+def test_a_prepared_write_writes_what_is_there_when_it_is_called(three: Vm) -> None:
+    banks = [of_vcpus(STAR), of_vcpus(LSTAR, CSTAR)]
+    todo = three.writing(banks)
+    for n in (1, 2):
+        for bank in banks:
+            bank.values[:] = n * 0x1000 + np.arange(VCPUS, dtype=np.uint64)[:, None]
+        assert todo() == []
+        assert len(todo.ns) == len(banks)
+        assert min(todo.ns) >= 0
+        again = [of_vcpus(STAR), of_vcpus(LSTAR, CSTAR)]
+        assert three.read_all(again) == []
+        assert [bank.values.tolist() for bank in again] == [bank.values.tolist() for bank in banks]
+
+
+def test_what_a_prepared_call_is_refused_hides_nothing_and_is_said_each_time(three: Vm) -> None:
+    bad, good = of_vcpus(UNKNOWN_MSR, STAR), of_vcpus(LSTAR)
+    bad.values[:, 1], good.values[:] = 5 << 32, 0x7000
+    expected = [(msr(UNKNOWN_MSR), k, SHORT_COUNT) for k in range(VCPUS)]
+    todo, look = three.writing([bad, good]), three.reading([bad, good])
+    for call in (todo, todo, look, look):
+        assert [(no.register, no.vcpu, no.errno) for no in call()] == expected
+    assert (bad.values[:, 1].tolist(), good.values[:, 0].tolist()) == ([5 << 32] * VCPUS, [0x7000] * VCPUS)
+
+
+def test_nothing_is_nothing(three: Vm) -> None:
+    todo = three.writing([])
+    assert (three.reading([])(), todo(), list(todo.ns)) == ([], [], [])
+
+
+def test_what_was_prepared_for_a_vm_that_is_closed_is_a_mistake(three: Vm) -> None:
+    calls: list[Callable[[], object]] = [three.reading([of_vcpus(STAR)]), three.writing([of_vcpus(STAR)])]
+    three.close()
+    for call in calls:
+        with pytest.raises(UsageError, match="closed"):
+            call()
