@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -18,7 +18,7 @@ from typing import Any
 from bench import native, strategies
 from bench.calibrate import cpus, kvm
 from bench.measure import machine
-from bench.model import STRATEGIES, load_calibration, predict, title
+from bench.model import STRATEGIES, load_calibration, predict, spared_by_library, title
 from bench.modelled import KNOWN_PARTS
 from bench.options import number_of_rounds
 from bench.program import LeftOut
@@ -94,7 +94,9 @@ def measure(rounds: int, backend_name: str, tell: Callable[[str], None],
     except LeftOut as reason:
         left_out.append(str(reason))
     ours = _library_times(backend, rounds, tell)
-    points += [_against_library(name, threads, vcpus, samples, layouts, calibration)
+    capabilities = backend.profile().capabilities
+    points += [_against_library(name, threads, vcpus, samples, layouts, calibration,
+                                spared_by_library(name, capabilities))
                for (name, threads, vcpus), samples in ours.items()]
     return {"machine": {**machine(), "cpus": cpus()}, "calibration": dict(calibration.machine), "rounds": rounds,
             "points": [{**asdict(point), "error": point.error} for point in points], "error": _errors(points),
@@ -148,8 +150,8 @@ def _library_times(backend: KvmBackend, rounds: int, tell: Callable[[str], None]
 
 
 def _against_library(strategy: str, threads: int, vcpus: int, samples: list[int], layouts: tuple[Layout, ...],
-                     calibration: Calibration) -> Compared:
-    modelled = sum(predict(strategy, vcpus, threads, calibration, layouts).values())
+                     calibration: Calibration, spared: Mapping[str, frozenset[int]]) -> Compared:
+    modelled = sum(predict(strategy, vcpus, threads, calibration, layouts, spared=spared).values())
     return Compared(OURS, strategy, threads, vcpus, modelled, statistics.median(samples), min(samples))
 
 

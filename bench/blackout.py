@@ -296,7 +296,7 @@ class Bench:
             document["left_out"].append(f"model: calibrated on another machine ({', '.join(other)}); "
                                         "`python -m bench calibrate` does it here")
             return None
-        return beside_measured(document, self.host.layouts(), calibration)
+        return beside_measured(document, self.host.layouts(), calibration, self.host.capabilities())
 
 
 def _in_turn(subjects: Sequence[Subject], number: int) -> Iterator[Subject]:

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,10 @@ class Host(ABC):
         """Of a VM that was measured; empty before, and where nothing is."""
         return ()
 
+    def capabilities(self) -> Mapping[str, int]:
+        """Of a kernel that was measured."""
+        return {}
+
 
 class RealKvm(Host):
     """This machine's KVM, with C and QEMU beside it."""
@@ -95,6 +99,10 @@ class RealKvm(Host):
     def layouts(self) -> Sequence[Layout]:
         """Of the measured guests."""
         return self._layouts
+
+    def capabilities(self) -> Mapping[str, int]:
+        """Of this machine's KVM."""
+        return self.backend.profile().capabilities
 
 
 class Simulated(Host):

@@ -8,10 +8,11 @@ caller needs between two ioctls, unless told as `per_call`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from migstream.backends.kvm.shared import IN_PAGE, PAGED, SETTLED
 from migstream.backends.sim import timing
 from migstream.backends.sim.costs import Calibration, elapsed
 from migstream.errors import Corrupt, OutputError, UsageError, printable
@@ -42,8 +43,11 @@ STRATEGIES = {
 }
 
 
+_NOTHING: Mapping[str, frozenset[int]] = {}
+
+
 def predict(strategy: str, vcpus: int, threads: int, calibration: Calibration, host: HostProfile | Sequence[Layout], *,
-            per_call: float = 0.0) -> dict[str, float]:
+            per_call: float = 0.0, spared: Mapping[str, frozenset[int]] = _NOTHING) -> dict[str, float]:
     """Return ns in the pause, by phase: `save state (vcpu)`, …, `restore clock (vm)`; their sum is the blackout.
 
     Args:
@@ -52,6 +56,7 @@ def predict(strategy: str, vcpus: int, threads: int, calibration: Calibration, h
         threads: each on a CPU of its own.
         host: the kernel, or the layouts that a VM on it has (`vm.layouts()[0]`).
         per_call: ns that the caller needs for each ioctl.
+        spared: registers that the caller needs no ioctl for, by `get` and `set` (`spared_by_library`).
 
     Raises: UsageError for a strategy or primitive that is not known.
     """
@@ -69,13 +74,21 @@ def predict(strategy: str, vcpus: int, threads: int, calibration: Calibration, h
                 continue
             each = layout.scope == Scope.VCPU or (plan.each_vcpu and layout.phase != Phase.CREATE)
             work = timing.work(layout, _PRIMITIVE[verb], vcpus, vcpus if each else 1, threads, calibration, kernel,
-                               per_call)
+                               per_call, spared.get(_PRIMITIVE[verb], frozenset()))
             if work:
                 found[f"{verb} {title(layout)}"] = elapsed(work, calibration.handoff)
     return found
 
 
 _PRIMITIVE = {"save": "get", "restore": "set"}
+
+
+def spared_by_library(strategy: str, capabilities: Mapping[str, int]) -> dict[str, frozenset[int]]:
+    """What the library needs no ioctl for on real KVM: registers that a pause leaves in the run page, and, where it
+    could look at the target before the pause, those that the demo's guest leaves as a fresh vCPU has them.
+    """
+    paged = int(capabilities.get("SYNC_REGS", 0)) & IN_PAGE == IN_PAGE
+    return {"get": PAGED if paged else frozenset(), "set": SETTLED if STRATEGIES[strategy].prologue else frozenset()}
 
 
 def title(layout: Layout) -> str:

@@ -5,10 +5,10 @@ Nothing here is measured. The model knows ioctls, threads and the VM-wide lock; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bench.model import layouts_of, predict
+from bench.model import layouts_of, predict, spared_by_library
 from bench.strategies import PART_OF, PHASES, STRATEGIES, Sample, Strategy
 from bench.subjects import Subject
 from migstream.backends.sim.costs import Calibration
@@ -23,14 +23,15 @@ class Modelled(Subject):
     rounds = 1
 
     def __init__(self, host: HostProfile | Sequence[Layout], calibration: Calibration, strategy: Strategy,
-                 threads: int) -> None:
+                 threads: int, spared: Mapping[str, frozenset[int]] | None = None) -> None:
         self.layouts = layouts_of(host) if isinstance(host, HostProfile) else tuple(host)
         self.host, self.calibration, self.strategy = host, calibration, strategy
+        self._spared = spared or {}
         self.name, self.threads, self.most_vcpus = strategy.name, threads if strategy.threads else 1, 1 << 20
 
     def sample(self, vcpus: int) -> dict[str, Any]:
         """The model's times, ns, in the parts of a measured sample."""
-        found = predict(self.name, vcpus, self.threads, self.calibration, self.host)
+        found = predict(self.name, vcpus, self.threads, self.calibration, self.host, spared=self._spared)
         out = Sample(phases=dict.fromkeys(PHASES, 0))
         for name, ns in found.items():
             verb, _, phase = name.partition(" ")
@@ -61,12 +62,14 @@ def _written(layouts: Sequence[Layout]) -> Iterator[tuple[Layout, int]]:
         yield layout, sum(slot.id != x86_64.TSC_OFFSET.id for slot in layout.slots)
 
 
-def beside_measured(document: dict[str, Any], layouts: Sequence[Layout], calibration: Calibration) -> dict[str, Any]:
+def beside_measured(document: dict[str, Any], layouts: Sequence[Layout], calibration: Calibration,
+                    capabilities: Mapping[str, int]) -> dict[str, Any]:
     """What the model says at every measured point, for the parts that it has; with its error. Times in ns."""
     threads, out = document["options"]["threads"], {}
     for name, curve in document["curves"].items():
         if name in STRATEGIES:
-            model = Modelled(layouts, calibration, STRATEGIES[name], threads)
+            spared = spared_by_library(name, capabilities)
+            model = Modelled(layouts, calibration, STRATEGIES[name], threads, spared)
             out[name] = [_against(at, model.sample(at["vcpus"])) for at in curve["points"]]
     errors = sorted(abs(at["error"]) for points in out.values() for at in points)
     return {"calibration": {"machine": dict(calibration.machine), "method": calibration.method},

@@ -230,3 +230,18 @@ def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     native.library.cache_clear()
     with pytest.raises(LeftOut, match="no C compiler"):
         native.library()
+
+
+@pytest.mark.sim
+def test_what_the_library_needs_no_ioctl_for(calibration: Calibration) -> None:
+    layouts = model.layouts_of(profiles.load("x86_64-6.18-pvm"))
+    capabilities = {"SYNC_REGS": 3}
+    for strategy, spares in (("scoped", {"get"}), ("prologue", {"get", "set"})):
+        spared = model.spared_by_library(strategy, capabilities)
+        assert {verb for verb, registers in spared.items() if registers} == spares
+        plain = model.predict(strategy, 8, 1, calibration, layouts)
+        less = model.predict(strategy, 8, 1, calibration, layouts, spared=spared)
+        changed = {name for name in plain if less[name] < plain[name]}
+        assert changed == {{"get": "save state (vcpu)", "set": "restore state (vcpu)"}[verb] for verb in spares}
+    for offered in ({}, {"SYNC_REGS": 1}):
+        assert not model.spared_by_library("scoped", offered)["get"]

@@ -19,6 +19,9 @@ _PLACES = {
 }
 """struct kvm_sync_regs: where each begins in the run page, and how much of it is there."""
 
+PAGED = frozenset(_PLACES)
+"""Registers that are read without an ioctl, after a pause, where KVM offers all of `IN_PAGE`."""
+
 SETTLED = frozenset((rows.XCRS.id, rows.DEBUGREGS.id, rows.VCPU_EVENTS.id))
 """Registers that no other register's write changes to another value than a fresh vCPU's. DR0 to DR7 and XCR0 are
 written by nothing else (kvm_vcpu_ioctl_x86_set_debugregs, _set_xcrs). KVM_SET_REGS and KVM_SET_SREGS only take pending

@@ -38,15 +38,15 @@ class Use:
 
 
 def work(layout: Layout, verb: str, vcpus: int, rows: int, threads: int, calibration: Calibration, kernel: str = "",
-         per_call: float = 0.0) -> list[Work]:
+         per_call: float = 0.0, spared: frozenset[int] = frozenset()) -> list[Work]:
     """The work of each thread when a bank of so many rows is read (`get`) or written (`set`): contiguous ranges.
 
     Args:
         vcpus: of the VM. kernel: as in a host profile, for what was not measured. per_call: ns of the caller's own for
-            each ioctl.
+            each ioctl. spared: registers that take none.
     """
     uses = [Use(_find(f"{verb} {name}", id, layout, calibration, kernel), registers)
-            for name, id, registers in _ioctls(layout, verb)]
+            for name, id, registers in _ioctls(layout, verb) if id not in spared]
     shared = min(threads, rows)
     if not uses:
         return []
