@@ -62,6 +62,11 @@ class StreamReader:
         """Take bytes, at most `frames.MAX_FEED`. Raises: UsageError, StreamError."""
         self.frames.feed(data)
 
+    @property
+    def paused(self) -> bool:
+        """True once a section has come that is written while the guest stands still: an update bank or later."""
+        return self._rank >= _UPDATE
+
     def expect(self, banks: Sequence[SmallBank | None]) -> None:
         """Say where the values of the blackout banks are to go, one a layout, whole: `take_banks` then gives them.
 

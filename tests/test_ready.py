@@ -263,3 +263,15 @@ def test_a_refusal_in_the_pause_is_named_on_both_ways(vm: Vm) -> None:
             half.ready()
         with pytest.raises(RestoreFailed, match=r"vCPU 1: MSR_LSTAR: .*EIO"):
             half.finish(half.late(ram_too=False))
+
+
+def test_ready_is_nothing_once_the_pause_is_there(vm: Vm) -> None:
+    """What came with it is in the memory that getting ready would use."""
+    half = Half(vm, readback=True)
+    write_some(vm)
+    late = half.late()
+    half.restorer.feed(late[:-16])
+    assert not half.restorer.ready()
+    found, report = half.finish(late[-16:])
+    assert found == [0x1000, 0x2000, 0x3000]
+    assert "ready" not in report.times

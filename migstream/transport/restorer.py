@@ -60,7 +60,7 @@ class _Together:
 
 
 class Restorer:
-    """One restore, incremental: give it the sections as they arrive.
+    """One restore, incremental: `feed` it the stream's bytes as they arrive, or `take` the sections of its reader.
 
     A context manager: the VM is closed unless `finish()` gave it to the caller.
     """
@@ -149,12 +149,13 @@ class Restorer:
             self._bank(vm or self._ready(), number, bank)
 
     def ready(self) -> bool:
-        """Do what can be done ahead of the pause, once the prologue is written: `restore` calls it after each section.
+        """Do what can be done ahead of the pause, once the prologue is written: `restore` calls it after each chunk.
 
         Looks at what the fresh vCPUs have, so that the same need not be written in the pause, and goes once through
-        all that will be done with the values. Returns whether the prologue was complete. Raises: BackendError.
+        all that will be done with the values. Nothing comes of it once the pause is there. Returns whether it was done.
+        Raises: BackendError.
         """
-        if self._vm is None or self._plan is None or self._is_ready:
+        if self._vm is None or self._plan is None or self._is_ready or self.reader.paused:
             return self._is_ready
         self._is_ready = True
         with self.report.phase("ready"):
