@@ -107,13 +107,12 @@ class Run:
 
     def send(self) -> int:
         """Give what was written since to the restorer; returns its length."""
-        data = self.out.getbuffer()[self._fed:]
-        for start in range(0, len(data), MAX_FEED):
-            self.restorer.feed(data[start:start + MAX_FEED])
-        length = len(data)
-        self._fed += length
-        data.release()
-        return length
+        with self.out.getbuffer() as data:
+            start, end = self._fed, len(data)
+            for at in range(start, end, MAX_FEED):
+                self.restorer.feed(data[at:at + MAX_FEED])
+        self._fed = end
+        return end - start
 
 
 def blackout(backend: Backend, source: Vm, host: HostSummary, strategy: Strategy, threads: int) -> Sample:

@@ -42,12 +42,16 @@ static int take_delta(const uint8_t *raw, size_t length, size_t rows, size_t wor
     size_t head = words * 8 + bitmap_bytes(words), count = 0;
     if (length < head)
         return 1;
-    for (size_t bit = 0; bit < bitmap_bytes(words) * 8; bit++)
-        if (raw[words * 8 + bit / 8] >> bit % 8 & 1) {
+    for (size_t start = 0; start < words; start += 64) {
+        uint64_t marked;
+        memcpy(&marked, raw + words * 8 + start / 8, 8);
+        for (; marked; marked &= marked - 1) {
+            size_t bit = start + (size_t)__builtin_ctzll(marked);
             if (bit >= words)
                 return 1;
             columns[count++] = (uint32_t)bit;
         }
+    }
     if ((count && rows == 1) || length != head + count * (rows - 1) * 8)
         return 1;
     const uint64_t *steps = (const uint64_t *)(raw + head);
