@@ -350,8 +350,6 @@ static int64_t do_save(struct work *work, char *rows, int best, int threads)
 
 	all_vcpus((struct job){&work->vm, work->row, rows, 0, best, threads});
 	vm_registers(&work->vm, rows + work->vm.vcpus * work->row, 0, best, 0);
-	if (best) /* sent early, but a guest may have written it since: the wall clock's MSRs are looked at again */
-		vm_registers(&work->vm, rows + work->vm.vcpus * work->row, 0, best, 1);
 	return now_ns() - start;
 }
 

@@ -416,8 +416,10 @@ static PyObject *prepare(PyObject *module, PyObject *arguments)
         PyErr_NoMemory();
     else if ((size_t)kept->ns.len != count * 8)
         PyErr_SetString(PyExc_ValueError, "8 bytes a job");
-    else if (take_jobs(list, kept, jobs, writing))
+    else if (take_jobs(list, kept, jobs, writing)) {
+        pair_up(&kept->batch);
         answer = PyCapsule_New(kept, KEPT, drop);
+    }
     if (!answer)
         let_go(kept);
     return answer;
@@ -435,7 +437,7 @@ static PyObject *run(PyObject *module, PyObject *arguments)
     if (!kept)
         return NULL;
     struct batch batch = { .jobs = kept->batch.jobs, .count = kept->batch.count, .rows = kept->batch.rows,
-                           .ns = kept->batch.ns };
+                           .ns = kept->batch.ns, .carrier = kept->batch.carrier, .rider = kept->batch.rider };
     Py_BEGIN_ALLOW_THREADS
     run_batch(&batch, threads);
     Py_END_ALLOW_THREADS

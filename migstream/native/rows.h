@@ -54,6 +54,8 @@ struct batch {
     const struct job *jobs;
     unsigned count, rows;        /* rows: of the longest shared one */
     int64_t *ns;                 /* a job: what it took; all shared ones together at the first of them */
+    const struct job *carrier, *rider; /* the rider's MSRs, of the VM, are read with those of the carrier's row 0 */
+    atomic_int rode;             /* it was done so */
     atomic_uint next, stopped;   /* the next row; rows that an entry stopped */
 };
 
@@ -105,20 +107,37 @@ static int by_address(int fd, const struct entry *e, uint8_t *column)
     return plain(fd, e->request, argument);
 }
 
-static int msrs(const struct job *job, int fd, const struct entry *e, uint8_t *column, struct msrs *buffer)
+static void add_msrs(struct msrs *buffer, const struct job *job, const struct entry *e, const uint8_t *column)
 {
-    const uint32_t *indices = job->indices + e->extra;
-    buffer->count = e->count;
-    for (uint32_t k = 0; k < e->count; k++) {
-        buffer->entry[k].index = indices[k];
-        buffer->entry[k].value = job->writing ? word_at(column + 8 * k) : 0;
+    for (uint32_t k = 0; k < e->count; k++, buffer->count++) {
+        buffer->entry[buffer->count].index = job->indices[e->extra + k];
+        buffer->entry[buffer->count].value = job->writing ? word_at(column + 8 * k) : 0;
     }
+}
+
+static void take_msrs(const struct msrs *buffer, uint32_t first, const struct entry *e, uint8_t *column)
+{
+    for (uint32_t k = 0; k < e->count; k++)
+        memcpy(column + 8 * k, &buffer->entry[first + k].value, 8);
+}
+
+/* With a rider both in one ioctl. What the kernel refuses of the rider's is left to a call of its own. */
+static int msrs(const struct job *job, int fd, const struct entry *e, uint8_t *column, struct msrs *buffer,
+                const struct job *rider, atomic_int *rode)
+{
+    buffer->count = 0;
+    add_msrs(buffer, job, e, column);
+    if (rider)
+        add_msrs(buffer, rider, rider->entries, NULL);
     int done = ioctl(fd, e->request, buffer);
-    if (done != (int)e->count)
+    if (done < (int)e->count)
         return done < 0 ? errno : -1;
     if (!job->writing)
-        for (uint32_t k = 0; k < e->count; k++)
-            memcpy(column + 8 * k, &buffer->entry[k].value, 8);
+        take_msrs(buffer, 0, e, column);
+    if (rider && done == (int)buffer->count) {
+        take_msrs(buffer, e->count, rider->entries, rider->values + rider->entries->start);
+        atomic_store(rode, 1);
+    }
     return 0;
 }
 
@@ -145,12 +164,15 @@ static int first(int fd, const struct entry *e, const uint8_t *column)
     return plain(fd, e->request, argument);
 }
 
-static int perform(const struct job *job, int fd, const struct entry *e, uint8_t *column, struct msrs *buffer)
+static int perform(struct batch *batch, const struct job *job, unsigned row, const struct entry *e, uint8_t *column,
+                   struct msrs *buffer)
 {
+    int fd = job->fds[row];
     switch (e->kind) {
     case COUNTED: return counted(fd, e, column);
     case ADDRESS: return by_address(fd, e, column);
-    case MSRS: return msrs(job, fd, e, column, buffer);
+    case MSRS:
+        return msrs(job, fd, e, column, buffer, job == batch->carrier && !row ? batch->rider : NULL, &batch->rode);
     case INTEGER: return integer(job, fd, e, column);
     case FIRST: return first(fd, e, column);
     default:
@@ -160,7 +182,7 @@ static int perform(const struct job *job, int fd, const struct entry *e, uint8_t
 }
 
 /* Serve one row; 1 where an entry stopped it. */
-static unsigned one_row(const struct job *job, unsigned row, struct msrs *buffer)
+static unsigned one_row(struct batch *batch, const struct job *job, unsigned row, struct msrs *buffer)
 {
     uint8_t *values = job->values + row * job->width;
     const uint8_t *there = job->there ? job->there + row * job->width : NULL;
@@ -176,7 +198,7 @@ static unsigned one_row(const struct job *job, unsigned row, struct msrs *buffer
             memset(column + e->page_size, 0, e->size - e->page_size);
             continue;
         }
-        int error = perform(job, job->fds[row], e, column, buffer);
+        int error = perform(batch, job, row, e, column, buffer);
         if (error) {
             job->results[row] = (uint64_t)(k + 1) << 32 | (uint32_t)error;
             return 1;
@@ -194,7 +216,7 @@ static void work(struct batch *batch, struct msrs *buffer)
     while ((row = atomic_fetch_add(&batch->next, 1)) < batch->rows)
         for (unsigned k = 0; k < batch->count; k++)
             if (batch->jobs[k].shared && row < batch->jobs[k].rows)
-                stopped += one_row(batch->jobs + k, row, buffer);
+                stopped += one_row(batch, batch->jobs + k, row, buffer);
     atomic_fetch_add(&batch->stopped, stopped);
 }
 
@@ -203,13 +225,43 @@ static void work_alone(struct batch *batch, struct msrs *buffer)
     unsigned stopped = 0;
     for (unsigned k = 0; k < batch->count; k++) {
         int64_t start = now_ns();
-        if (batch->jobs[k].shared)
+        const struct job *job = batch->jobs + k;
+        if (job->shared)
             continue;
-        for (unsigned row = 0; row < batch->jobs[k].rows; row++)
-            stopped += one_row(batch->jobs + k, row, buffer);
+        int done = job == batch->rider && atomic_load(&batch->rode);
+        for (unsigned row = 0; row < job->rows && !done; row++)
+            stopped += one_row(batch, job, row, buffer);
         batch->ns[k] = now_ns() - start;
     }
     atomic_fetch_add(&batch->stopped, stopped);
+}
+
+static int is_one_run(const struct job *job)
+{
+    return !job->shared && !job->writing && job->rows == 1 && job->count == 1 && job->entries->kind == MSRS;
+}
+
+static int carries(const struct job *job, const struct job *rider)
+{
+    unsigned runs = 0, fits = 0;
+    for (unsigned k = 0; k < job->count; k++)
+        if (job->entries[k].kind == MSRS) {
+            runs++;
+            fits = job->entries[k].count + rider->entries->count <= MOST_MSRS
+                   && job->entries[k].request == rider->entries->request;
+        }
+    return job->shared && job->rows && runs == 1 && fits && job->fds[0] == rider->fds[0];
+}
+
+/* VM-wide MSRs go through a vCPU: where that one's own are read, too, an ioctl is spared. */
+static void pair_up(struct batch *batch)
+{
+    for (unsigned r = 0; r < batch->count; r++)
+        for (unsigned k = 0; is_one_run(batch->jobs + r) && k < batch->count; k++)
+            if (carries(batch->jobs + k, batch->jobs + r)) {
+                batch->rider = batch->jobs + r;
+                batch->carrier = batch->jobs + k;
+            }
 }
 
 static int64_t *first_shared(const struct batch *batch)

@@ -96,7 +96,7 @@ class Restorer:
         Raises: as `take`.
         """
         self.reader.feed(data)
-        if self._together is not None and self._vm is not None:
+        if self._late and self._vm is not None:
             self._vm.warm()
         while True:
             self._take_expected()
@@ -113,16 +113,15 @@ class Restorer:
         if not numbers:
             return
         assert self._vm is not None and self._plan is not None
-        late, together, self._late, self._together = self._late, self._together, {}, None
-        if together is not None and len(numbers) == len(late):
-            self._plan.came.extend(together.banks)
-            self._write_together(together)
+        if self._together is not None and len(numbers) == len(self._together.banks):
+            self._late = {}
+            self._plan.came.extend(self._together.banks)
+            self._write_together(self._together)
             return
         for number in numbers:
-            done = late.pop(number)
+            done = self._late.pop(number)
             self._plan.came.append(done.bank)
             self._write(self._vm, done)
-        self._late = late
 
     def take(self, section: Section, item: Item) -> None:
         """Act on one section. Raises: DoesNotFit before anything was made; StreamError, RestoreFailed, BackendError."""
@@ -142,7 +141,6 @@ class Restorer:
             vm.warm()
         with self.report.phase("prologue decode" if early else "decode"):
             bank = encoded.decode(self._place(number, encoded))
-        self._together = None
         if early and self._plan is None:
             self._prologue(number, bank)
         else:
@@ -341,11 +339,12 @@ class Restorer:
     def _write_together(self, late: _Together) -> None:
         self._written += late.done
         refused = late.write()
-        times = self.report.times
-        for name, ns in zip(late.names, late.write.ns, strict=True):
-            times[name] = times.get(name, 0) + ns
+        times, ns = self.report.times, late.write.ns
+        for k, name in enumerate(late.names):
+            times[name] = times.get(name, 0) + ns[k]
         self.report.add(late.counted)
-        self._refused += [(no, next(done for done in late.done if no.register in done.target.index)) for no in refused]
+        for no in refused:
+            self._refused.append((no, next(done for done in late.done if no.register in done.target.index)))
 
     def _write(self, vm: Vm, done: Written) -> None:
         """Write what is to be written."""

@@ -26,8 +26,9 @@ def of_vcpus(*indices: int) -> Bank:
     return Bank(layout, 0, np.zeros((VCPUS, layout.row_words), np.uint64))
 
 
-def of_vm() -> Bank:
-    return Bank(Layout(Scope.VM, Phase.FEATURE, (Slot(msr(WALL_CLOCK), 8),)), 0, np.zeros((1, 1), np.uint64))
+def of_vm(*indices: int) -> Bank:
+    layout = Layout(Scope.VM, Phase.FEATURE, tuple(Slot(msr(index), 8) for index in indices or (WALL_CLOCK,)))
+    return Bank(layout, 0, np.zeros((1, layout.row_words), np.uint64))
 
 
 def test_a_prepared_read_sees_what_is_there_when_it_is_called(three: Vm) -> None:
@@ -65,6 +66,28 @@ def test_what_a_prepared_call_is_refused_hides_nothing_and_is_said_each_time(thr
     for call in (todo, todo, look, look):
         assert [(no.register, no.vcpu, no.errno) for no in call()] == expected
     assert (bad.values[:, 1].tolist(), good.values[:, 0].tolist()) == ([5 << 32] * VCPUS, [0x7000] * VCPUS)
+
+
+@pytest.mark.parametrize("vcpus", [(STAR, LSTAR), (STAR, UNKNOWN_MSR), (UNKNOWN_MSR, STAR)], ids=str)
+@pytest.mark.parametrize("vm", [(WALL_CLOCK,), (UNKNOWN_MSR,), (WALL_CLOCK, UNKNOWN_MSR), (UNKNOWN_MSR, WALL_CLOCK)],
+                         ids=str)
+def test_msrs_of_the_vm_are_read_with_a_vcpus_and_neither_hides_the_other(three: Vm, vcpus: tuple[int, ...],
+                                                                        vm: tuple[int, ...]) -> None:
+    """The compiled part asks for both in one ioctl, which stops at the first MSR that the kernel refuses."""
+    for index, value in ((STAR, 0x1000), (LSTAR, 0x2000)):
+        assert write(three, msr(index), [u64(value + k) for k in range(VCPUS)]) == []
+    assert write(three, msr(WALL_CLOCK), [u64(0x5000)]) == []
+    for first in (0, 1):
+        banks = [of_vcpus(*vcpus), of_vm(*vm)]
+        banks[0] = Bank(banks[0].layout, first, banks[0].values[first:].copy())
+        alone = [Bank(bank.layout, bank.first_vcpu, np.zeros_like(bank.values)) for bank in banks]
+        expected = [no for bank in alone for no in three.read(bank.layout, bank.first_vcpu, bank.values)]
+        assert three.reading(banks)() == expected
+        assert [bank.values.tolist() for bank in banks] == [bank.values.tolist() for bank in alone]
+        assert {no.vcpu for no in expected} == {
+            *(range(first, VCPUS) if UNKNOWN_MSR in vcpus else ()), *((None,) if UNKNOWN_MSR in vm else ())}
+        if WALL_CLOCK in vm:
+            assert int(banks[1].values[0, vm.index(WALL_CLOCK)]) == 0x5000
 
 
 def test_nothing_is_nothing(three: Vm) -> None:
