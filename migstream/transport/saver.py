@@ -148,10 +148,10 @@ class Saver:
             rehearsal._numbers = self._numbers
             for bank in self._banks:
                 rehearsal._bank(bank)
-            rehearsal._banks = self._banks
             rehearsal._small = SmallBanks([sections.small_bank(bank, self._numbers[bank.layout])._replace(bounds=b"")
                                            for bank in self._banks])
-            rehearsal._finish(())
+            rehearsal._send_small(0, end=True)
+            rehearsal._out.flush()
             self.vm.warm([bank.layout for bank in self._banks])
 
     def state(self, *, ram_too: bool = True, opaque: Sequence[OpaqueState] = ()) -> Report:

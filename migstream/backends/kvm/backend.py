@@ -243,7 +243,7 @@ class KvmVm(Vm):
         tables = [self._program(bank.layout).reading.table for bank in banks]
         jobs = [self._reading(table, self._rows(bank.layout, bank.first_vcpu, bank.values), bank.first_vcpu)
                 for table, bank in zip(tables, banks, strict=True) if table is not None]
-        if len(jobs) < len(banks):
+        if not jobs or len(jobs) < len(banks):
             return partial(super().read_all, banks)
         return partial(self._run, batch.Batch(jobs), len(self.vcpu_fds))
 
@@ -268,7 +268,7 @@ class KvmVm(Vm):
         """See `Vm.writing`: one call of the compiled part, where it has all of them."""
         jobs = [job for bank in banks if (job := self._writing(bank.layout, bank.first_vcpu, bank.values)) is not None]
         plain = super().writing(banks)
-        return plain if len(jobs) < len(banks) else _Writes(self, [bank.layout for bank in banks], jobs, plain)
+        return plain if not jobs or len(jobs) < len(banks) else _Writes(self, [bank.layout for bank in banks], jobs, plain)
 
     def _writing(self, layout: Layout, first_vcpu: int, values: Words) -> batch.Job | None:
         part, rows = self._program(layout).writing, self._rows(layout, first_vcpu, values)
