@@ -268,7 +268,9 @@ class KvmVm(Vm):
         """See `Vm.writing`: one call of the compiled part, where it has all of them."""
         jobs = [job for bank in banks if (job := self._writing(bank.layout, bank.first_vcpu, bank.values)) is not None]
         plain = super().writing(banks)
-        return plain if not jobs or len(jobs) < len(banks) else _Writes(self, [bank.layout for bank in banks], jobs, plain)
+        if not jobs or len(jobs) < len(banks):
+            return plain
+        return _Writes(self, [bank.layout for bank in banks], jobs, plain)
 
     def _writing(self, layout: Layout, first_vcpu: int, values: Words) -> batch.Job | None:
         part, rows = self._program(layout).writing, self._rows(layout, first_vcpu, values)
