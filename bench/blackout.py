@@ -233,11 +233,19 @@ class Bench:
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="migstream-")))
             subjects = self.host.subjects(self.plan, folder, stack, self.left_out, self.tell)
+            self._too_many(subjects)
             for number in range(self.plan.reps):
                 if self.plan.seconds and time.monotonic() - start > self.plan.seconds:
                     self.left_out.append(f"rounds from {number + 1} to {self.plan.reps}: time was up")
                     break
                 self._round(number, subjects)
+
+    def _too_many(self, subjects: Sequence[Subject]) -> None:
+        """Say which subjects can't have as many vCPUs as were asked for."""
+        for subject in subjects:
+            if beyond := [vcpus for vcpus in self.plan.vcpus if vcpus > subject.most_vcpus]:
+                self.left_out.append(f"{subject.name} at {', '.join(map(str, beyond))} vCPUs: it can have "
+                                     f"{subject.most_vcpus}")
 
     def _round(self, number: int, subjects: Sequence[Subject]) -> None:
         """Every subject at every vCPU count once, so that a change of the machine's mood hits all alike."""

@@ -79,7 +79,7 @@ class StreamReader:
         late = [number for number, layout in enumerate(self.layouts) if not layout.phase.prologue]
         early = [number for number, layout in enumerate(self.layouts) if layout.phase.prologue]
         whole = all(self._covered.get(number) == self._rows(self.layouts[number]) for number in early)
-        if self._rank >= _BLACKOUT or len(late) != len(banks) or not whole:
+        if not _PROLOGUE <= self._rank < _BLACKOUT or len(late) != len(banks) or not whole:
             return
         known = [bank for bank in takewhile(lambda bank: bank is not None, banks) if bank is not None]
         self._small = SmallBanks(known, filled=True)

@@ -15,7 +15,7 @@ from migstream import frames
 from migstream.backends.base import Vm
 from migstream.backends.faulty import Fault, FaultyBackend, Kind
 from migstream.demo import run
-from migstream.errors import DoesNotFit, RestoreFailed
+from migstream.errors import BackendError, Corrupt, DoesNotFit, RestoreFailed, Truncated, UsageError
 from migstream.frames import FrameWriter
 from migstream.model import Arch, Bank, Layout, OpaqueState, Phase, Scope, Slot
 from migstream.native import compiled
@@ -276,6 +276,104 @@ def test_ready_is_nothing_once_the_pause_is_there(vm: Vm) -> None:
     found, report = half.finish(late[-16:])
     assert found == [0x1000, 0x2000, 0x3000]
     assert "ready" not in report.times
+
+
+def test_an_update_alone_is_the_pause(vm: Vm) -> None:
+    at = Layout(Scope.VM, Phase.FEATURE, (Slot(ids.msr_id(0x11), 8),))
+    half = Half(vm)
+    assert vm.write(at, 0, np.array([[0x5000]], np.uint64)) == []
+    late = half.late(ram_too=False)
+    reader = StreamReader()
+    reader.feed(half.out.getvalue())
+    ends = [section.offset - half.early + 48 + -(-len(section.stored) // 8) * 8
+            for section, item in iter(reader.next, None) if isinstance(item, EncodedBank) and item.update]
+    half.restorer.feed(late[:ends[-1]])
+    assert not half.restorer.ready()
+    assert half.finish(late[ends[-1]:])[1].writes["update"][Scope.VM] == 2
+
+
+def test_an_answer_that_can_not_be_is_not_saved(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the pause the host says of one chip that it is another."""
+    half = Half(vm)
+    original = vm.read
+
+    def lying(layout: Layout, first: int, values: Any) -> Any:
+        refused = original(layout, first, values)
+        if (column := layout.index.get(x86_64.PIC_SLAVE.id)) is not None:
+            values[0, layout.offsets[column]] = 7
+        return refused
+
+    monkeypatch.setattr(vm, "read", lying)
+    with pytest.raises(BackendError, match="PIC_SLAVE"):
+        half.saver.state(ram_too=False)
+    assert not half.saver._frames.ended
+
+
+@pytest.mark.skipif(compiled is None, reason="nothing compiled is here")
+@pytest.mark.parametrize("vcpus", [1, 3, 40])
+def test_a_save_is_the_same_without_the_compiled_part(vcpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for its clocks: which sections, how they are stored, and what the report says of them."""
+    backend, found = migstream.open_backend("sim"), []
+    for module in (compiled, None):
+        monkeypatch.setattr(frames, "compiled", module)
+        with backend.create(run.machine(Arch.X86_64, vcpus, 4 << 20)) as made:
+            made.create_vcpus()
+            half = Half(made)
+            half.saver.ready()
+            half.saver.state(ram_too=False)
+            reader = StreamReader()
+            reader.feed(half.out.getvalue())
+            stored = [(section.title, section.codec, section.filter, section.raw_length)
+                      for section, _ in iter(reader.next, None)]
+            banks = sum(len(section.stored) for section, item in _items(half.out) if isinstance(item, EncodedBank))
+            assert half.saver.report.stored_bytes["registers"] == banks
+            found.append((stored, half.saver.report.writes, half.saver.report.raw_bytes))
+    assert found[0] == found[1]
+
+
+def _items(out: io.BytesIO) -> list[Any]:
+    reader = StreamReader()
+    reader.feed(out.getvalue())
+    return list(iter(reader.next, None))
+
+
+@pytest.mark.parametrize("missing", [1, 16, 64, 1000, None])
+def test_half_a_stream_is_no_vm(vm: Vm, missing: int | None) -> None:
+    for readback in (False, True):
+        half = Half(vm, readback=readback)
+        half.ready()
+        late = half.late(ram_too=False)
+        with half.restorer, pytest.raises(Truncated):
+            half.restorer.feed(late[:-missing] if missing else b"")
+            half.restorer.finish()
+
+
+def test_a_stream_that_was_wrong_is_no_vm_and_a_vm_is_handed_over_once(vm: Vm) -> None:
+    half = Half(vm)
+    half.ready()
+    late = bytearray(half.late(ram_too=False))
+    late[100] ^= 1
+    with half.restorer:
+        for use in (lambda: half.restorer.feed(bytes(late)), half.restorer.finish):
+            with pytest.raises(Corrupt, match="checksum"):
+                use()
+    half = Half(vm)
+    half.finish(half.late(ram_too=False))
+    with pytest.raises(UsageError, match="handed the VM over"):
+        half.restorer.finish()
+
+
+def test_a_saver_that_is_used_out_of_order(vm: Vm) -> None:
+    saver = Saver(vm, io.BytesIO(), host=migstream.open_backend("sim").summary())
+    with pytest.raises(UsageError, match=r"prologue\(\) first"):
+        saver.state()
+    with migstream.open_backend("sim").create(run.machine(Arch.X86_64, 2, 4 << 20)) as other:
+        other.create_vcpus()
+        with pytest.raises(UsageError, match=r"of another VM: vcpu/\w+ of 2 vCPUs, this one has 3"):
+            saver.prologue(capture_prologue(other))
+    saver.prologue()
+    with pytest.raises(UsageError, match="already"):
+        saver.prologue()
 
 
 @pytest.mark.parametrize("arch", list(Arch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 
 from migstream import codec, sections
 from migstream.errors import Corrupt, StreamError, UsageError
-from migstream.frames import FrameWriter, SmallBank, SmallBanks
-from migstream.model import Arch, Bank, Layout, Machine, MemoryRegion, OpaqueState, Phase, Scope, Slot
+from migstream.frames import FrameWriter, Section, SmallBank, SmallBanks
+from migstream.model import Arch, Bank, Layout, Machine, MemoryRegion, OpaqueState, Phase, RamRun, Scope, Slot
 from migstream.native import compiled
 from migstream.reader import StreamReader
 from migstream.registers import ids, x86_64
-from migstream.sections import EncodedBank
+from migstream.sections import EncodedBank, RamLayout
 from tests import strategies
 
 pytestmark = pytest.mark.skipif(compiled is None, reason="nothing compiled is here")
@@ -177,15 +178,16 @@ class Outcome:
         return self.found, self.error, self.reader.frames.ended, self.reader.frames.offset
 
 
-def same(late: bytes, sizes: Iterable[int] = (), none: Sequence[int] = ()) -> Outcome:
-    """Feed both readers; what they make of it must be the same. Returns the one that expects."""
+def same(late: bytes, sizes: Iterable[int] = (), none: Sequence[int] = (), when: int = 0) -> Outcome:
+    """Feed both readers; what they make of it must be the same. Returns the one that expects, from piece `when` on."""
     _, prologue = begun()
     outcomes = []
     for expecting in (True, False):
         one, position = Outcome(expecting), 0
         one.feed(prologue)
-        one.expect(none)
-        for size in (*sizes, len(late)):
+        for number, size in enumerate((*sizes, len(late))):
+            if number == when and not one.error:
+                one.expect(none)
             one.feed(late[position:position + size])
             position += size
         outcomes.append(one)
@@ -249,14 +251,52 @@ PIECES: dict[str, Callable[[FrameWriter], list[Any]]] = {
     "clock": lambda w: w.send(sections.encode_bank(bank(CLOCK), 3)),
     "update": lambda w: w.send(sections.encode_bank(Bank(EARLY, 0, bank(EARLY).values, update=True), 0)),
     "opaque": lambda w: w.send(sections.encode(OpaqueState("disk", b"1"))),
+    "RAM layout": lambda w: w.send(sections.encode(RamLayout((MemoryRegion(0x1000, 0x2000),)))),
+    "page": lambda w: w.send(sections.encode_ram([RamRun(0x1000, 1, None)])),
+    "pages": lambda w: w.send(sections.encode_ram([RamRun(0x1000, 2, None)])),
+    "looks like state": lambda w: w.send(_ancillary(b"".join(FrameWriter(Arch.X86_64).send(
+        sections.encode_bank(bank(STATE, 2), 1, worth=WORTH))))),
+    "end of another": lambda w: w.send(_ancillary(struct.pack("<IIQ", 99, 0, 0))._replace(kind="END ", flags=1)),
 }
 
 
-@given(st.lists(st.sampled_from(list(PIECES)), max_size=6), strategies.chunk_sizes)
-def test_any_order_of_anything(names: list[str], sizes: list[int]) -> None:
+def _ancillary(payload: bytes) -> Section:
+    """A section of a kind that no reader knows and may skip."""
+    return Section("XYZZ", payload, len(payload), flags=0)
+
+
+@given(st.lists(st.sampled_from(list(PIECES)), max_size=7), strategies.chunk_sizes, st.sampled_from([(), (1,), (2,)]),
+       st.integers(0, 3))
+def test_any_order_of_anything(names: list[str], sizes: list[int], none: tuple[int, ...], when: int) -> None:
     writer, _ = begun()
     parts = [part for name in names for part in PIECES[name](writer)]
-    same(b"".join([*parts, *writer.end()]), sizes)
+    same(b"".join([*parts, *writer.end()]), sizes, none, when)
+
+
+@pytest.mark.parametrize(("names", "none"), [(["state"], (2,)), (["state"], (3,)), (["pic", "state", "clock"], ()),
+                                             (["pic", "pic", "clock"], ()), (["state", "pic", "pic"], ()),
+                                             (["RAM layout", "page", "state", "pic", "clock"], ()),
+                                             (["RAM layout", "state", "pic", "clock"], ()),
+                                             (["state", "pic", "clock", "end of another"], ())])
+def test_what_is_missing_or_twice_is_said_on_both_ways(names: list[str], none: tuple[int, ...]) -> None:
+    writer, _ = begun()
+    parts = [part for name in names for part in PIECES[name](writer)]
+    assert same(b"".join([*parts, *writer.end()]), none=none).error
+
+
+@pytest.mark.parametrize("names", [["state", "state", "pic", "clock"], ["state", "pic", "clock"]], ids=str)
+def test_a_bank_that_came_before_it_was_expected_is_not_expected_any_more(names: list[str]) -> None:
+    writer, _ = begun()
+    parts = [b"".join(PIECES[name](writer)) for name in names]
+    outcome = same(b"".join([*parts, *writer.end()]), [len(parts[0])], when=1)
+    assert (outcome.by_the_way, bool(outcome.error)) == (0, len(names) == 4)
+
+
+def test_a_payload_is_never_taken_for_a_section() -> None:
+    """Its header came before: what follows is its payload, whatever it looks like."""
+    writer, _ = begun()
+    parts = [part for name in ("looks like state", "state", "pic", "clock") for part in PIECES[name](writer)]
+    assert same(b"".join([*parts, *writer.end()]), [48]).error == ""
 
 
 @pytest.mark.parametrize(("names", "short", "error"), [
@@ -331,7 +371,8 @@ HEAD = small([(1, bank(STATE))])[0].head
 @pytest.mark.parametrize("wrong", [
     (HEAD[1:], bytes(16), 2, b""), (HEAD, bytes(16), 0, b""), (HEAD, bytes(16), -1, b""), (HEAD, bytes(8), 2, b""),
     (HEAD, b"", 2, b""), (HEAD, bytes(16), 2, np.array([2, 0, 0, 0, 0], np.uint64).tobytes()),
-    (HEAD, bytes(16), 2, np.array([0, 64, 0, 0, 0], np.uint64).tobytes())], ids=str)
+    (HEAD, bytes(16), 2, np.array([0, 64, 0, 0, 0], np.uint64).tobytes()), (HEAD, bytes(16), 2**61, b""),
+    (HEAD, bytes(16), 2, bytes(39))], ids=str)
 def test_a_bank_that_does_not_fit_its_matrix_is_refused(wrong: tuple[bytes, bytes, int, bytes]) -> None:
     assert compiled is not None
     with pytest.raises(ValueError, match="does not fit"):
@@ -347,7 +388,17 @@ def test_misuse_of_the_compiled_part_is_refused() -> None:
             compiled.pack(*wrong, 0)
         with pytest.raises(ValueError):
             compiled.unpack(*wrong, b"")
+    for worth in (-1, 1 << 62):
+        with pytest.raises(ValueError, match="small"):
+            compiled.pack(made, 0, counts, b"", worth)
     with pytest.raises(TypeError):
         compiled.small((), False)
+    with pytest.raises(TypeError, match="tuples"):
+        compiled.small([b"no tuple"], False)
+    with pytest.raises(TypeError, match="tuples"):
+        compiled.prepare([b"no tuple"], False, bytearray(8))
+    for rows, words in ((2**61, 8), (2**60, 16), (1, 2**61)):
+        with pytest.raises(ValueError, match="do not fit"):
+            compiled.bounded(b"", rows, words, b"")
     with pytest.raises(TypeError, match="read-write"):
         compiled.small([(HEAD, bytes(16), 2, b"")], True)

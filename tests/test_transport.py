@@ -413,3 +413,45 @@ def test_ram_of_any_size_takes_bounded_memory() -> None:
         memory.release()
     assert sections >= 1
     assert peak < 32 << 20
+
+
+OSXSAVE = 1 << 18
+"""CR4; CPUID leaf 1 shows it in bit 27 of ECX."""
+
+
+@pytest.mark.parametrize("name", ["sim", pytest.param("kvm", marks=pytest.mark.kvm)])
+def test_cpuid_follows_what_the_guest_turned_on_since_the_prologue(name: str) -> None:
+    """Every operating system turns XSAVE on; KVM then shows OSXSAVE in a CPUID that was saved without it."""
+    backend = migstream.open_backend(name)
+    guest = run.guest_for(Arch.X86_64)
+    with backend.create(run.machine(Arch.X86_64, 2, 4 << 20), run.BOARDS[Arch.X86_64].caps) as source:
+        source.create_vcpus()
+        guest.install(source, backend.profile().cpuid, backend.profile().capabilities)
+        prologue = capture_prologue(source)
+        at = Layout(Scope.VCPU, Phase.STATE, (Slot(x86_64.SREGS2.id, 320),))
+        values = np.zeros((2, at.row_words), np.uint64)
+        assert source.read(at, 0, values) == []
+        values[:, 31] |= np.uint64(OSXSAVE)
+        assert source.write(at, 0, values) == []
+        out = io.BytesIO()
+        save(source, out, host=backend.summary(), pause=source.pause, prologue=prologue)
+    target, report = restore(io.BytesIO(out.getvalue()), backend, readback=True)
+    with target:
+        again = np.zeros((2, at.row_words), np.uint64)
+        assert target.read(at, 0, again) == []
+        assert (again[:, 31] & np.uint64(OSXSAVE)).all()
+    assert [d.reason for d in report.differs if d.register == x86_64.CPUID2.id] == [
+        "KVM computes OSXSAVE, APIC, OSPKE and the size of the XSAVE area from the vCPU's state"]
+
+
+def test_an_its_is_not_written_once_for_each_vcpu() -> None:
+    backend = migstream.open_backend("sim:arm64-6.12")
+    devices = {"gic_distributor": 0x0800_0000, "gic_redistributors": 0x1000_0000, "gic_irqs": 96, "its": 0x0808_0000}
+    machine = dataclasses.replace(run.machine(Arch.ARM64, 2, 4 << 20), devices=devices)
+    out = io.BytesIO()
+    with backend.create(machine) as source:
+        source.create_vcpus()
+        save(source, out, host=backend.summary(), pause=source.pause)
+    restore(io.BytesIO(out.getvalue()), backend)[0].close()
+    with pytest.raises(UsageError, match="an ITS takes its tables from RAM once"):
+        restore(io.BytesIO(out.getvalue()), backend, vm_scope_per_vcpu=True)

@@ -204,7 +204,8 @@ class Vm(ABC):
     def take_stock(self, layouts: Sequence[Layout]) -> dict[Layout, Words]:
         """Look at what registers are now: the next write of a layout may leave out what has its value already.
 
-        Returns the first vCPU's row (or the VM's) of each layout that can be read.
+        Its registers must not be written by another layout in between. Returns the first vCPU's row (or the VM's) of
+        each layout that can be read.
         """
         import numpy as np
 

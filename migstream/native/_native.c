@@ -85,7 +85,8 @@ static PyObject *bounded(PyObject *module, PyObject *arguments)
         return NULL;
     size_t count = (size_t)bounds.len / sizeof(struct bound);
     const struct bound *b = bounds.buf;
-    good = rows >= 0 && words > 0 && (size_t)values.len == (size_t)rows * (size_t)words * 8;
+    good = rows >= 0 && words > 0 && words <= UINT32_MAX && rows <= UINT32_MAX && values.len % (words * 8) == 0
+           && values.len / (words * 8) == rows && bounds.len % (Py_ssize_t)sizeof(struct bound) == 0;
     for (size_t k = 0; good && k < count; k++)
         good = b[k].word < (size_t)words && b[k].shift < 64;
     if (!good)
@@ -121,6 +122,13 @@ static void let_small_go(struct small *small)
 
 static void drop_small(PyObject *capsule) { let_small_go(PyCapsule_GetPointer(capsule, SMALL)); }
 
+static int is_tuple(PyObject *object)
+{
+    if (object && !PyTuple_Check(object))
+        PyErr_SetString(PyExc_TypeError, "a list of tuples");
+    return object && PyTuple_Check(object);
+}
+
 static int bounds_fit(const struct bank *bank)
 {
     for (size_t k = 0; k < bank->bound_count; k++)
@@ -133,13 +141,14 @@ static int bounds_fit(const struct bank *bank)
 static size_t borrow(PyObject *tuple, const char *format, struct lent *lent, struct bank *bank)
 {
     Py_ssize_t words;
-    if (!tuple || !PyArg_ParseTuple(tuple, format, &lent->head, &lent->values, &words, &lent->bounds))
+    if (!is_tuple(tuple) || !PyArg_ParseTuple(tuple, format, &lent->head, &lent->values, &words, &lent->bounds))
         return 0;
     lent->taken = 1;
-    size_t row = words > 0 ? (size_t)words * 8 : 1, size = (size_t)lent->values.len;
+    size_t row = words > 0 && words <= UINT32_MAX ? (size_t)words * 8 : SIZE_MAX, size = (size_t)lent->values.len;
     *bank = (struct bank){ .values = lent->values.buf, .rows = size / row, .words = (size_t)words,
                            .bounds = lent->bounds.buf, .bound_count = (size_t)lent->bounds.len / sizeof(struct bound) };
-    if (words < 1 || words > UINT32_MAX || !bank->rows || size % row || lent->head.len != HEAD || !bounds_fit(bank)) {
+    if (!bank->rows || size % row || lent->head.len != HEAD || lent->bounds.len % (Py_ssize_t)sizeof(struct bound)
+        || !bounds_fit(bank)) {
         PyErr_SetString(PyExc_ValueError, "the bank does not fit its matrix");
         return 0;
     }
@@ -212,6 +221,8 @@ static void step(struct course *course, size_t length)
     course->offset += length;
 }
 
+enum { MOST_WORTH = 1 << 24 };
+
 static size_t room_for(const struct course *course, size_t worth)
 {
     return (course->small->count - course->first) * (HEAD + worth) + HEAD + sizeof(struct counts);
@@ -260,8 +271,10 @@ static PyObject *pack(PyObject *module, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "Onw*y*n", &capsule, &first, &course.counts, &course.end, &worth))
         return NULL;
     course.first = (size_t)first;
-    if (sound_course(&course, capsule)) {
-        uint8_t *out = worth >= 0 ? malloc(room_for(&course, (size_t)worth)) : NULL;
+    if (worth < 0 || worth > MOST_WORTH) {
+        PyErr_SetString(PyExc_ValueError, "nothing of that length is small");
+    } else if (sound_course(&course, capsule)) {
+        uint8_t *out = malloc(room_for(&course, (size_t)worth));
         if (out) {
             put_all(&course, out, (size_t)worth);
             answer = Py_BuildValue("y#n", out, (Py_ssize_t)course.offset, (Py_ssize_t)course.done);
@@ -309,13 +322,22 @@ static PyObject *checksum(PyObject *module, PyObject *arguments)
     return PyLong_FromUnsignedLong(crc);
 }
 
+static int counts_within(const struct entry *e)
+{
+    uint32_t at;
+    memcpy(&at, e->head, 4);
+    return (uint64_t)at + 4 <= e->size;
+}
+
 /* Whether an entry stays within its row, its indices and a run page. */
 static int fits(const struct entry *e, size_t width, size_t indices)
 {
     return e->head_bytes <= 16 && (uint64_t)e->start + e->size <= width && e->count <= MOST_MSRS
            && (uint64_t)e->extra + e->count <= indices && (uint64_t)e->page + e->page_size <= 4096
            && e->page_size <= e->size && (e->kind != FIRST || (e->size >= 8 && e->size <= MOST_FIRST))
-           && (!(e->flags & GATE) || e->size >= LAPIC_SPIV + 8);
+           && (!(e->flags & GATE) || e->size >= LAPIC_SPIV + 8) && (e->kind != STRUCT || e->head_bytes <= e->size)
+           && (e->kind != MSRS || e->count * 8 <= e->size) && (e->kind != INTEGER || e->size >= 4)
+           && (e->kind != COUNTED || counts_within(e));
 }
 
 /* A job as Python gives it: the buffers that it points into are held until all is done. */
@@ -387,7 +409,7 @@ static int take_jobs(PyObject *list, struct kept *kept, struct job *jobs, int wr
 {
     for (unsigned k = 0; k < kept->batch.count; k++) {
         PyObject *tuple = PyList_GetItem(list, (Py_ssize_t)k); /* borrowed */
-        if (!tuple || !take_job(tuple, kept->held + k, jobs + k, writing))
+        if (!is_tuple(tuple) || !take_job(tuple, kept->held + k, jobs + k, writing))
             return 0;
         if (jobs[k].shared && jobs[k].rows > kept->batch.rows)
             kept->batch.rows = jobs[k].rows;

@@ -30,7 +30,7 @@ struct entry {
     uint8_t head[16];
 };
 
-enum { MOST_MSRS = 256 /* KVM's own limit */, MOST_FIRST = 64 };
+enum { MOST_MSRS = 255 /* KVM takes fewer than KVM_MAX_MSR_ENTRIES */, MOST_FIRST = 64 };
 
 struct msrs {
     uint32_t count, pad;

@@ -44,6 +44,23 @@ COMPUTED: dict[Word, int] = {
 STATE_BITS: dict[Word, int] = {(1, 0, ECX): 1 << 27, (1, 0, EDX): 1 << 9, (7, 0, ECX): 1 << 4}
 """Bits that KVM computes from the vCPU's state: OSXSAVE, APIC, OSPKE."""
 
+_SIZES: tuple[Word, ...] = ((0xD, 0, EBX), (0xD, 1, EBX))
+"""What the XSAVE area of the components that are on now takes, bytes."""
+
+
+def follows_state(value: bytes) -> bytes:
+    """A mask, as long as a `struct kvm_cpuid2`, of what KVM computes anew when the vCPU's state is written: OSXSAVE,
+    APIC, OSPKE and the size of the XSAVE area (arch/x86/kvm/cpuid.c, kvm_update_cpuid_runtime)."""
+    bits = STATE_BITS | dict.fromkeys(_SIZES, 0xFFFF_FFFF)
+    mask = bytearray(len(value))
+    (count,) = struct.unpack_from("<I", value)
+    for at in range(8, min(8 + 40 * count, len(value) - 39), 40):
+        leaf, subleaf = struct.unpack_from("<2I", value, at)
+        for word in (EAX, EBX, ECX, EDX):
+            struct.pack_into("<I", mask, at + 12 + 4 * word, bits.get((leaf, subleaf, word), 0))
+    return bytes(mask)
+
+
 RUNTIME_BITS: dict[Word, int] = {
     (1, 0, 2): 1 << 27 | 1 << 31 | 1 << 24 | 1 << 21 | 1 << 3,  # OSXSAVE, hypervisor, TSC_DEADLINE, x2APIC; MONITOR
     (1, 0, 3): 1 << 9 | 1 << 28,                                # APIC follows APICBASE; HTT is topology

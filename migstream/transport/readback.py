@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from migstream.backends.base import Vm
 from migstream.model import Slot
 from migstream.registers.catalogue import Running, lookup, running
+from migstream.registers.cpuid import follows_state
+from migstream.registers.x86_64 import CPUID2
 from migstream.report import Difference, Report
 from migstream.transport.clocks import went_back
 from migstream.transport.written import Written, columns
@@ -61,7 +63,7 @@ def _column(done: Written, slot: Slot, actual: Words, wanted: Words) -> list[Dif
     different = (actual != wanted).any(axis=1)
     if not different.any():
         return []
-    known = running(slot.id) or _judged(done, slot)
+    known = running(slot.id) or _judged(done, slot) or _computed(slot, wanted)
     unexplained = different if known is None else different & _outside(actual ^ wanted, known.spans)
     unexplained = unexplained | went_back(done.target, slot.id, actual, wanted)
     return [Difference(slot.id, _vcpus(done, rows), reason)
@@ -75,6 +77,16 @@ def _judged(done: Written, slot: Slot) -> Running | None:
         if verdict.target == slot and verdict.kernel == Kernel.DROPS and verdict.value is None and verdict.reason:
             return Running(((0, slot.size * 8),), f"as judged: {verdict.reason}")
     return None
+
+
+def _computed(slot: Slot, wanted: Words) -> Running | None:
+    """Of CPUID what follows the vCPU's state: a guest may have turned XSAVE on after the prologue was saved."""
+    if slot.id != CPUID2.id:
+        return None
+    masks = {follows_state(row.tobytes()) for row in wanted}
+    mask = int.from_bytes(masks.pop(), "little") if len(masks) == 1 else 0
+    spans = tuple((at, 1) for at in range(mask.bit_length()) if mask >> at & 1)
+    return Running(spans, "KVM computes OSXSAVE, APIC, OSPKE and the size of the XSAVE area from the vCPU's state")
 
 
 def _outside(changed: Words, spans: tuple[tuple[int, int], ...]) -> NDArray[np.bool_]:

@@ -76,7 +76,7 @@ class Restorer:
         self._plan: Plan | None = None
         self._waiting: list[tuple[int, Bank]] = []
         self._vm: Vm | None = None
-        self._complete = self._is_ready = False
+        self._complete = self._is_ready = self._handed_over = False
         self._room: dict[int, Words] = {}
         self._late: dict[int, Written] = {}
         self._together: _Together | None = None
@@ -208,8 +208,12 @@ class Restorer:
     def finish(self) -> tuple[Vm, Report]:
         """Settle refusals, read back when asked, and hand over the VM: complete, paused, the caller's to close.
 
-        Raises: RestoreFailed, for what the target refused and for what read back different; DoesNotFit.
+        Raises: RestoreFailed, for what the target refused and for what read back different; DoesNotFit; Truncated
+            before the end of the stream, or the error that it had; UsageError the second time.
         """
+        if self._handed_over:
+            raise UsageError("finish() has handed the VM over already")
+        self.reader.end_of_input()
         vm = self._with_vcpus(self._ready())
         if vm.machine.vcpus > 1:
             with self.report.phase("clock (vcpu)"):
@@ -225,7 +229,7 @@ class Restorer:
             raise RestoreFailed(f"the target refused {refused[0]}{more}; the VM was destroyed", self.report)
         if self._readback:
             settle(self.report, self._policy)
-        self._vm = None
+        self._vm, self._handed_over = None, True
         return vm, self.report
 
     def _prologue(self, number: int, bank: Bank) -> None:
@@ -415,14 +419,16 @@ def restore(source: Source, backend: Backend, *, readback: bool = False, policy:
         policy: what the operator tolerates (`verdicts.policy`).
         threads: that write registers; 0 leaves it to the backend. More than one needs the compiled batch.
         vm_scope_per_vcpu: write VM-scoped registers once for each vCPU, as a VMM that knows no scope does: the same
-            values again and again. For measuring, or for a kernel whose scope turned out to be the vCPU's.
+            values again and again. For measuring; not for a VM with an ITS.
 
     Raises: StreamError and below, PolicyError, DoesNotFit (nothing was made), RestoreFailed (the VM was closed),
-        BackendError.
+        BackendError, UsageError.
     """
     with Restorer(backend, readback=readback, policy=policy, threads=threads,
                   vm_scope_per_vcpu=vm_scope_per_vcpu) as restorer:
         for data in read_chunks(source, restorer.reader):
             restorer.feed(data)
             restorer.ready()
+            if vm_scope_per_vcpu and restorer.reader.machine and "its" in restorer.reader.machine.devices:
+                raise UsageError("vm_scope_per_vcpu: an ITS takes its tables from RAM once: a second write spoils them")
         return restorer.finish()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from migstream import codec, limits, ram, sections
 from migstream.backends.base import Refusal, Vm, check_threads
 from migstream.contract import Behaviour
-from migstream.errors import BackendError, Corrupt
+from migstream.errors import BackendError, Corrupt, UsageError
 from migstream.frames import FrameWriter, Section, SmallBanks, framing
 from migstream.model import Bank, HostSummary, Layout, OpaqueState, Phase, Scope
 from migstream.report import Report
@@ -80,6 +80,16 @@ def _check(bank: Bank) -> None:
         raise BackendError("reading", what=f"the host's answer can't be: {error}") from error
 
 
+def _check_of(vm: Vm, captured: Prologue) -> None:
+    """Raises: UsageError where a prologue has other vCPUs than the VM."""
+    rows: dict[Layout, int] = {}
+    for bank in captured.banks:
+        rows[bank.layout] = rows.get(bank.layout, 0) + bank.rows
+    for layout, found in rows.items():
+        if found != (expected := vm.machine.vcpus if layout.scope == Scope.VCPU else 1):
+            raise UsageError(f"the prologue is of another VM: {layout.title} of {found} vCPUs, this one has {expected}")
+
+
 def raise_first(refused: Sequence[Refusal]) -> None:
     """Refusals make an error. Raises: BackendError by the first one's name."""
     if refused:
@@ -110,9 +120,16 @@ class Saver:
         self._read: Callable[[], list[Refusal]] = list
 
     def prologue(self, captured: Prologue | None = None) -> None:
-        """Write the part that is sent before the pause. Raises: BackendError, OutputError."""
+        """Write the part that is sent before the pause.
+
+        Raises: BackendError, OutputError; UsageError the second time, and for what was captured of another VM.
+        """
+        if self._prologue is not None:
+            raise UsageError("the prologue was written already")
         with self.report.phase("prologue"):
-            captured = self._prologue = captured or capture_prologue(self.vm)
+            captured = captured or capture_prologue(self.vm)
+            _check_of(self.vm, captured)
+            self._prologue = captured
             self._numbers = {layout: number for number, layout in enumerate(captured.layouts)}
             self._out.add([self._frames.begin()])
             notes = tuple(f"not readable here: {no}" for no in captured.refused)
@@ -157,9 +174,10 @@ class Saver:
     def state(self, *, ram_too: bool = True, opaque: Sequence[OpaqueState] = ()) -> Report:
         """Write all the rest; the vCPUs stand still.
 
-        Raises: BackendError, OutputError; UsageError for opaque state over the format's limits.
+        Raises: BackendError, OutputError; UsageError for opaque state over the format's limits, and without a prologue.
         """
-        assert self._prologue is not None
+        if self._prologue is None:
+            raise UsageError("write the prologue() first")
         self.vm.warm()
         with self.report.phase("registers"):
             raise_first(self._read())

@@ -192,6 +192,62 @@ def test_a_prepared_write_goes_by_the_stock_of_its_moment(vm: KvmVm) -> None:
     assert not left_out(vm.writing([Bank(layout, 0, fresh.copy())]))
 
 
+def test_a_prepared_write_ends_what_is_known(vm: KvmVm) -> None:
+    """The run pages, and the stock of what it wrote."""
+    enable_apics(vm)
+    run_and_mark_pages(vm)
+    star = cut(state_of(vm), LSTAR)
+    assert vm.writing([Bank(star, 0, read(vm, star))])() == []
+    assert 0x5EED not in rax(vm)
+    layout = cut(state_of(vm), x86_64.DEBUGREGS.id)
+    fresh = read(vm, layout)
+    other = fresh.copy()
+    other[:, words(layout, x86_64.DEBUGREGS.id).start] = range(1, 6)
+    vm.take_stock([layout])
+    assert vm.writing([Bank(layout, 0, other)])() == []
+    assert vm.write(layout, 0, fresh.copy()) == []
+    assert (read(vm, layout) == fresh).all()
+
+
+def test_the_same_layout_twice_is_written_twice(vm: KvmVm) -> None:
+    layout = cut(state_of(vm), x86_64.DEBUGREGS.id)
+    fresh = read(vm, layout)
+    other = fresh.copy()
+    other[:, words(layout, x86_64.DEBUGREGS.id).start] = 0x99
+    vm.take_stock([layout])
+    assert vm.writing([Bank(layout, 0, other), Bank(layout, 0, fresh.copy())])() == []
+    assert (read(vm, layout) == fresh).all()
+
+
+def test_a_vcpu_that_was_entered_is_asked(vm: KvmVm) -> None:
+    enable_apics(vm)
+    run_and_mark_pages(vm)
+    vm.enter(0)
+    assert 0x5EED not in rax(vm)
+
+
+def test_some_vcpus_are_read_from_their_own_pages(vm: KvmVm) -> None:
+    enable_apics(vm)
+    run_and_mark_pages(vm)
+    for k, page in enumerate(vm._run_pages):
+        struct.pack_into("<Q", page, uapi.RUN_REGS, 0x5EED + k)
+    layout = state_of(vm)
+    values = np.zeros((2, layout.row_words), np.uint64)
+    assert vm.read(layout, 3, values) == []
+    first = words(layout, x86_64.REGS.id).start
+    assert [int(row[first]) for row in values] == [0x5EED + 3, 0x5EED + 4]
+
+
+def test_a_refusal_is_said_of_the_call_that_had_it(vm: KvmVm) -> None:
+    layout = cut(state_of(vm), LSTAR)
+    values = read(vm, layout)
+    todo = vm.writing([Bank(layout, 0, values)])
+    for refused in (1, 2):
+        values[:] = 0x1000
+        values[refused] = 1 << 63
+        assert [no.vcpu for no in todo()] == [refused]
+
+
 def test_a_prepared_read_knows_whether_the_run_page_may_be_used_now(vm: KvmVm) -> None:
     layout = state_of(vm)
     values = np.zeros((5, layout.row_words), np.uint64)
@@ -265,7 +321,8 @@ FIELDS = ("kind", "start", "size", "head_bytes", "request", "other", "extra", "c
 
 @pytest.mark.parametrize("wrong", [
     {"start": 5}, {"size": 17}, {"head_bytes": 17}, {"count": 1}, {"page": 4090, "page_size": 8}, {"page_size": 9},
-    {"flags": Flag.GATE}, {"kind": Kind.FIRST, "size": 4}], ids=str)
+    {"flags": Flag.GATE}, {"kind": Kind.FIRST, "size": 4}, {"head_bytes": 9}, {"kind": Kind.INTEGER, "size": 3},
+    {"kind": Kind.COUNTED, "size": 3}], ids=str)
 def test_a_program_that_leaves_its_row_is_refused(wrong: dict[str, int]) -> None:
     entry = struct.pack("<4I2Q6I16s", *({"size": 8, **wrong}.get(name, 0) for name in FIELDS), b"")
     assert compiled is not None

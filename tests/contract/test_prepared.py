@@ -90,6 +90,15 @@ def test_msrs_of_the_vm_are_read_with_a_vcpus_and_neither_hides_the_other(three:
             assert int(banks[1].values[0, vm.index(WALL_CLOCK)]) == 0x5000
 
 
+def test_msrs_of_the_vm_are_written_after_the_vcpus(three: Vm) -> None:
+    banks = [of_vcpus(STAR), of_vm()]
+    banks[0].values[:], banks[1].values[:] = 0x1000, 0x5000
+    assert three.writing(banks)() == []
+    again = [of_vcpus(STAR), of_vm()]
+    assert three.read_all(again) == []
+    assert [bank.values.tolist() for bank in again] == [bank.values.tolist() for bank in banks]
+
+
 def test_nothing_is_nothing(three: Vm) -> None:
     todo = three.writing([])
     assert (three.reading([])(), todo(), list(todo.ns)) == ([], [], [])

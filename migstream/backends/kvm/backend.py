@@ -265,10 +265,10 @@ class KvmVm(Vm):
         return [no for row in rows for op in self._program(layout).writing.operations for no in op.write(row)]
 
     def writing(self, banks: Sequence[Bank]) -> Prepared:
-        """See `Vm.writing`: one call of the compiled part, where it has all of them."""
+        """See `Vm.writing`: one call of the compiled part, where it has all of them, each layout once."""
         jobs = [job for bank in banks if (job := self._writing(bank.layout, bank.first_vcpu, bank.values)) is not None]
         plain = super().writing(banks)
-        if not jobs or len(jobs) < len(banks):
+        if not jobs or len(jobs) < len(banks) or len({bank.layout for bank in banks}) < len(banks):
             return plain
         return _Writes(self, [bank.layout for bank in banks], jobs, plain)
 
