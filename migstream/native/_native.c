@@ -201,6 +201,8 @@ struct course {
     const struct small *small;
     size_t first, done, offset;
     Py_buffer counts, end;
+    struct counts now;
+    struct head last;
 };
 
 static int sound_course(struct course *course, PyObject *capsule)
@@ -208,11 +210,23 @@ static int sound_course(struct course *course, PyObject *capsule)
     course->small = PyCapsule_GetPointer(capsule, SMALL);
     if (!course->small)
         return 0;
-    if (course->first <= course->small->count && course->counts.len == sizeof(struct counts)
-        && (course->end.len == HEAD || !course->end.len))
+    if (course->first <= course->small->count && course->counts.len == sizeof course->now
+        && (course->end.len == HEAD || !course->end.len)) {
+        memcpy(&course->now, course->counts.buf, sizeof course->now);
+        memcpy(&course->last, course->end.buf, (size_t)course->end.len);
         return 1;
+    }
     PyErr_SetString(PyExc_ValueError, "no counts, no header, or no such bank");
     return 0;
+}
+
+/* Bring the caller's counts up to date, and give the buffers back. */
+static void end_course(struct course *course)
+{
+    if (course->done)
+        memcpy(course->counts.buf, &course->now, sizeof course->now);
+    PyBuffer_Release(&course->counts);
+    PyBuffer_Release(&course->end);
 }
 
 static void step(struct course *course, size_t length)
@@ -231,34 +245,22 @@ static size_t room_for(const struct course *course, size_t worth)
 static void put_all(struct course *course, uint8_t *out, size_t worth)
 {
     const struct small *small = course->small;
-    struct counts counts;
-    struct head end;
     size_t length = 1;
-    memcpy(&counts, course->counts.buf, sizeof counts);
     for (size_t k = course->first; k < small->count && length; k++)
-        step(course, length = put_bank(small->banks + k, worth, out + course->offset, &counts, small->scratch));
-    if (length && course->end.len) {
-        memcpy(&end, course->end.buf, HEAD);
-        step(course, put_end(end, out + course->offset, &counts));
-    }
-    memcpy(course->counts.buf, &counts, sizeof counts);
+        step(course, length = put_bank(small->banks + k, worth, out + course->offset, &course->now, small->scratch));
+    if (length && course->end.len)
+        step(course, put_end(course->last, out + course->offset, &course->now));
 }
 
 static void take_all(struct course *course, const uint8_t *data, size_t size)
 {
     const struct small *small = course->small;
-    struct counts counts;
-    struct head end;
     size_t length = 1;
-    memcpy(&counts, course->counts.buf, sizeof counts);
     for (size_t k = course->first; k < small->count && length; k++)
-        step(course, length = take_bank(small->banks + k, data + course->offset, size - course->offset, &counts,
+        step(course, length = take_bank(small->banks + k, data + course->offset, size - course->offset, &course->now,
                                         small->scratch));
-    if (length && course->end.len) {
-        memcpy(&end, course->end.buf, HEAD);
-        step(course, take_end(end, data + course->offset, size - course->offset, &counts));
-    }
-    memcpy(course->counts.buf, &counts, sizeof counts);
+    if (length && course->end.len)
+        step(course, take_end(course->last, data + course->offset, size - course->offset, &course->now));
 }
 
 /* pack(small, first, counts, end, worth) -> (bytes, sections) */
@@ -283,8 +285,7 @@ static PyObject *pack(PyObject *module, PyObject *arguments)
         }
         free(out);
     }
-    PyBuffer_Release(&course.counts);
-    PyBuffer_Release(&course.end);
+    end_course(&course);
     return answer;
 }
 
@@ -303,8 +304,7 @@ static PyObject *unpack(PyObject *module, PyObject *arguments)
         take_all(&course, data.buf, (size_t)data.len);
         answer = PyLong_FromSize_t(course.done);
     }
-    PyBuffer_Release(&course.counts);
-    PyBuffer_Release(&course.end);
+    end_course(&course);
     PyBuffer_Release(&data);
     return answer;
 }
